@@ -1,0 +1,145 @@
+"""SANA (Xie et al., 2024): linear-attention transformer on deep-compression latents, Gemma-2 text."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from apexflow.backbones import Settings, read_settings
+from apexflow.conditioning import Condition
+from apexflow.errors import UserError
+from apexflow.transport import LINEAR, Transport
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
+class Sana:
+    """A `SanaPipeline` folder. The raw output already is z - x and time goes in as 1000 t in float32."""
+
+    family: ClassVar[str] = "sana"
+    transport: Transport = LINEAR
+    lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
+
+    def __init__(self, transformer: nn.Module, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any, settings: Settings) -> None:
+        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        self.tokenizer, self.scheduler, self.settings = tokenizer, scheduler, settings
+        self.tokenizer.padding_side = "right"
+        self.time_shift = float(scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Sana:
+        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+        from diffusers import AutoencoderDC, SanaTransformer2DModel
+        from transformers import AutoTokenizer, Gemma2Model
+
+        from apexflow.backbones.parts import load_part, load_scheduler
+
+        transformer = load_part(folder, "transformer", SanaTransformer2DModel, dtype).to(device)
+        vae = load_part(folder, "vae", AutoencoderDC, dtype).to(device)
+        text_encoder = load_part(folder, "text_encoder", Gemma2Model, dtype).to(device)
+        tokenizer = load_part(folder, "tokenizer", AutoTokenizer)
+        return cls(transformer, vae, text_encoder, tokenizer, load_scheduler(folder), read_settings(folder))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        """F(x_t, t, c) with x_t (B, C, h, w), answered in the dtype of x_t."""
+        dtype = next(network.parameters()).dtype
+        F = network(
+            hidden_states=x_t.to(dtype),
+            encoder_hidden_states=c.embeds.to(dtype),
+            encoder_attention_mask=c.mask,
+            timestep=1000.0 * t.float() * network.config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return F.to(x_t.dtype)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Gemma's last hidden states, padded to the longest prompt of the batch only.
+
+        With an instruction, BOS and the last `max_tokens - 1` positions of instruction and prompt are kept, as in the stock
+        pipeline, which pads to that length and masks; leaving the padding out gives the same answers.
+        """
+        prefix = self._instruction if self.settings.instruction else ""
+        texts = [prefix + prompt.strip().lower() if prompt.strip() else "" for prompt in prompts]
+        limit = self.settings.max_tokens
+        length = len(self.tokenizer.encode(prefix)) + limit - 2 if prefix else limit
+        tokens = self.tokenizer(texts, padding="longest", max_length=length, truncation=True, return_tensors="pt")
+        mask = tokens.attention_mask.to(self.device)
+        embeds = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        if embeds.shape[1] > limit:
+            keep = [0, *range(length - limit + 1, embeds.shape[1])]
+            embeds, mask = embeds[:, keep], mask[:, keep]
+        return Condition(embeds, mask)
+
+    @cached_property
+    def _instruction(self) -> str:
+        """The stock pipeline's "complex human instruction", read from its own default."""
+        from diffusers import SanaPipeline
+
+        return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts in which every token is the unknown token."""
+        unknown = self.tokenizer.unk_token_id
+        found = []
+        for prompt in prompts:
+            ids = self.tokenizer(prompt.lower(), add_special_tokens=False).input_ids
+            if ids and all(token == unknown for token in ids):
+                found.append(prompt)
+        return found
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), scaled by the autoencoder's factor; deterministic."""
+        dtype = next(self.vae.parameters()).dtype
+        return self.vae.encode(images.to(self.device, dtype)).latent.float() * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to pictures (B, 3, H, W), clamped to [-1, 1], in float32."""
+        dtype = next(self.vae.parameters()).dtype
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype)).sample.float().clamp(-1, 1)
+
+    @property
+    def default_size(self) -> int:
+        return self.settings.size or self.transformer.config.sample_size * self._factor
+
+    @property
+    def _factor(self) -> int:
+        return 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        multiple = self._factor * self.transformer.config.patch_size
+        if min(size) <= 0 or any(side % multiple for side in size):
+            raise UserError(f"size {size[0]}x{size[1]} does not fit this model: both sides must be multiples of {multiple}")
+        if self.transformer.config.interpolation_scale is not None and max(size) != min(size):
+            raise UserError(f"size {size[0]}x{size[1]} does not fit this model: its position embedding is square")
+        return (self.transformer.config.in_channels, size[0] // self._factor, size[1] // self._factor)
+
+    def round_time(self, t: Tensor) -> Tensor:
+        """SANA feeds its time embedding in float32: nothing to round."""
+        return t
+
+    def save(self, folder: Path, settings: Settings) -> None:
+        for part in (*PARTS, "scheduler"):
+            getattr(self, part).save_pretrained(folder / part)
+        index = {
+            "_class_name": "SanaPipeline",
+            "_diffusers_version": __import__("diffusers").__version__,
+            "scheduler": ["diffusers", type(self.scheduler).__name__],
+            "text_encoder": ["transformers", type(self.text_encoder).__name__],
+            "tokenizer": ["transformers", type(self.tokenizer).__name__],
+            "transformer": ["diffusers", type(self.transformer).__name__],
+            "vae": ["diffusers", type(self.vae).__name__],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")

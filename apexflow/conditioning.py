@@ -1,0 +1,99 @@
+"""The condition c of F(x_t, t, c), its shift A c + b (Eq. 16), and guidance between a condition and the null condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a prompt becomes: `embeds` (B, L, D), `mask` (B, L) with 1 for a real token or None, `pooled` (B, P) or None."""
+
+    embeds: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.embeds.ndim != 3:
+            raise ValueError(f"embeds must be (B, L, D), got {tuple(self.embeds.shape)}")
+        if self.mask is not None and self.mask.shape != self.embeds.shape[:2]:
+            raise ValueError(f"mask must be {tuple(self.embeds.shape[:2])}, got {tuple(self.mask.shape)}")
+        if self.pooled is not None and (self.pooled.ndim != 2 or self.pooled.shape[0] != self.embeds.shape[0]):
+            raise ValueError(f"pooled must be ({self.embeds.shape[0]}, P), got {tuple(self.pooled.shape)}")
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Condition:
+        """The same condition for some rows of the batch (a slice, a list of indices, or a boolean or index tensor)."""
+        if not isinstance(rows, slice):
+            rows = torch.as_tensor(rows, device=self.embeds.device)
+        return self._map(lambda tensor: tensor[rows])
+
+    def shift(self, a: float | Tensor, b: float | Tensor) -> Condition:
+        """Eq. (16): `c_pert = A c + b` on text and pooled embeddings; the mask stays.
+
+        `a` is a float (A = a I), a (D,) vector (A = diag a) or a (D, D) matrix; `b` a float (uniform bias) or a (D,) vector.
+        Vectors and matrices have the width of `embeds`; a pooled embedding of another width is left as it is by them, and is
+        shifted like the text by floats.
+        """
+        embeds = _affine(self.embeds, a, b)
+        pooled = self.pooled
+        if pooled is not None and _fits(pooled, a) and _fits(pooled, b):
+            pooled = _affine(pooled, a, b)
+        return replace(self, embeds=embeds, pooled=pooled)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """A copy on another device or in another dtype (the mask keeps its dtype)."""
+        mask = self.mask if self.mask is None else self.mask.to(device=device)
+        return replace(self._map(lambda tensor: tensor.to(device=device, dtype=dtype)), mask=mask)
+
+    def expand(self, rows: int) -> Condition:
+        """A condition of one row (the null condition, say), repeated for `rows` rows."""
+        return self._map(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        parts = {name: getattr(self, name) for name in ("embeds", "mask", "pooled")}
+        return Condition(**{name: None if part is None else function(part) for name, part in parts.items()})
+
+
+def _affine(c: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
+    scaled = c @ a.to(c).T if isinstance(a, Tensor) and a.ndim == 2 else c * (a.to(c) if isinstance(a, Tensor) else a)
+    return scaled + (b.to(c) if isinstance(b, Tensor) else b)
+
+
+def _fits(c: Tensor, value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] == c.shape[-1]
+
+
+def concatenate(conditions: Sequence[Condition]) -> Condition:
+    """Join conditions along the batch, padding the shorter texts with masked zeros."""
+    length = max(c.embeds.shape[1] for c in conditions)
+    masked = any(c.mask is not None or c.embeds.shape[1] != length for c in conditions)
+    embeds = torch.cat([pad_tokens(c.embeds, length) for c in conditions])
+    mask = torch.cat([pad_tokens(_mask(c), length) for c in conditions]) if masked else None
+    pooled = None
+    if all(c.pooled is not None for c in conditions):
+        pooled = torch.cat([c.pooled for c in conditions if c.pooled is not None])
+    return Condition(embeds, mask, pooled)
+
+
+def pad_tokens(tensor: Tensor, length: int) -> Tensor:
+    """Append zeros to (B, L, ...) along the token axis until it is `length` long."""
+    missing = length - tensor.shape[1]
+    return tensor if missing <= 0 else torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
+
+
+def _mask(condition: Condition) -> Tensor:
+    return condition.embeds.new_ones(condition.embeds.shape[:2]) if condition.mask is None else condition.mask
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: `F(null) + scale (F(c) - F(null))`, so scale 1 is no guidance."""
+    return unconditional + scale * (conditional - unconditional)

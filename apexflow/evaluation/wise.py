@@ -1,0 +1,300 @@
+"""WISE: world knowledge scored by a judge model, in the paper's protocol ("legacy") and the newer one ("verified").
+
+Source: PKU-YuanGroup/WISE eb51174, gpt_eval.py, vllm_eval.py and their score scripts, restated. That repository has no
+licence, so neither its prompts nor its rubric are in this package: both are read from the user's own checkout.
+Legacy scores are comparable with published ones only when GPT-4o-2024-05-13 was the judge.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apexflow.errors import UserError
+from apexflow.evaluation.judge import Message, Picture, picture_base64, strip_thinking
+
+SCORES = ("consistency", "realism", "aesthetic_quality")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What differs between the two; categories: {name: (first id, last id, weight)}, options: of the request."""
+
+    categories: Mapping[str, tuple[int, int, float]]
+    scripts: tuple[str, ...]
+    data: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+_LEGACY_FILES = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
+CATEGORIES = ("Culture", "Time", "Space", "Biology", "Physics", "Chemistry")
+
+
+def _ranges(last: tuple[int, ...], weights: tuple[float, ...]) -> dict[str, tuple[int, int, float]]:
+    first = (1, *(identity + 1 for identity in last[:-1]))
+    return dict(zip(CATEGORIES, zip(first, last, weights, strict=True), strict=True))
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "legacy": Protocol(
+        categories=_ranges((400, 567, 700, 800, 900, 1000), (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)),
+        scripts=("WISE_legacy/gpt_eval.py", "gpt_eval.py"),
+        data=tuple(f"WISE_legacy/data/{stem}.json" for stem in _LEGACY_FILES),
+        options={"temperature": 0, "max_tokens": 2000},
+    ),
+    "verified": Protocol(
+        categories=_ranges((400, 520, 640, 760, 880, 1000), (0.4, 0.12, 0.12, 0.12, 0.12, 0.12)),
+        scripts=("vllm_eval.py",),
+        data=("data_verified/*_verified.json",),
+        options={"temperature": 0, "max_tokens": 500, "chat_template_kwargs": {"enable_thinking": False}},
+    ),
+}
+GROUPS = {  # the official files, each holding the categories that its --category option validates together
+    "culture": ("Culture",),
+    "space-time": ("Time", "Space"),
+    "science": ("Biology", "Physics", "Chemistry"),
+}
+
+_LEGACY = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)", re.IGNORECASE)
+_VERIFIED = re.compile(r"\bScore\s*:?\s*([01])\b", re.IGNORECASE)
+
+
+def parse(reply: str, protocol: str) -> dict[str, int] | None:
+    """The scores in a judge's reply, or None when it cannot be parsed, by the official patterns.
+
+    Legacy: {consistency, realism, aesthetic_quality}; one digit each, no range check, later matches win; with no label
+    at all, the first three lines that hold a lone 0, 1 or 2. Verified: {score}; the first match, or the only lone bit.
+    """
+    _protocol(protocol)
+    text = strip_thinking(reply)
+    return _parse_legacy(text) if protocol == "legacy" else _parse_verified(text)
+
+
+def _parse_legacy(text: str) -> dict[str, int] | None:
+    labelled = _LEGACY.findall(text)
+    if labelled:
+        found = {label.lower().replace(" ", "_"): int(digit) for label, digit in labelled}
+    else:
+        found = dict(zip(SCORES, _lone_digits(text, "012"), strict=False))
+    return {name: found[name] for name in SCORES} if found.keys() >= set(SCORES) else None
+
+
+def _parse_verified(text: str) -> dict[str, int] | None:
+    match = _VERIFIED.search(text)
+    if match:
+        return {"score": int(match[1])}
+    lone = _lone_digits(text, "01")
+    return {"score": lone[0]} if len(lone) == 1 else None
+
+
+def _lone_digits(text: str, digits: str) -> list[int]:
+    lines = (line.strip() for line in text.split("\n"))
+    return [int(line) for line in lines if len(line) == 1 and line in digits]
+
+
+def wiscore(consistency: float, realism: float, aesthetic_quality: float) -> float:
+    """The legacy score of one image in [0, 1], from three grades in [0, 2]."""
+    return (0.7 * consistency + 0.2 * realism + 0.1 * aesthetic_quality) / 2
+
+
+def aggregate(rows: Iterable[Mapping[str, Any]], protocol: str, category: str = "all") -> dict[str, Any]:
+    """Means by category and, for all six, the weighted overall.
+
+    rows: {prompt_id, consistency, realism, aesthetic_quality} (legacy) or {prompt_id, score} (verified). category: all,
+    one of the six names, or an official file (culture, space-time, science).
+
+    Returns overall (None unless category is all and every id is there), categories {name: mean or None}, missing and
+    dropped (prompt ids), complete. As officially, a row without numbers is dropped from its mean but its id counts as
+    present, and duplicates are all averaged.
+    """
+    ranges = _protocol(protocol).categories
+    chosen = _categories(category)
+    values: dict[str, list[float]] = {name: [] for name in chosen}
+    present: set[int] = set()
+    dropped: list[int] = []
+    for row in rows:
+        identity = _prompt_id(row)
+        name = next((name for name in chosen if ranges[name][0] <= identity <= ranges[name][1]), None)
+        if name is None:
+            continue
+        present.add(identity)
+        value = _image_score(row, protocol)
+        if value is None:
+            dropped.append(identity)
+        else:
+            values[name].append(value)
+    wanted = {identity for name in chosen for identity in range(ranges[name][0], ranges[name][1] + 1)}
+    means = {name: sum(found) / len(found) if found else None for name, found in values.items()}
+    missing = sorted(wanted - present)
+    whole = category.lower() == "all" and not missing
+    return {
+        "overall": _weighted(means, ranges) if whole else None,
+        "categories": means,
+        "missing": missing,
+        "dropped": dropped,
+        "complete": not missing,
+    }
+
+
+def _weighted(means: Mapping[str, float | None], ranges: Mapping[str, tuple[int, int, float]]) -> float | None:
+    terms = [mean * ranges[name][2] for name, mean in means.items() if mean is not None]
+    return sum(terms) if len(terms) == len(means) else None
+
+
+def _categories(category: str) -> tuple[str, ...]:
+    by_key = {"all": CATEGORIES, **{name.lower(): (name,) for name in CATEGORIES}, **GROUPS}
+    if category.lower() not in by_key:
+        raise UserError(f"WISE category {category!r} is unknown: take one of {', '.join(by_key)}")
+    return by_key[category.lower()]
+
+
+def _prompt_id(row: Mapping[str, Any]) -> int:
+    try:
+        return int(row["prompt_id"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"a WISE result has no whole-number prompt_id: {str(dict(row))[:120]}") from None
+
+
+def _image_score(row: Mapping[str, Any], protocol: str) -> float | None:
+    grades = [row.get(name) for name in (SCORES if protocol == "legacy" else ("score",))]
+    numbers = [float(grade) for grade in grades if isinstance(grade, int | float) and math.isfinite(grade)]
+    if len(numbers) != len(grades):
+        return None
+    return wiscore(*numbers) if protocol == "legacy" else numbers[0]
+
+
+def _protocol(name: str) -> Protocol:
+    if name not in PROTOCOLS:
+        raise UserError(f"WISE protocol {name!r} is unknown: take one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def records(root: str | Path, protocol: str) -> list[dict[str, Any]]:
+    """The prompts in the user's checkout, by prompt_id: {Prompt, Explanation, Category, Subcategory, prompt_id}."""
+    found: list[dict[str, Any]] = []
+    for pattern in _protocol(protocol).data:
+        paths = sorted(Path(root).glob(pattern))
+        if not paths:
+            raise UserError(f"no {pattern} in {root}: point at a checkout of PKU-YuanGroup/WISE")
+        for path in paths:
+            try:
+                found += json.loads(path.read_text("utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read the WISE prompts in {path}: {error}") from None
+    return sorted(found, key=_prompt_id)
+
+
+def judge_messages(root: str | Path, protocol: str, record: Mapping[str, Any], image: Picture) -> list[Message]:
+    """The official conversation about one image, from the template in the user's WISE checkout.
+
+    root: the checkout; record: one of `records`; image: a path (its bytes are sent as they are), bytes or a picture.
+    The script is parsed, never run: its message-building function may use constants, f-strings, string methods and
+    look-ups. Raises UserError when it is missing or needs more than that.
+    """
+    scripts = [Path(root) / name for name in _protocol(protocol).scripts]
+    script = next((path for path in scripts if path.is_file()), None)
+    if script is None:
+        raise UserError(f"no {scripts[0]}: point at a checkout of PKU-YuanGroup/WISE")
+    return _Template(script).messages(record, picture_base64(image))
+
+
+class _Template:
+    """Evaluates the one function that builds the messages, over a handful of harmless expression kinds."""
+
+    def __init__(self, script: Path) -> None:
+        self.script = script
+        try:
+            module = ast.parse(script.read_text("utf-8"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"cannot read the WISE template in {script}: {error}") from None
+        functions = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef) and "messages" in node.name]
+        # The documented name first; a checkout that renamed it still has only one message builder.
+        functions.sort(key=lambda node: node.name != "build_evaluation_messages")
+        if not functions:
+            raise UserError(f"{script} has no build_evaluation_messages: point at a checkout of PKU-YuanGroup/WISE")
+        self.function = functions[0]
+        assignments = [node for node in module.body if isinstance(node, ast.Assign)]
+        self.globals = {
+            name.id: node.value for node in assignments for name in node.targets if isinstance(name, ast.Name)
+        }
+
+    def messages(self, record: Mapping[str, Any], image: str) -> list[Message]:
+        try:
+            names = self._bind(dict(record), image)
+            for statement in self.function.body:
+                if isinstance(statement, ast.Return) and statement.value is not None:
+                    return self._value(statement.value, names)
+                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                    names[statement.targets[0].id] = self._value(statement.value, names)
+                elif not isinstance(statement, ast.Expr | ast.Assert | ast.Pass):  # docstrings and checks do no work
+                    raise self._beyond(statement)
+        except KeyError as error:
+            raise UserError(f"the WISE record {record.get('prompt_id')} has no {error}") from None
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise self._beyond(self.function) from None
+        raise UserError(f"{self.function.name} in {self.script} returns no messages")
+
+    def _bind(self, record: dict[str, Any], image: str) -> dict[str, Any]:
+        """The parameters by their names: the image, the prompt's two texts if passed singly, else the record."""
+        parameters = [argument.arg for argument in self.function.args.args]
+        texts = {name: name.capitalize() for name in ("prompt", "explanation") if "explanation" in parameters}
+        names: dict[str, Any] = {}
+        for name in parameters:
+            if re.search("image|img|base64|b64|url", name):
+                names[name] = f"data:image/png;base64,{image}" if "url" in name else image
+            else:
+                names[name] = record[texts[name]] if name in texts else record
+        return names
+
+    def _value(self, node: ast.expr | None, names: Mapping[str, Any]) -> Any:
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Name() if node.id in names:
+                return names[node.id]
+            case ast.Name() if node.id in self.globals:
+                return self._value(self.globals[node.id], {})
+            case ast.Subscript():
+                return self._value(node.value, names)[self._value(node.slice, names)]
+            case ast.BinOp(op=ast.Add()):
+                return self._value(node.left, names) + self._value(node.right, names)
+            case ast.Call():
+                return self._call(node, names)
+        return self._compound(node, names)
+
+    def _compound(self, node: ast.expr | None, names: Mapping[str, Any]) -> Any:
+        match node:
+            case ast.JoinedStr():
+                return "".join(str(self._value(part, names)) for part in node.values)
+            case ast.FormattedValue(conversion=-1, format_spec=None):
+                return self._value(node.value, names)
+            case ast.List() | ast.Tuple():
+                return [self._value(item, names) for item in node.elts]
+            case ast.Dict():
+                pairs = zip(node.keys, node.values, strict=True)
+                return {self._value(key, names): self._value(item, names) for key, item in pairs}
+        raise self._beyond(node)
+
+    def _call(self, node: ast.Call, names: Mapping[str, Any]) -> Any:
+        arguments = [self._value(argument, names) for argument in node.args]
+        keywords = {word.arg: self._value(word.value, names) for word in node.keywords if word.arg}
+        match node.func:
+            case ast.Name(id="dedent") | ast.Attribute(value=ast.Name(id="textwrap"), attr="dedent"):
+                return textwrap.dedent(*arguments)
+            case ast.Attribute(attr="strip" | "format" | "replace" | "join" | "get"):
+                return getattr(self._value(node.func.value, names), node.func.attr)(*arguments, **keywords)
+            case ast.Name() if len(node.args) == 1 and isinstance(node.args[0], ast.Name) and not keywords:
+                if re.search("image|img", node.args[0].id):
+                    return arguments[0]  # a helper that encodes the image file: bound to its base64 already
+        raise self._beyond(node)
+
+    def _beyond(self, node: ast.AST | None) -> UserError:
+        line = getattr(node, "lineno", "?")
+        return UserError(f"{self.script} line {line} is more than a template: use the WISE version of 2026-04-25")

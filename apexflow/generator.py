@@ -1,0 +1,144 @@
+"""From prompts to pictures: `apexflow.load(...)` gives a `Generator`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from apexflow.backbones import Backbone, load_backbone
+from apexflow.conditioning import guide
+from apexflow.errors import UserError
+from apexflow.randomness import RowRandom
+from apexflow.sampler import sample, shift_times, time_grid
+
+MAX_BATCH = 32
+
+
+class Generator:
+    """A loaded model with its own sampling settings. `evaluations` counts network calls of the last `generate`, guidance
+    included, a picture."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.evaluations = 0
+
+    def generate(
+        self,
+        prompts: Sequence[str] | str,
+        steps: int | None = None,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+        guidance: float | None = None,
+        kappa: float = 0.0,
+        rho: float = 0.0,
+        order: int = 1,
+    ) -> list[Image.Image]:
+        """One picture a prompt, by `steps` network evaluations (twice that with guidance other than 1).
+
+        What is None comes from the model's settings. Picture i depends on `seed` and i alone, not on the batch. Raises
+        UserError for steps < 1 or a size that the model cannot take; warns when a prompt has no word that the model knows.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for prompt in self.backbone.unknown_words(prompts):
+            warnings.warn(f"the model knows no word of {prompt!r}: the picture will not follow it", stacklevel=2)
+        seeds = [(seed, index) for index in range(len(prompts))]
+        return self.generate_seeded(prompts, seeds, steps, size, guidance, kappa, rho, order)
+
+    @torch.no_grad()
+    def generate_seeded(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[tuple[int, int]],
+        steps: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        guidance: float | None = None,
+        kappa: float = 0.0,
+        rho: float = 0.0,
+        order: int = 1,
+    ) -> list[Image.Image]:
+        """As `generate`, with a (seed, index) pair for each picture."""
+        settings = self.backbone.settings
+        # A guided many-step default makes no sense for another number of steps only when the caller says so: keep it.
+        guidance = settings.guidance if guidance is None else guidance
+        times = self.times(steps)
+        shape = self.backbone.latent_shape(_square(size) or _square(self.backbone.default_size))
+        pictures: list[Image.Image] = []
+        for start in range(0, len(prompts), MAX_BATCH):
+            part = slice(start, start + MAX_BATCH)
+            z = noise(seeds[part], shape).to(self.backbone.device)
+            latents = self._sample(prompts[part], z, times, guidance, kappa, rho, order)
+            pictures += to_pictures(self.backbone.decode(latents))
+        return pictures
+
+    def times(self, steps: int | None) -> Tensor:
+        """The time grid for a number of steps: the model's own if it ships one of that length, else uniform and shifted."""
+        settings = self.backbone.settings
+        steps = settings.steps if steps is None else steps
+        if steps < 1:
+            raise UserError(f"steps must be at least 1, got {steps}")
+        if settings.times is not None and len(settings.times) == steps + 1:
+            return torch.tensor(settings.times, dtype=torch.float64)
+        return shift_times(time_grid(steps), self.backbone.time_shift)
+
+    def _sample(
+        self, prompts: Sequence[str], z: Tensor, times: Tensor, guidance: float, kappa: float, rho: float, order: int
+    ) -> Tensor:
+        backbone = self.backbone
+        c = backbone.encode_prompts(prompts)
+        null = backbone.encode_prompts([""]).expand(len(prompts)) if guidance != 1 else None
+        self.evaluations = 0
+
+        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            self.evaluations += 1 if null is None else 2
+            F = backbone.velocity(backbone.transformer, x_t, t, c)
+            return F if null is None else guide(F, backbone.velocity(backbone.transformer, x_t, t, null), guidance)
+
+        generator = torch.Generator(device=z.device).manual_seed(0) if rho > 0 else None
+        return sample(velocity, z, times, kappa, rho, order, backbone.transport, generator)
+
+
+def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
+    """Standard normal (B, *shape), row i from seeds[i] alone, drawn on the CPU so that every device gives the same picture."""
+    return torch.cat([RowRandom(seed, 0, [index]).normal(shape) for seed, index in seeds])
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to 8-bit RGB pictures."""
+    array = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]
+
+
+def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Pictures of one size laid out in rows."""
+    width, height = (side * scale for side in pictures[0].size)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, picture in enumerate(pictures):
+        spot = ((index % columns) * (width + gap), (index // columns) * (height + gap))
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else picture, spot)
+    return sheet
+
+
+def _square(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
+
+
+def load(path_or_id: str = "mini-student", device: str = "auto", dtype: torch.dtype = torch.float32) -> Generator:
+    """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, or a hub id such as owner/name."""
+    return Generator(load_backbone(path_or_id, pick_device(device), dtype))
+
+
+def pick_device(name: str) -> str:
+    """ "auto" is CUDA where present, else the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def network_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

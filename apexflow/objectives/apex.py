@@ -1,0 +1,281 @@
+"""APEX: a path objective and an endpoint objective with the network as its own adversary (paper, section 3, Algorithm 1).
+
+Where the paper leaves a choice, the choice is a field of `APEX`; `docs/paper.md` says what each default rests on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate as resize
+
+from apexflow.conditioning import Condition, guide
+from apexflow.objectives import Batch, Field, Losses, Networks, share_of
+from apexflow.objectives.times import TimeLaw
+from apexflow.transport import LINEAR, Transport, expand
+
+
+def secant_target(
+    F_t: Tensor,
+    F_lt: Tensor,
+    x_t: Tensor,
+    x_lt: Tensor,
+    t: Tensor,
+    lt: Tensor,
+    transport: Transport = LINEAR,
+    clip: float | None = 1.0,
+) -> Tensor:
+    """Eq. (12): `F_t - 2 clip(delta f^x / delta a, -clip, clip)`, elementwise, in the shape of `F_t` (B, ...).
+
+    F_t, F_lt: reference predictions at the points `x_t`, `x_lt` of one path at times `t`, `lt` (B,); clip None: no clip.
+    """
+    secant = endpoint_difference(F_t, F_lt, x_t, x_lt, t, lt, transport) / coefficient_difference(t, lt, x_t, transport)
+    return F_t - 2 * (secant if clip is None else secant.clamp(-clip, clip))
+
+
+def endpoint_difference(
+    F_t: Tensor, F_lt: Tensor, x_t: Tensor, x_lt: Tensor, t: Tensor, lt: Tensor, transport: Transport = LINEAR
+) -> Tensor:
+    """Eq. (10): how far apart the data lie that the two predictions imply."""
+    return transport.endpoint(F_t, x_t, t) - transport.endpoint(F_lt, x_lt, lt)
+
+
+def coefficient_difference(t: Tensor, lt: Tensor, like: Tensor, transport: Transport = LINEAR) -> Tensor:
+    """Eq. (11): `a(t) - a(lambda t)`, broadcast against `like`; -(t - lambda t) for linear transport."""
+    return expand(transport.a(t) - transport.a(lt), like)
+
+
+def multi_scale_l2(error: Tensor, p: float = 0.5, c: float = 1e-3, reduction: str = "sum") -> Tensor:
+    """Eq. (14): mean of the adaptive loss at full, half and quarter resolution, (B,) from an error (B, C, H, W).
+
+    `reduction` says whether the squared norm inside sums over C, H, W (as printed) or averages ("mean"). Packed or
+    odd-shaped errors (B, ...) that cannot be downsampled by 2 or 4 use the scales that they have.
+    """
+    scales = [error]
+    for factor in (2, 4):
+        if error.ndim == 4 and min(error.shape[-2:]) >= factor:
+            # "area" interpolation is average pooling whenever the factor divides the side.
+            scales.append(resize(error, size=[side // factor for side in error.shape[-2:]], mode="area"))
+    return torch.stack([adaptive_loss(scale, p, c, reduction) for scale in scales]).mean(0)
+
+
+def adaptive_loss(error: Tensor, p: float, c: float, reduction: str) -> Tensor:
+    """Below Eq. (14): `||E||^2 / (||E||^2 + c)^p` for each row, in float32."""
+    squared = error.float().flatten(1).square()
+    norm = squared.sum(1) if reduction == "sum" else squared.mean(1)
+    return norm / (norm + c) ** p
+
+
+def primal_loss(F_t: Tensor, F_lt: Tensor, x_t: Tensor, x_lt: Tensor, t: Tensor, lt: Tensor, transport: Transport = LINEAR) -> Tensor:
+    """Eq. (7) with unit weight, (B,): the reference form that the target of Eq. (12) replaces. `F_lt` is the reference's."""
+    return endpoint_difference(F_t, F_lt.detach(), x_t, x_lt, t, lt, transport).flatten(1).square().sum(1)
+
+
+def dual_loss(F_t: Tensor, F_lt: Tensor, velocity: Tensor, lam: Tensor) -> Tensor:
+    """Eq. (8) with omega = 1, (B,): flow matching and self alignment mixed by `lam` (B,). Gradient of Eq. (7) over t^2."""
+    matching = (F_t - velocity).flatten(1).square().sum(1)
+    alignment = (F_t - F_lt.detach()).flatten(1).square().sum(1)
+    return (1 - lam) * matching + lam * alignment
+
+
+def adversarial_error(F_fake: Tensor, x_fake: Tensor, z_fake: Tensor, t: Tensor, transport: Transport = LINEAR) -> Tensor:
+    """Eq. (17): error of the shifted branch against the velocity `z_fake - x_fake` of the student's own pictures."""
+    return F_fake - transport.target(x_fake, z_fake, t)
+
+
+def residual(F_fake: Tensor, F_real: Tensor) -> Tensor:
+    """Eq. (18): `delta d`, the shifted branch's prediction less the real one's, at the same noisy fake."""
+    return F_fake - F_real.detach()
+
+
+def shifting_error(F: Tensor, delta: Tensor) -> Tensor:
+    """Eq. (19): `F_anchor - sg(F_anchor + delta d)` with `F_anchor = -F`; descending on it moves F along -delta d.
+
+    For linear transport the one-step picture `z - F` then moves along `F_fake - F_real = E_real[x] - E_fake[x]`.
+    """
+    anchor = -F
+    return anchor - (anchor + delta).detach()
+
+
+@dataclass(frozen=True)
+class APEX:
+    """Algorithm 1. The fields in the first block are the paper's; the rest are readings of what it leaves open.
+
+    pairing: "rows" re-noises the student's fresh one-step picture of the same row, and moves that row's prediction at t = 1;
+        "printed" takes pictures from a buffer of recent generations, unrelated to the rows, as Algorithm 1 prints it.
+    real: who answers for real data in Eq. (18): "teacher" (frozen), "reference" (EMA, Algorithm 1) or "student" (Eq. 18).
+    path_velocity: direction from x_t to x_lambda-t: "sample" (z - x, the paper) or "teacher" (the frozen field at x_t).
+    reference: theta-minus of Eq. (10): "reference" (EMA, the paper) or "student" (itself, one forward pass cheaper).
+    guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper).
+    lambda_law: lambda is "uniform" in [0, lambda_max], "ramp" (uniform up to a bound that grows over the run) or "constant".
+    share: part of the rows that are generated from at t = 1.
+    """
+
+    path_weight: float = 1.0
+    endpoint_weight: float = 1.0
+    a: float = -0.5
+    b: float = 1.0
+    clip: float | None = 1.0
+    p: float = 0.5
+    c: float = 1e-3
+
+    pairing: Literal["rows", "printed"] = "rows"
+    real: Literal["teacher", "reference", "student"] = "teacher"
+    path_velocity: Literal["sample", "teacher"] = "teacher"
+    reference: Literal["reference", "student"] = "student"
+    guidance: float = 2.5
+    lambda_law: Literal["uniform", "ramp", "constant"] = "uniform"
+    lambda_max: float = 0.9
+    reduction: Literal["sum", "mean"] = "sum"
+    beta: Literal["constant", "cosine"] = "constant"
+    share: float = 0.5
+    times: TimeLaw = field(default_factory=TimeLaw)
+    fake_times: TimeLaw = field(default_factory=lambda: TimeLaw(kind="uniform"))
+    buffer_size: int = 256
+
+    citation: ClassVar[str] = "APEX: One-Step High-Resolution Text-to-Image Synthesis"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lambda_max <= 1:
+            raise ValueError(f"lambda_max must lie in [0, 1], got {self.lambda_max}")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must lie in [0, 1], got {self.share}")
+        if min(self.path_weight, self.endpoint_weight) < 0 or self.path_weight + self.endpoint_weight == 0:
+            raise ValueError("path_weight and endpoint_weight must not be negative, nor both be 0")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Roles that this reading calls, beside the student."""
+        teacher = self.path_velocity == "teacher" and self.path_weight > 0 or self.real == "teacher" and self.endpoint_weight > 0
+        reference = self.reference == "reference" and self.path_weight > 0 or self.real == "reference" and self.endpoint_weight > 0
+        return ("teacher",) * teacher + ("reference",) * reference
+
+    def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
+        """Algorithm 1, lines 2-22, for one micro-batch."""
+        chosen = batch.chosen(self.share) if self.endpoint_weight > 0 else torch.zeros_like(batch.rows, dtype=torch.bool)
+        used = chosen if self.path_weight == 0 else torch.ones_like(chosen)
+        t = networks.round_time(self._times(batch, chosen))[used]
+        x, c, picked = batch.x[used], batch.c[used], chosen[used]
+        z = batch.random.normal(batch.x.shape[1:])[used].to(x)
+        x_t = networks.transport.interpolate(x, z, t)
+        F = networks.student(x_t, t, c)
+
+        zero = F.sum() * 0
+        total, terms = zero, {}
+        if self.path_weight > 0:
+            target = self._path_target(networks, batch, F, x, z, x_t, t, c)
+            path = (self._beta(t) * self._norm(F - target)).sum() / batch.total
+            total, terms["path"] = total + self.path_weight * path, path.detach()
+        if bool(picked.any()):
+            adversarial, shift = self._endpoint(networks, batch, chosen, F[picked], x_t[picked], t[picked], c[picked], memory)
+            scale = self.endpoint_weight / share_of(batch.total, self.share)
+            total = total + scale * (adversarial + shift)
+            terms |= {"adv": adversarial.detach() * scale, "shift": shift.detach() * scale}
+        return Losses(total, terms | {"loss": total.detach()})
+
+    # -- Path integrability, section 3.1 ---------------------------------------------------------------------------
+
+    def _times(self, batch: Batch, chosen: Tensor) -> Tensor:
+        """t of every row; with paired rows, the rows to generate from stand at t = 1."""
+        t = self.times.draw(batch.random)
+        return torch.where(chosen, torch.ones_like(t), t) if self.pairing == "rows" else t
+
+    def _path_target(
+        self, networks: Networks, batch: Batch, F: Tensor, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, c: Condition
+    ) -> Tensor:
+        """Algorithm 1, lines 6-8: the target of Eq. (12), without gradient."""
+        lt = networks.round_time(self._lambda(batch).to(t) * t)
+        with torch.no_grad():
+            if self.path_velocity == "sample":
+                x_lt = networks.transport.interpolate(x, z, lt)
+            else:
+                x_lt = move(self._teach(networks, x_t, t, c), x_t, t, lt, networks.transport)
+            itself = self.reference == "student"
+            network = networks.student if itself else networks.reference
+            F_t = F.detach() if itself else network(x_t, t, c)
+            F_lt = network(x_lt, lt, c)
+            return secant_target(F_t, F_lt, x_t, x_lt, t, lt, networks.transport, self.clip)
+
+    def _lambda(self, batch: Batch) -> Tensor:
+        """lambda of each row. Never quite 1: the secant divides by t - lambda t."""
+        bound = self.lambda_max * (batch.progress if self.lambda_law == "ramp" else 1.0)
+        drawn = torch.ones(len(batch.rows)) if self.lambda_law == "constant" else batch.random.uniform()
+        return (bound * drawn).clamp_max(0.99)
+
+    def _beta(self, t: Tensor) -> Tensor:
+        """beta(t) of Eq. (13): 1, or the cosine law that fades out the clean end, where little is left to move."""
+        return torch.ones_like(t) if self.beta == "constant" else 1 - torch.cos(torch.pi / 2 * t)
+
+    # -- Endpoint fidelity, section 3.2 ----------------------------------------------------------------------------
+
+    def _endpoint(
+        self,
+        networks: Networks,
+        batch: Batch,
+        chosen: Tensor,
+        F: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        c: Condition,
+        memory: MutableMapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Algorithm 1, lines 12-19: sums over the chosen rows of L_adv (Eq. 17) and L_shift (Eq. 19)."""
+        transport = networks.transport
+        x_fake = self._fakes(networks, batch, chosen, F, x_t, t, c, memory)
+        z_fake = batch.random.normal(x_fake.shape[1:], chosen).to(x_fake)
+        t_fake = networks.round_time(self.fake_times.draw(batch.random, chosen))
+        x_adv = transport.interpolate(x_fake, z_fake, t_fake)  # Eq. (15)
+        F_fake = networks.student(x_adv, t_fake, c.shift(self.a, self.b))
+        with torch.no_grad():
+            F_real = self._real(networks)(x_adv, t_fake, c)
+        adversarial = self._norm(adversarial_error(F_fake, x_fake, z_fake, t_fake, transport))
+        shift = self._norm(shifting_error(F, residual(F_fake, F_real).detach()))
+        return adversarial.sum(), shift.sum()
+
+    def _fakes(
+        self,
+        networks: Networks,
+        batch: Batch,
+        chosen: Tensor,
+        F: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        c: Condition,
+        memory: MutableMapping[str, Tensor],
+    ) -> Tensor:
+        """Pseudo-targets x_fake: the rows' own one-step pictures, or draws from the buffer of recent generations."""
+        if self.pairing == "rows":
+            return networks.transport.endpoint(F.detach(), x_t, t)
+        z = batch.random.normal(x_t.shape[1:], chosen).to(x_t)
+        one = torch.ones_like(t)
+        with torch.no_grad():
+            fresh = networks.transport.endpoint(networks.student(z, one, c), z, one)
+        buffer = torch.cat([memory["buffer"].to(fresh), fresh]) if "buffer" in memory else fresh
+        memory["buffer"] = buffer[-self.buffer_size :].detach()
+        index = (batch.random.uniform(chosen) * len(memory["buffer"])).long()
+        return memory["buffer"][index.to(fresh.device)]
+
+    def _real(self, networks: Networks) -> Field:
+        """The branch that answers for real data in Eq. (18)."""
+        if self.real == "teacher":
+            return lambda x_t, t, c: self._teach(networks, x_t, t, c)
+        return networks.student if self.real == "student" else networks.reference
+
+    def _teach(self, networks: Networks, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        """The frozen teacher's field, guided when a scale other than 1 is asked for."""
+        F = networks.teacher(x_t, t, c)
+        if self.guidance == 1 or networks.null is None:
+            return F
+        return guide(F, networks.teacher(x_t, t, networks.null.expand(len(c))), self.guidance)
+
+    def _norm(self, error: Tensor) -> Tensor:
+        return multi_scale_l2(error, self.p, self.c, self.reduction)
+
+
+def move(F: Tensor, x_t: Tensor, t: Tensor, s: Tensor, transport: Transport) -> Tensor:
+    """The point at time `s` that a prediction `F` at `x_t` leads to (Eq. 20): for linear transport `x_t - (t - s) F`."""
+    return transport.interpolate(transport.endpoint(F, x_t, t), transport.noise(F, x_t, t), s)

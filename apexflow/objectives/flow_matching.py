@@ -1,0 +1,31 @@
+"""Flow matching (Lipman et al., 2022): velocity regression. Trains teachers, and is the measure of cost for the others."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives.times import TimeLaw
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Eq. (2): mean squared error against `z - x` (or the target of another transport) at times drawn from `times`."""
+
+    times: TimeLaw = field(default_factory=TimeLaw)
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    citation: ClassVar[str] = "Lipman et al., Flow Matching for Generative Modeling, 2022"
+
+    def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
+        """Mean over the elements of each row, averaged over the global batch."""
+        t = networks.round_time(self.times.draw(batch.random))
+        z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
+        F = networks.student(networks.transport.interpolate(batch.x, z, t), t, batch.c)
+        error = F - networks.transport.target(batch.x, z, t)
+        loss = error.float().flatten(1).square().mean(1).sum() / batch.total
+        return Losses(loss, {"loss": loss.detach()})

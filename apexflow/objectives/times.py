@@ -1,0 +1,39 @@
+"""Laws of the time t: where on the path a method trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apexflow.randomness import RowRandom
+from apexflow.sampler import shift_times
+
+
+@dataclass(frozen=True)
+class TimeLaw:
+    """`kind` is "uniform" or "logit_normal" (mean and spread of the logit); `shift` > 1 then moves times towards noise.
+
+    The shift is that of the backbone's scheduler: `t' = s t / (1 + (s - 1) t)`.
+    """
+
+    kind: str = "logit_normal"
+    mean: float = 0.0
+    spread: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("uniform", "logit_normal"):
+            raise ValueError(f"time law must be uniform or logit_normal, got {self.kind!r}")
+        if self.spread <= 0 or self.shift <= 0:
+            raise ValueError(f"spread and shift of a time law must be above 0, got {self.spread} and {self.shift}")
+
+    def draw(self, random: RowRandom, where: Tensor | None = None) -> Tensor:
+        """Times (n,) in (0, 1), float32, one for each row that `where` marks (all rows when None)."""
+        if self.kind == "uniform":
+            t = random.uniform(where)
+        else:
+            t = torch.sigmoid(self.mean + self.spread * random.normal((), where))
+        # Both ends are kept off by a hair: at t = 0 nothing is left to predict, and a secant needs a step.
+        return shift_times(t.clamp(1e-3, 1 - 1e-5), self.shift)

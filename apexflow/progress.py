@@ -1,0 +1,52 @@
+"""Progress on standard error: a live bar in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+console = Console(stderr=True, highlight=False)
+LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """A counted task with a note beside it (losses, say). `total` None means the end is not known."""
+
+    def __init__(self, title: str, total: int | None = None, done: int = 0) -> None:
+        self.title, self.total, self.done, self.note = title, total, done, ""
+        self._bar = None
+        self._started, self._first, self._printed = time.monotonic(), done, time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if console.is_terminal:
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+            self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=console)
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="")
+        return self
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        self.note = note or self.note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=self.note)
+        elif time.monotonic() - self._printed > LINE_EVERY:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        rate = (self.done - self._first) / max(self._printed - self._started, 1e-9)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate > 0 else ""
+        of = f"/{self.total}" if self.total else ""
+        print(f"{self.title}: {self.done}{of}, {rate:.2f}/s{left}  {self.note}", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif time.monotonic() - self._started > LINE_EVERY:
+            self._print()

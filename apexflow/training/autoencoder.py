@@ -1,0 +1,59 @@
+"""Fitting the miniature's autoencoder. Real families come with theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from apexflow.data.cache import to_tensor
+from apexflow.data.captioned import Skipped, read_captioned
+from apexflow.progress import Progress
+
+
+def fit_autoencoder(vae: nn.Module, source: Path, size: tuple[int, int], steps: int, seed: int, pictures: int = 4000) -> float:
+    """Train `vae` in place on the first `pictures` of a captioned set; the mean squared error at the end.
+
+    Latents are held near unit variance and get noise before decoding, so that the decoder forgives the small errors of a
+    generator. Cosine schedule, AdamW.
+    """
+    torch.manual_seed(seed)
+    images = load_images(source, size, pictures)
+    generator = torch.Generator().manual_seed(seed)
+    # channels_last is about a quarter faster for these convolutions on a CPU.
+    vae.requires_grad_(True).train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.03)
+    error = torch.tensor(0.0)
+    with Progress("fitting the autoencoder", steps) as progress:
+        for _ in range(steps):
+            x = images[torch.randint(len(images), (16,), generator=generator)].float() / 127.5 - 1
+            loss, error = reconstruction_loss(vae, x, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.advance(note=f"mse {error.item():.4f}")
+    vae.requires_grad_(False).eval().to(memory_format=torch.contiguous_format)
+    return float(error)
+
+
+def reconstruction_loss(vae: nn.Module, x: Tensor, generator: torch.Generator, noise: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Loss and mean squared error of decoding noisy latents of pictures `x` (B, 3, H, W)."""
+    z = vae.encode(x).latent
+    y = vae.decode(z + noise * torch.randn(z.shape, generator=generator)).sample
+    error = (y - x).square().mean()
+    return (y - x).abs().mean() + error + 0.01 * (z.square().mean() - 1) ** 2, error.detach()
+
+
+def load_images(source: Path, size: tuple[int, int], count: int) -> Tensor:
+    """The first pictures of a set as uint8 (N, 3, H, W)."""
+    skipped, images = Skipped(), []
+    for item in read_captioned(source, skipped):
+        images.append(((to_tensor(item.image, size) + 1) * 127.5).round().byte())
+        if len(images) == count:
+            break
+    skipped.check(0.5, source)
+    return torch.stack(images)

@@ -1,0 +1,185 @@
+"""A recipe: dataclasses filled from YAML and command-line overrides, every unknown key refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from apexflow.errors import UserError
+from apexflow.objectives import objectives
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where captioned pictures come from: "scenes" (drawn, `count` from `seed`) or a path. `cache` keeps latents."""
+
+    source: str = "scenes"
+    count: int = 20000
+    seed: int = 1
+    cache: str | None = None
+    skip_limit: float = 0.05
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained: all of the transformer ("full") or a LoRA, and the text encoder beside it where that is asked for."""
+
+    kind: Literal["full", "lora"] = "full"
+    rank: int = 32
+    alpha: int | None = None  # the rank when not given
+    text_encoder: bool = False
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with warm-up and a schedule, and gradient clipping by norm."""
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup: int = 50
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Sample grids while training, at the step count that ships."""
+
+    every: int = 200
+    steps: int = 1
+    guidance: float = 1.0
+    count: int = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that makes a run. `objective` holds the fields of the method's own dataclass."""
+
+    output: str
+    method: str = "apex"
+    objective: dict[str, Any] = field(default_factory=dict)
+    model: str = "mini-teacher"
+    data: Data = field(default_factory=Data)
+    tuning: Tuning = field(default_factory=Tuning)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    preview: Preview = field(default_factory=Preview)
+    steps: int = 1000
+    minutes: float | None = None  # stop early, at a whole step, after this long
+    batch: int = 32
+    micro_batch: int | None = None
+    caption_dropout: float = 0.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    checkpoint_every: int = 500
+    keep: int = 2
+    bad_steps: int = 20  # non-finite steps in a row before the run stops
+    autoencoder_steps: int = 1500  # only when `model` is "miniature": how long its autoencoder is fitted
+    sampling_steps: int | None = None  # what the saved model says of how to sample it
+    sampling_guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "keep", "checkpoint_every", "bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        if self.optimizer.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate must be above 0, got {self.optimizer.learning_rate}")
+
+    def build_objective(self) -> Any:
+        """The method's dataclass, filled from `objective`; UserError names a method or key that does not exist."""
+        table = objectives()
+        if self.method not in table:
+            raise UserError(f"unknown method {self.method!r}{suggest(self.method, table)}; methods: {', '.join(table)}")
+        return parse(table[self.method], self.objective, "objective")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML, with overrides such as `optimizer.learning_rate=3e-4`; every mistake is a one-line UserError."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""  # type: ignore[attr-defined]
+        raise UserError(f"recipe {path} is not valid YAML{line}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path} must be a mapping of keys to values")
+    for override in overrides:
+        _override(raw, override)
+    recipe = parse(Recipe, raw, str(path))
+    recipe.build_objective()
+    return recipe
+
+
+def _override(raw: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must look like key=value, for example steps=100")
+    *path, last = key.split(".")
+    for part in path:
+        raw = raw.setdefault(part, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+    raw[last] = _scalar(value)
+
+
+def _scalar(value: str) -> Any:
+    # YAML 1.1 reads 3e-4 as text; people write it all the time.
+    try:
+        return float(value) if "e" in value.lower() and "." not in value else yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+
+
+def parse(kind: Any, raw: dict[str, Any], where: str) -> Any:
+    """A dataclass from a mapping; unknown keys, wrong types and wrong ranges are one-line UserErrors."""
+    _refuse_unknown(kind, raw, where)
+    try:
+        return TypeAdapter(kind).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or where
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        raise UserError(f"{where}: {key}: {message}{got}") from error
+
+
+def _refuse_unknown(kind: Any, raw: Any, where: str) -> None:
+    if not is_dataclass(kind) or not isinstance(raw, dict):
+        return
+    known = {f.name: f for f in fields(kind)}
+    for key, value in raw.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{suggest(str(key), known)}; known: {', '.join(known)}")
+        factory = known[key].default_factory
+        if isinstance(factory, type):
+            _refuse_unknown(factory, value, f"{where}: {key}")
+        elif callable(factory) and is_dataclass(value_type := type(factory())):
+            _refuse_unknown(value_type, value, f"{where}: {key}")
+
+
+def suggest(word: str, known: Any) -> str:
+    """`, did you mean 'x'?` where a known word is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,47 @@
+"""What a run leaves behind while it goes: `metrics.jsonl` and tensorboard curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+class Journal:
+    """One line of JSON a step. On resume, lines of steps that the checkpoint does not know are dropped."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        if self.path.is_file():
+            kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step(line) <= step]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            os.replace(partial, self.path)
+        self._file = self.path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step} | numbers) + "\n")
+        for name, value in numbers.items():
+            if name != "seconds":
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")

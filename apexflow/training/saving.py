@@ -1,0 +1,33 @@
+"""The end of a run: the averaged student as a model folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from apexflow.backbones import Backbone
+from apexflow.training.config import Recipe
+from apexflow.training.roles import FullRoles, LoraRoles
+
+
+def save_model(backbone: Backbone, roles: FullRoles | LoraRoles, recipe: Recipe, folder: Path, card: dict[str, Any]) -> Path:
+    """Write `folder/model` as a diffusers folder (LoRA merged into the base), whole or not at all."""
+    settings = replace(
+        backbone.settings,
+        steps=recipe.sampling_steps or backbone.settings.steps,
+        guidance=backbone.settings.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
+        card={"recipe": recipe.to_dict()} | card,
+    )
+    partial, final = folder / ".partial-model", folder / "model"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with roles.shipped():
+        if isinstance(roles, LoraRoles):
+            roles.save_merged(partial, settings)
+        else:
+            backbone.save(partial, settings)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    return final
