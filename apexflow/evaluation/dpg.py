@@ -64,10 +64,7 @@ def score(
     Returns overall, l1 and l2 {category: score} in percent (overall is nan when every item failed), items {item: score
     in [0, 1]} and failed (items that were left out: unknown, a parent question is missing, an answer is missing).
     """
-    if mode not in MODES:
-        raise UserError(f"DPG mode {mode!r} is unknown: take one of {', '.join(MODES)}")
-    if pic_num < 1:
-        raise UserError(f"pic_num is {pic_num}: a DPG image holds at least one sample")
+    _check_settings(mode, pic_num)
     questions = read_items(rows, mode)
     items: dict[str, float] = {}
     scores: list[float] = []
@@ -92,6 +89,13 @@ def score(
         "items": items,
         "failed": failed,
     }
+
+
+def _check_settings(mode: str, pic_num: int) -> None:
+    if mode not in MODES:
+        raise UserError(f"DPG mode {mode!r} is unknown: take one of {', '.join(MODES)}")
+    if pic_num < 1:
+        raise UserError(f"pic_num is {pic_num}: a DPG image holds at least one sample")
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:

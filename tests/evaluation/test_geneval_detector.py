@@ -230,7 +230,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     backbone = SwinConfig(image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4)
     backbone.out_features = ["stage1", "stage2", "stage3", "stage4"]
-    sizes = {"hidden_dim": 16, "feature_size": 16, "mask_feature_size": 16, "num_attention_heads": 2, "num_queries": 5}
+    sizes = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "num_attention_heads": 2, "num_queries": 5}
     layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 16, "dim_feedforward": 16}
     config = Mask2FormerConfig(backbone_config=backbone, num_labels=80, **sizes, **layers)
     folder = tmp_path_factory.mktemp("detector")

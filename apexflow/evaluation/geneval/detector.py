@@ -50,9 +50,7 @@ class Mask2FormerDetector:
             raise UserError(f"no detector folder at {folder}: convert the official checkpoint, or fetch one, to there")
         from transformers import Mask2FormerForUniversalSegmentation
 
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.float32
-        )
+        model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         if model.config.num_labels != len(NAMES):
             raise UserError(
                 f"the detector in {folder} has {model.config.num_labels} labels: GenEval needs a COCO instance model "

@@ -1,0 +1,206 @@
+"""The command line: parses, calls the library, prints. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apexflow.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune a text-to-image model into one that answers in one network evaluation, and prove it.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make or look at data sets.")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
+Steps = Annotated[int | None, typer.Option(help="Network evaluations a picture. Default: what the model was made for.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help='What to draw: "a photo of a red star left of a blue ring".')],
+    model: Model = "mini-student",
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write; several pictures become one grid.")] = Path("out.png"),
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
+    size: Annotated[int | None, typer.Option(help="Side in pixels. Default: the model's own.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    kappa: Annotated[float, typer.Option(help="Extrapolation ratio of the any-step sampler (Eq. 21).")] = 0.0,
+    rho: Annotated[float, typer.Option(help="Share of fresh noise at each step, 0 to 1.")] = 0.0,
+    order: Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")] = 1,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing picture.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from prompts."""
+    import time
+
+    from apexflow.generator import load, picture_grid
+
+    if output.exists() and not force:
+        raise UserError(f"{output} exists: pass --force to overwrite it, or choose another with -o")
+    generator = load(model, device)
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    began = time.perf_counter()
+    pictures = generator.generate(repeated, steps, seed, size, guidance, kappa, rho, order)
+    seconds = time.perf_counter() - began
+    output.parent.mkdir(parents=True, exist_ok=True)
+    columns = min(len(pictures), 8) if count == 1 else count
+    _save_picture(picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0], output)
+    result = {"output": str(output), "pictures": len(pictures), "evaluations": generator.evaluations, "seconds": round(seconds, 4)}
+    _show(result, as_json, f"{output}: {len(pictures)} picture(s), {generator.evaluations} evaluation(s) each, {seconds:.2f} s")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example steps=100 optimizer.learning_rate=1e-4.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the recipe's output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train what a recipe describes: checkpoints, curves, sample grids, a saved model and a report."""
+    from apexflow.training.config import load_recipe
+    from apexflow.training.loop import train as run
+
+    loaded = load_recipe(recipe, overrides or [])
+    model = run(loaded, resume)
+    report = model.parent / "report.html"
+    _show({"model": str(model), "report": str(report)}, as_json, f"model: {model}\nreport: {report}")
+
+
+@app.command()
+def evaluate(
+    model: Model = "mini-student",
+    suite: Annotated[str, typer.Option(help="mini-geneval or mini-geneval-held-out.")] = "mini-geneval",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="First random seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, each over the whole suite.")] = 1,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many prompts; the report says incomplete.")] = None,
+    kappa: Annotated[float, typer.Option(help="Extrapolation ratio (Eq. 21).")] = 0.0,
+    rho: Annotated[float, typer.Option(help="Share of fresh noise at each step.")] = 0.0,
+    order: Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")] = 1,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for rows and report; an interrupted run goes on.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Generate a suite's pictures and score them."""
+    from apexflow.evaluation.runner import Settings, evaluate, over_seeds
+    from apexflow.generator import load
+
+    generator = load(model, device)
+    reports = []
+    for number in range(seed, seed + seeds):
+        settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, number, limit)
+        reports.append(evaluate(generator, settings, output / f"seed-{number}" if output else None, model))
+    report = over_seeds(reports)
+    _show(report, as_json, score_table({model: report}))
+
+
+@data_app.command("scenes")
+def data_scenes(
+    folder: Annotated[Path, typer.Argument(help="Where the webdataset shards go.")],
+    count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Same seed, same scenes.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Draw captioned scenes: circles, stars, hearts ... with GenEval-style captions."""
+    from apexflow.data.captioned import write_scenes
+    from apexflow.data.scenes import scenes
+
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"output {folder} exists: choose another folder")
+    written = write_scenes(scenes(count, seed), folder)
+    _show({"folder": str(folder), "scenes": written}, as_json, f"{folder}: {written} scenes")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="How long to tune the teacher.")] = 2.5,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn the shipped teacher into a one-step generator, score it before and after, and write a report."""
+    from apexflow.demo import run_demo
+
+    result = run_demo(output, minutes, force)
+    _show(result, as_json, score_table(result["scores"]) + f"\nreport: {result['report']}")
+
+
+def score_table(scores: dict[str, dict[str, Any]]) -> str:
+    """Scores by task as text, one row a model."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="mini-GenEval (never comparable to GenEval)")
+    first = next(iter(scores.values()))
+    for heading in ("", "NFE", *first["tasks"], "overall", "strict", "diversity"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, report in scores.items():
+        error = f" ±{report['overall_se']:.3f}" if "overall_se" in report else ""
+        spread = "" if report.get("diversity") is None else f"{report['diversity']:.3f}"
+        cells = [f"{value:.2f}" for value in report["tasks"].values()]
+        table.add_row(name, str(report["evaluations"]), *cells, f"{report['overall']:.3f}{error}", f"{report['strict']:.3f}", spread)
+    text = StringIO()
+    Console(file=text, width=140).print(table)
+    return text.getvalue().rstrip()
+
+
+def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(result) if as_json else text)
+
+
+def _save_picture(picture: Any, path: Path) -> None:
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path} ({error}): check the folder, the free space and the suffix (.png)") from error
+
+
+def main() -> None:
+    """Entry point: every mistake of the user is one line and exit code 2."""
+    warnings.showwarning = lambda message, *rest, **named: print(f"apexflow: warning: {message}", file=sys.stderr)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        _fail(f"stopped; {stop}" if str(stop) else "stopped", 130)
+    except MemoryError:
+        _fail("out of memory: use a smaller batch or micro_batch", 2)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
+            _fail(getattr(error, "format_message", lambda: str(error))(), 2)
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail("out of GPU memory: lower micro_batch, or tune a LoRA (tuning.kind=lora)", 2)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"apexflow: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

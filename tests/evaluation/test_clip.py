@@ -1,0 +1,94 @@
+"""CLIP's preprocessing, truncation and score, and GenEval's colours on a tiny random model from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from apexflow.errors import UserError
+from apexflow.evaluation.clip import Clip, preprocess, tokenize, truncate
+from apexflow.evaluation.geneval import COLORS, ColorClassifier
+
+WORDS = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    *"abcdefghijklmnopqrstuvwxyz",
+    *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz-"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(path)
+    CLIPTokenizer(vocab={word: index for index, word in enumerate(WORDS)}, merges=[]).save_pretrained(path)
+    return path
+
+
+def test_truncation_keeps_the_end_token() -> None:
+    assert truncate(range(77)) == list(range(77))
+    assert truncate(range(100)) == [*range(76), 99]
+    assert truncate([1, 2, 3], 2) == [1, 3]
+    rows = tokenize(lambda text, **_: {"input_ids": [8, *range(len(text)), 9]}, ["abc", "", "a" * 50], 6)
+    assert rows.tolist() == [[8, 0, 1, 2, 9, 0], [8, 9, 0, 0, 0, 0], [8, 0, 1, 2, 3, 9]]
+
+
+def test_preprocess_takes_the_centre() -> None:
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste((0, 0, 255), (100, 0, 200, 100))
+    pixels = preprocess(wide, 50)
+    blue = (torch.tensor([0.0, 0, 1]) - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]
+    )
+    assert pixels.shape == (3, 50, 50)
+    torch.testing.assert_close(pixels[:, 25, 25], blue)
+    with pytest.raises(UserError):
+        preprocess(wide.crop((0, 0, 0, 0)))
+
+
+def test_score_reads_the_text_at_its_end(folder: Path) -> None:
+    clip = Clip.load(folder)
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 33, 3), dtype=np.uint8)) for i in range(2)]
+    score = clip.score(images, ["red cat", "a dog"])
+    cosine = (clip.encode_images(images) * clip.encode_texts(["red cat", "a dog"])).sum(-1)
+    torch.testing.assert_close(score, clip.model.logit_scale.exp() * cosine)
+    torch.testing.assert_close(clip.score(images[1:], ["a dog"]), score[1:])  # the batch does not matter
+    long = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 4
+    torch.testing.assert_close(clip.encode_texts([long]), clip.encode_texts([long + "zzz"]))
+    assert not torch.allclose(clip.encode_texts([long]), clip.encode_texts(["b " + long]))
+    with pytest.raises(UserError, match="one prompt"):
+        clip.score(images, ["red cat"])
+
+
+def test_colours_of_kept_objects(folder: Path) -> None:
+    classifier = ColorClassifier(Clip.load(folder))
+    weights = classifier.weights("dog")
+    assert weights.shape == (10, 8) and torch.allclose(weights.norm(dim=1), torch.ones(10))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    masks = {"dog": np.zeros((3, 40, 40), bool)}
+    masks["dog"][2, 5:20, 5:20] = True
+    color_of = classifier.color_of(image, masks, {"dog": [2, 0]})
+    boxes = np.float32([[5, 5, 20, 20, 0.9], [0, 0, 40, 40, 0.8]])
+    alone, both = color_of("dog", boxes[:1]), color_of("dog", boxes)
+    assert len(both) == 2 and both[:1] == alone and set(both) <= set(COLORS)
+    assert classifier.classify("dog", []) == []
+    assert alone == classifier.classify("dog", [image.crop((5, 5, 20, 20))])  # its own mask fills its own box
+
+
+def test_folder_mistakes(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no CLIP folder"):
+        Clip.load(tmp_path / "absent")
+    model = CLIPModel.from_pretrained(folder)
+    model.config.text_config.hidden_act = "gelu"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="quick_gelu"):
+        Clip.load(tmp_path)

@@ -1,0 +1,212 @@
+"""The judge against a real HTTP server that answers rubbish, fails, stalls and hangs up."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from apexflow.errors import UserError
+from apexflow.evaluation.judge import Judge, JudgeError, ReplyStore, Request, collect, question_messages, strip_thinking
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+Step = Callable[[BaseHTTPRequestHandler], None]
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def answer(text: object) -> Step:
+    body = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+    return lambda handler: send(handler, 200, body)
+
+
+def status(code: int, **headers: str) -> Step:
+    return lambda handler: send(handler, code, b'{"error": "told so"}', **headers)
+
+
+def raw(body: bytes) -> Step:
+    return lambda handler: send(handler, 200, body)
+
+
+def hang_up(handler: BaseHTTPRequestHandler) -> None:
+    handler.connection.close()
+
+
+def half_a_body(handler: BaseHTTPRequestHandler) -> None:
+    send(handler, 200, b'{"choices', Content_Length="500")
+    handler.close_connection = True
+
+
+def stall(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(0.6)
+
+
+class Server:
+    """Plays its script one step a request, then answers 2; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.script: list[Step] = []
+        self.asked: list[dict] = []
+        self.headers: list[dict[str, str]] = []
+        lock, outer = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.asked.append({**body, "path": self.path})
+                    outer.headers.append(dict(self.headers))
+                    step = outer.script.pop(0) if outer.script else answer("2")
+                step(self)
+
+            def log_message(self, *arguments: object) -> None:
+                return
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *arguments: None  # clients that gave up are expected here
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # must not be used for this machine
+    server = Server()
+    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.http.shutdown()
+    thread.join()
+    server.http.server_close()
+
+
+def judge(server: Server, **changes: object) -> Judge:
+    return Judge(**{"base_url": server.url, "model": "m", "timeout": 0.3, "attempts": 3, "backoff": 0.01} | changes)
+
+
+def test_request_and_reply(server: Server) -> None:
+    server.script = [answer("fine")]
+    messages = question_messages("what?", Image.new("RGB", (2, 2)))
+    options = {"temperature": 0, "max_tokens": 5}
+    assert judge(server, api_key="secret", options=options)(messages) == "fine"
+    assert server.asked == [{"path": "/v1/chat/completions", "model": "m", "messages": messages, **options}]
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+    assert "secret" not in repr(judge(server, api_key="secret"))
+
+
+PASSING = [status(429), status(500), status(503), hang_up, half_a_body, stall, raw(b"<html>"), raw(b"{}"), answer(None)]
+
+
+@pytest.mark.parametrize("failure", PASSING)
+def test_passing_failures_are_retried_then_reported(server: Server, failure: Step) -> None:
+    server.script = [failure, failure]
+    assert judge(server).ask(MESSAGES) == "2"
+    server.script = [failure] * 3
+    with pytest.raises(JudgeError, match="3 attempts"):
+        judge(server).ask(MESSAGES)
+    assert len(server.asked) == 6
+
+
+def test_the_server_may_ask_for_time(server: Server) -> None:
+    server.script = [status(429, Retry_After="0.3")]
+    start = time.perf_counter()
+    assert judge(server).ask(MESSAGES) == "2"
+    assert time.perf_counter() - start >= 0.3
+    server.script = [status(429, Retry_After="3600")]
+    assert judge(server, longest_wait=0.01).ask(MESSAGES) == "2"
+
+
+def test_refusals_are_final(server: Server) -> None:
+    server.script = [status(401)]
+    with pytest.raises(JudgeError, match=r"401.*told so"):
+        judge(server).ask(MESSAGES)
+    assert len(server.asked) == 1
+
+
+def test_nobody_there(server: Server) -> None:
+    with pytest.raises(JudgeError, match="no answer"):
+        judge(server, base_url="http://127.0.0.1:9/v1").ask(MESSAGES)
+    for wrong in ({"base_url": "localhost:8000"}, {"base_url": "file:///etc"}, {"attempts": 0}):
+        with pytest.raises(UserError):
+            judge(server, **wrong)
+
+
+def requests(count: int) -> list[Request]:
+    return [
+        Request(str(index), lambda index=index: [{"role": "user", "content": str(index)}]) for index in range(count)
+    ]
+
+
+def test_collect_keeps_everything_and_asks_only_for_the_rest(server: Server, tmp_path: Path) -> None:
+    server.script = [status(401), answer("rubbish"), answer("rubbish")]
+    path = tmp_path / "replies" / "judge.jsonl"
+    done: list[str] = []
+    first = collect(
+        requests(3), judge(server), str.isdigit, ReplyStore(path), attempts=2, workers=1, on_done=done.append
+    )
+    assert first.replies == {"2": "2"} and done == ["0", "1", "2"]
+    assert "401" in first.failed["0"] and "parsed" in first.failed["1"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["key"], row["reply"], row["accepted"]) for row in rows] == [
+        ("1", "rubbish", False),
+        ("1", "rubbish", False),
+        ("2", "2", True),
+    ]
+    asked = len(server.asked)
+    again = collect(requests(3), judge(server), str.isdigit, ReplyStore(path))
+    assert again.replies == {"0": "2", "1": "2", "2": "2"} and not again.failed
+    assert len(server.asked) == asked + 2
+
+
+def test_another_model_is_asked_anew(server: Server, tmp_path: Path) -> None:
+    store = ReplyStore(tmp_path / "r.jsonl")
+    collect(requests(2), judge(server), str.isdigit, store)
+    collect(requests(2), judge(server), str.isdigit, store)
+    assert len(server.asked) == 2
+    collect(requests(2), judge(server, model="other"), str.isdigit, store)
+    assert len(server.asked) == 4
+
+
+def test_half_a_line_of_a_killed_run(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    collect(requests(2), judge(server), str.isdigit, ReplyStore(path), workers=1)
+    path.write_text(path.read_text()[:-20])
+    assert len(collect(requests(2), judge(server), str.isdigit, ReplyStore(path)).replies) == 2
+    assert len(server.asked) == 3
+    collect(requests(2), judge(server), str.isdigit, ReplyStore(path))
+    assert len(server.asked) == 3
+
+
+def test_many_at_once_with_trouble(server: Server, tmp_path: Path) -> None:
+    server.script = [status(500), hang_up, raw(b"no")] * 5
+    path = tmp_path / "r.jsonl"
+    result = collect(requests(30), judge(server, attempts=20), str.isdigit, ReplyStore(path), workers=8)
+    assert len(result.replies) == 30 and not result.failed
+    assert len(path.read_text().splitlines()) == 30
+
+
+def test_a_judge_in_process_and_an_unreadable_image(tmp_path: Path) -> None:
+    def missing() -> list[dict]:
+        return question_messages("?", tmp_path / "absent.png")
+
+    asked = [*requests(1), Request("gone", missing)]
+    result = collect(asked, lambda messages: "1", str.isdigit, ReplyStore(tmp_path / "r.jsonl"))
+    assert result.replies == {"0": "1"} and "absent.png" in result.failed["gone"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "rest"), [("<think>a</think> b", "b"), ("a</think>b", "b"), ("<think>a", ""), (" b ", "b")]
+)
+def test_strip_thinking(reply: str, rest: str) -> None:
+    assert strip_thinking(reply) == rest
