@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError
+from apexflow.errors import Stopped, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -180,13 +180,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)  # the parser turns an unhandled Ctrl-C into a code
     except UserError as error:
         _fail(str(error), 2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        _fail(f"stopped; {stop}" if str(stop) else "stopped", 130)
+    except Stopped as stop:
+        _fail(f"stopped: {stop}", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped", 130)
     except MemoryError:
         _fail("out of memory: use a smaller batch or micro_batch", 2)
     except Exception as error:

@@ -73,7 +73,9 @@ def _fits(c: Tensor, value: float | Tensor) -> bool:
 
 
 def concatenate(conditions: Sequence[Condition]) -> Condition:
-    """Join conditions along the batch, padding the shorter texts with masked zeros."""
+    """Join conditions along the batch, padding the shorter texts with masked zeros; all or none must be pooled."""
+    if len({c.pooled is None for c in conditions}) > 1:
+        raise ValueError("conditions with and without a pooled embedding cannot be joined")
     length = max(c.embeds.shape[1] for c in conditions)
     masked = any(c.mask is not None or c.embeds.shape[1] != length for c in conditions)
     embeds = torch.cat([pad_tokens(c.embeds, length) for c in conditions])

@@ -1,7 +1,11 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
     """A mistake in the input, told in one line that names the thing and the mend; the command line exits with 2."""
+
+
+class Stopped(Exception):
+    """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""

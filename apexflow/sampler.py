@@ -32,6 +32,8 @@ def time_grid(
     e0, e1 = gaps
     if not (0 <= e0 < 1 and 0 <= e1 < 1):
         raise ValueError(f"gaps must lie in [0, 1), got {gaps}")
+    if e1 > 0 and e0 + e1 >= 1 and steps > 1:
+        raise ValueError(f"gaps must leave room for {steps} steps between them, got {gaps}")
     if e1 > 0:
         u = torch.linspace(e0, 1 - e1, steps, dtype=torch.float64)
     else:
@@ -62,6 +64,8 @@ def sample(
     """
     if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
         raise ValueError("times must be a strictly descending vector of at least two times")
+    if times[0] > 1 or times[-1] < 0:
+        raise ValueError("times must lie in [0, 1]: divide a scheduler's timesteps by their number")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
     if not 0 <= rho <= 1 or kappa < 0:

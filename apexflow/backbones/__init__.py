@@ -1,10 +1,10 @@
-"""Backbones: one file a family. Each hides its sign, time scale, packing, masks and guidance embeddings behind one contract."""
+"""Backbones: one file a family, which hides sign, time scale, packing, masks and guidance inputs behind a contract."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -22,7 +22,9 @@ class Settings:
 
     steps, guidance, times: how the model is meant to be sampled (`times`: an explicit descending grid, or None).
     instruction: whether the family's instruction text is put before the prompt (SANA).
-    max_tokens: prompts longer than this are cut. card: recipe, seed, hardware, time and scores, for people.
+    max_tokens: prompts longer than this are cut. embedded_guidance: the scale fed to a network that takes one as an
+    input (FLUX.1 dev, SANA-Sprint, LCM-SDXL); None is the family's own. card: recipe, seed, hardware, time and scores,
+    for people.
     """
 
     steps: int = 20
@@ -31,11 +33,19 @@ class Settings:
     instruction: bool = True
     max_tokens: int = 300
     size: int | None = None
+    embedded_guidance: float | None = None
     card: dict = field(default_factory=dict)
 
 
 class Backbone(Protocol):
-    """A loaded text-to-image model. Pictures are (B, 3, H, W) in [-1, 1]; latents are normalised to about unit variance."""
+    """A loaded text-to-image model. Pictures are (B, 3, H, W) in [-1, 1]; latents have about unit variance.
+
+    text_encoder: one module, or a ModuleDict of several. lora_targets: module names or their last parts, as peft takes
+    them. without_gradient: first parts of the names of parameters that no loss can reach (their output is dropped),
+    which DDP must be told of. shift_defaults: (a, b) of Eq. (16). normalizes_text: whether the network RMS-normalises
+    the text first, so that scaling it by a positive factor changes nothing (see `check_shift`). time_shift: s of
+    `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side.
+    """
 
     family: ClassVar[str]
     transport: Transport
@@ -45,7 +55,16 @@ class Backbone(Protocol):
     tokenizer: Any
     settings: Settings
     lora_targets: Sequence[str]
+    without_gradient: Sequence[str]
     time_shift: float
+    shift_defaults: tuple[float, float]
+    normalizes_text: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def default_size(self) -> int: ...
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """`F(x_t, t, c)` of the paper, answered by `network`, a module of the transformer's class; t (B,) in [0, 1]."""
@@ -78,11 +97,41 @@ class Backbone(Protocol):
 
 def backbones() -> dict[str, Any]:
     """The table of families by the pipeline class that `model_index.json` names: one line each."""
+    from apexflow.backbones.flux import Flux
+    from apexflow.backbones.lumina2 import Lumina2
+    from apexflow.backbones.pixart import PixArt
+    from apexflow.backbones.qwen_image import QwenImage
     from apexflow.backbones.sana import Sana
+    from apexflow.backbones.sana_sprint import SanaSprint
+    from apexflow.backbones.sd3 import StableDiffusion3
+    from apexflow.backbones.sdxl import StableDiffusionXL
+    from apexflow.backbones.z_image import ZImage
 
-    return {"SanaPipeline": Sana}
+    return {
+        "SanaPipeline": Sana,
+        "SanaSprintPipeline": SanaSprint,
+        "QwenImagePipeline": QwenImage,
+        "StableDiffusion3Pipeline": StableDiffusion3,
+        "FluxPipeline": Flux,
+        "ZImagePipeline": ZImage,
+        "Lumina2Pipeline": Lumina2,
+        "StableDiffusionXLPipeline": StableDiffusionXL,
+        "PixArtAlphaPipeline": PixArt,
+        "PixArtSigmaPipeline": PixArt,
+    }
 
 
+def check_shift(backbone: Backbone, a: float, b: float) -> None:
+    """UserError for a shift (Eq. 16) that this model cannot see: a > 0 with b = 0 where it normalises the text."""
+    if backbone.normalizes_text and a > 0 and b == 0:
+        best = backbone.shift_defaults
+        raise UserError(
+            f"the shift a={a}, b=0 gives no contrast: {backbone.family} normalises the text, so F(a c) = F(c) for "
+            f"a > 0; take a < 0 or b other than 0, such as a={best[0]}, b={best[1]}"
+        )
+
+
+PICKLES = (".bin", ".pt", ".ckpt", ".pth")
 BUILT_IN = Path(__file__).parent.parent / "assets"
 
 
@@ -99,7 +148,9 @@ def resolve(path_or_id: str) -> Path:
     if path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~")):
         return _download(path_or_id)
     names = ", ".join(sorted(p.parent.name for p in BUILT_IN.glob("*/model_index.json")))
-    raise UserError(f"model {path_or_id!r} not found: give a diffusers folder, a hub id (owner/name) or one of: {names}")
+    raise UserError(
+        f"model {path_or_id!r} not found: give a diffusers folder, a hub id (owner/name) or one of: {names}"
+    )
 
 
 def _download(hub_id: str) -> Path:
@@ -109,12 +160,18 @@ def _download(hub_id: str) -> Path:
         allowed = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(hub_id, allow_patterns=allowed))
     except Exception as error:  # the hub raises many kinds: offline, gated, missing
-        raise UserError(f"cannot fetch {hub_id!r} from the hub ({type(error).__name__}): check the name and the network") from error
+        raise UserError(
+            f"cannot fetch {hub_id!r} from the hub ({type(error).__name__}): check the name and the network"
+        ) from error
 
 
 def load_backbone(path_or_id: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
-    """Load a model folder by the family that its `model_index.json` names. Never unpickles, never runs code from the folder."""
+    """Load a model folder by the family that its `model_index.json` names. Never unpickles, never runs its code."""
     folder = resolve(path_or_id)
+    if folder.is_file():
+        pickled = folder.suffix in PICKLES
+        what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
+        raise UserError(f"{folder} is {what}; give the folder of a diffusers checkpoint")
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{folder} is no diffusers checkpoint: model_index.json is missing")
@@ -132,12 +189,17 @@ def load_backbone(path_or_id: str, device: str | torch.device = "cpu", dtype: to
 def refuse_pickles(folder: Path) -> None:
     """UserError if a component of the folder has weights in a pickle format and none in safetensors."""
     for part in sorted(p for p in folder.iterdir() if p.is_dir()):
-        pickles = [p for p in part.iterdir() if p.suffix in (".bin", ".pt", ".ckpt", ".pth")]
+        pickles = [p for p in part.iterdir() if p.suffix in PICKLES]
         if pickles and not list(part.glob("*.safetensors")):
             raise UserError(f"{pickles[0]} is a pickle, which can run code: convert it to safetensors first")
 
 
-def read_settings(folder: Path) -> Settings:
-    """`apexflow.json` of a model folder, or the defaults."""
-    path = folder / "apexflow.json"
-    return Settings(**json.loads(path.read_text())) if path.is_file() else Settings()
+def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
+    """`apexflow.json` of a model folder over the family's `defaults`; UserError for a file that does not fit."""
+    defaults, path = defaults or Settings(), folder / "apexflow.json"
+    if not path.is_file():
+        return defaults
+    try:
+        return replace(defaults, **json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this version of apexflow ({error}): restore or delete it") from error

@@ -3,23 +3,93 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from apexflow.backbones import Settings
 from apexflow.errors import UserError
+
+
+def quiet() -> None:
+    """Silence the libraries' own bars and notices: what a user must know, apexflow says."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def load_part(folder: Path, part: str, kind: Any, dtype: torch.dtype | None = None) -> Any:
     """`kind.from_pretrained` on one sub-folder, local files and safetensors only; UserError when it cannot be read."""
+    quiet()
     path = folder / part
     if not path.is_dir():
         raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
     if dtype is None:
         return _guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
-    model = _guarded(path, lambda: kind.from_pretrained(path, local_files_only=True, use_safetensors=True))
+    model = _guarded(path, lambda: kind.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=dtype))
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def load_parts(folder: Path, kinds: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The named sub-folders (tokenizers, and models with weights) and the scheduler; UserError names a missing one."""
+    parts: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        if name.startswith("tokenizer"):
+            parts[name] = load_part(folder, name, kind)
+            continue
+        # Autoencoders of the AutoencoderKL line overflow in float16 ("force_upcast").
+        wide = name == "vae" and dtype == torch.float16
+        parts[name] = load_part(folder, name, kind, torch.float32 if wide else dtype).to(device)
+    return parts | {"scheduler": load_scheduler(folder)}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json`: the pipeline class, its parts and its own settings."""
+    return json.loads((folder / "model_index.json").read_text())
+
+
+def save_folder(
+    folder: Path, pipeline: str, parts: Mapping[str, Any], settings: Settings, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write parts, `model_index.json` (with `extra` entries) and `apexflow.json`: what the stock `pipeline` loads."""
+    import diffusers
+
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **(extra or {})}
+    for name in sorted(parts):
+        parts[name].save_pretrained(folder / name)
+        index[name] = [type(parts[name]).__module__.split(".")[0], type(parts[name]).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """s of `t' = s t / (1 + (s - 1) t)` that a flow scheduler's config asks for, with `tokens` a picture."""
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def compute_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype that a network computes in: that of its parameters, unless they are stored narrower (fp8, 4 bits)."""
+    stored = next(network.parameters()).dtype
+    return stored if stored.itemsize > 1 else network.dtype  # type: ignore[return-value]
+
+
+def running_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype of a network's activations right now: autocast's where it is on, else `compute_dtype`."""
+    device = next(network.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else compute_dtype(network)
 
 
 def load_scheduler(folder: Path) -> Any:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
+from apexflow.backbones.parts import compute_dtype, load_part, load_scheduler, save_folder, scheduler_shift
+from apexflow.backbones.text import tokenize, unknown_words
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.transport import LINEAR, Transport
@@ -25,14 +25,28 @@ class Sana:
     """A `SanaPipeline` folder. The raw output already is z - x and time goes in as 1000 t in float32."""
 
     family: ClassVar[str] = "sana"
+    pipeline: str = "SanaPipeline"
+    defaults: ClassVar[Settings] = Settings()
     transport: Transport = LINEAR
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
+    without_gradient: Sequence[str] = ()
+    shift_defaults: tuple[float, float] = (-0.5, 1.0)
+    normalizes_text: bool = False
 
-    def __init__(self, transformer: nn.Module, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any, settings: Settings) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
+        settings: Settings,
+    ) -> None:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.scheduler, self.settings = tokenizer, scheduler, settings
         self.tokenizer.padding_side = "right"
-        self.time_shift = float(scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0)
+        tokens = (self.default_size // self._factor // transformer.config.patch_size) ** 2
+        self.time_shift = scheduler_shift(scheduler.config, tokens)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Sana:
@@ -40,13 +54,12 @@ class Sana:
         from diffusers import AutoencoderDC, SanaTransformer2DModel
         from transformers import AutoTokenizer, Gemma2Model
 
-        from apexflow.backbones.parts import load_part, load_scheduler
-
         transformer = load_part(folder, "transformer", SanaTransformer2DModel, dtype).to(device)
         vae = load_part(folder, "vae", AutoencoderDC, dtype).to(device)
         text_encoder = load_part(folder, "text_encoder", Gemma2Model, dtype).to(device)
         tokenizer = load_part(folder, "tokenizer", AutoTokenizer)
-        return cls(transformer, vae, text_encoder, tokenizer, load_scheduler(folder), read_settings(folder))
+        settings = read_settings(folder, cls.defaults)
+        return cls(transformer, vae, text_encoder, tokenizer, load_scheduler(folder), settings)
 
     @property
     def device(self) -> torch.device:
@@ -54,12 +67,12 @@ class Sana:
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, C, h, w), answered in the dtype of x_t."""
-        dtype = next(network.parameters()).dtype
+        dtype = compute_dtype(network)
         F = network(
             hidden_states=x_t.to(dtype),
             encoder_hidden_states=c.embeds.to(dtype),
             encoder_attention_mask=c.mask,
-            timestep=1000.0 * t.float() * network.config.timestep_scale,
+            timestep=1000.0 * t.float() * self.transformer.config.timestep_scale,
             return_dict=False,
         )[0]
         return F.to(x_t.dtype)
@@ -67,16 +80,15 @@ class Sana:
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Gemma's last hidden states, padded to the longest prompt of the batch only.
 
-        With an instruction, BOS and the last `max_tokens - 1` positions of instruction and prompt are kept, as in the stock
-        pipeline, which pads to that length and masks; leaving the padding out gives the same answers.
+        With an instruction, BOS and the last `max_tokens - 1` positions of instruction and prompt are kept, as in the
+        stock pipeline, which pads to that length and masks; leaving the padding out gives the same answers.
         """
         prefix = self._instruction if self.settings.instruction else ""
         texts = [prefix + prompt.strip().lower() if prompt.strip() else "" for prompt in prompts]
         limit = self.settings.max_tokens
         length = len(self.tokenizer.encode(prefix)) + limit - 2 if prefix else limit
-        tokens = self.tokenizer(texts, padding="longest", max_length=length, truncation=True, return_tensors="pt")
-        mask = tokens.attention_mask.to(self.device)
-        embeds = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        ids, mask = (part.to(self.device) for part in tokenize(self.tokenizer, texts, length))
+        embeds = self.text_encoder(ids, attention_mask=mask)[0]
         if embeds.shape[1] > limit:
             keep = [0, *range(length - limit + 1, embeds.shape[1])]
             embeds, mask = embeds[:, keep], mask[:, keep]
@@ -85,22 +97,17 @@ class Sana:
     @cached_property
     def _instruction(self) -> str:
         """The stock pipeline's "complex human instruction", read from its own default."""
-        from diffusers import SanaPipeline
+        import diffusers
 
-        return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+        stock = getattr(diffusers, self.pipeline)
+        return "\n".join(inspect.signature(stock.__call__).parameters["complex_human_instruction"].default)
 
     def unknown_words(self, prompts: Sequence[str]) -> list[str]:
         """Prompts in which every token is the unknown token."""
-        unknown = self.tokenizer.unk_token_id
-        found = []
-        for prompt in prompts:
-            ids = self.tokenizer(prompt.lower(), add_special_tokens=False).input_ids
-            if ids and all(token == unknown for token in ids):
-                found.append(prompt)
-        return found
+        return unknown_words(self.tokenizer, [prompt.lower() for prompt in prompts])
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), scaled by the autoencoder's factor; deterministic."""
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), scaled by the autoencoder's factor."""
         dtype = next(self.vae.parameters()).dtype
         return self.vae.encode(images.to(self.device, dtype)).latent.float() * self.vae.config.scaling_factor
 
@@ -120,7 +127,9 @@ class Sana:
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         multiple = self._factor * self.transformer.config.patch_size
         if min(size) <= 0 or any(side % multiple for side in size):
-            raise UserError(f"size {size[0]}x{size[1]} does not fit this model: both sides must be multiples of {multiple}")
+            raise UserError(
+                f"size {size[0]}x{size[1]} does not fit this model: both sides must be multiples of {multiple}"
+            )
         if self.transformer.config.interpolation_scale is not None and max(size) != min(size):
             raise UserError(f"size {size[0]}x{size[1]} does not fit this model: its position embedding is square")
         return (self.transformer.config.in_channels, size[0] // self._factor, size[1] // self._factor)
@@ -130,16 +139,6 @@ class Sana:
         return t
 
     def save(self, folder: Path, settings: Settings) -> None:
-        for part in (*PARTS, "scheduler"):
-            getattr(self, part).save_pretrained(folder / part)
-        index = {
-            "_class_name": "SanaPipeline",
-            "_diffusers_version": __import__("diffusers").__version__,
-            "scheduler": ["diffusers", type(self.scheduler).__name__],
-            "text_encoder": ["transformers", type(self.text_encoder).__name__],
-            "tokenizer": ["transformers", type(self.tokenizer).__name__],
-            "transformer": ["diffusers", type(self.transformer).__name__],
-            "vae": ["diffusers", type(self.vae).__name__],
-        }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        """Write the diffusers folder of `pipeline`, with `settings` beside it."""
+        parts = {part: getattr(self, part) for part in (*PARTS, "scheduler")}
+        save_folder(folder, self.pipeline, parts, settings)

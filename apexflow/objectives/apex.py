@@ -95,7 +95,8 @@ def residual(F_fake: Tensor, F_real: Tensor) -> Tensor:
 def shifting_error(F: Tensor, delta: Tensor) -> Tensor:
     """Eq. (19): `F_anchor - sg(F_anchor + delta d)` with `F_anchor = -F`; descending on it moves F along -delta d.
 
-    For linear transport the one-step picture `z - F` then moves along `F_fake - F_real = E_real[x] - E_fake[x]`.
+    For linear transport the one-step picture `z - F` then moves along `F_fake - F_real`, which is
+    `(E_real[x] - E_fake[x]) / t` for the exact fields at time t.
     """
     anchor = -F
     return anchor - (anchor + delta).detach()
@@ -172,9 +173,9 @@ class APEX:
             total, terms["path"] = total + self.path_weight * path, path.detach()
         if bool(picked.any()):
             adversarial, shift = self._endpoint(networks, batch, chosen, F[picked], x_t[picked], t[picked], c[picked], memory)
-            scale = self.endpoint_weight / share_of(batch.total, self.share)
-            total = total + scale * (adversarial + shift)
-            terms |= {"adv": adversarial.detach() * scale, "shift": shift.detach() * scale}
+            count = share_of(batch.total, self.share)
+            total = total + self.endpoint_weight * (adversarial + shift) / count
+            terms |= {"adv": adversarial.detach() / count, "shift": shift.detach() / count}
         return Losses(total, terms | {"loss": total.detach()})
 
     # -- Path integrability, section 3.1 ---------------------------------------------------------------------------

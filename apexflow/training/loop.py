@@ -18,11 +18,12 @@ from torch import Tensor
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet
-from apexflow.errors import UserError
+from apexflow.errors import Stopped, UserError
 from apexflow.generator import pick_device
 from apexflow.objectives import Batch, Networks
 from apexflow.progress import Progress, console
 from apexflow.randomness import RowRandom, mix
+from apexflow.report import write_report
 from apexflow.training.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -37,6 +38,7 @@ from apexflow.training.journal import Journal
 from apexflow.training.prepare import prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import FullRoles, LoraRoles, make_roles, update_average
+from apexflow.training.saving import save_model
 
 CHECKPOINTS = "checkpoints"
 
@@ -64,7 +66,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """Carry out a recipe; the folder of the saved model.
 
     Raises UserError for bad input, an output that exists without `resume`, or a loss that stays non-finite. On Ctrl-C or
-    SIGTERM the run is saved and KeyboardInterrupt raised.
+    SIGTERM the run is saved and Stopped raised.
     """
     run = start(recipe, resume)
     journal = Journal(run.folder, run.step)
@@ -82,7 +84,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
                 save(run)
             if stop.asked:
                 journal.close()
-                raise KeyboardInterrupt(f"saved at step {run.step}; go on with: apexflow train RECIPE --resume")
+                raise Stopped(f"saved at step {run.step}; go on with the same command and --resume")
     if run.step % recipe.checkpoint_every != 0 and run.step != recipe.steps:
         save(run)  # the time limit ended the run between checkpoints
     journal.close()
@@ -220,10 +222,10 @@ def restore(run: Run, path: Path) -> None:
 
 
 def finish(run: Run) -> Path:
-    """Save the averaged student as a model folder; its path."""
-    from apexflow.training.saving import save_model
-
-    return save_model(run.backbone, run.roles, run.recipe, run.folder, {"steps": run.step, "seconds": round(run.seconds)})
+    """Save the averaged student as a model folder and write the report; the folder's path."""
+    model = save_model(run.backbone, run.roles, run.recipe, run.folder, {"steps": run.step, "seconds": round(run.seconds)})
+    write_report(run.folder)
+    return model
 
 
 def _time_is_up(run: Run) -> bool:

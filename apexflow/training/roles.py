@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -70,8 +71,10 @@ class LoraRoles:
         transformer = backbone.transformer.requires_grad_(False)
         alpha = tuning.alpha or tuning.rank
         config = LoraConfig(r=tuning.rank, lora_alpha=alpha, target_modules=list(backbone.lora_targets), init_lora_weights="gaussian")
-        for name in ("default", "ema"):
-            inject_adapter_in_model(config, transformer, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of the second adapter, which is the point here
+            for name in ("default", "ema"):
+                inject_adapter_in_model(config, transformer, adapter_name=name)
         self._layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
         if not self._layers:
             raise UserError(f"LoRA found none of its targets {list(backbone.lora_targets)} in this model")
@@ -112,6 +115,20 @@ class LoraRoles:
                 self._activate("default")
 
         return answer
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """A plain transformer with the averaged adapter added into its weights."""
+        transformer = self.backbone.transformer
+        tensors = {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}
+        layers = {id(layer) for layer in self._layers}
+        for name, module in transformer.named_modules():
+            if id(module) in layers:
+                weight = tensors[f"{name}.weight"]
+                tensors[f"{name}.weight"] = (weight.float() + module.get_delta_weight("ema").float()).to(weight)
+        plain = type(transformer).from_config(transformer.config).to(next(transformer.parameters()))
+        plain.load_state_dict(tensors)
+        return plain.eval().requires_grad_(False)
 
     @contextmanager
     def shipped(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.backbones import Backbone
+from apexflow.errors import UserError
 from apexflow.training.config import Recipe
 from apexflow.training.roles import FullRoles, LoraRoles
 
@@ -23,11 +24,16 @@ def save_model(backbone: Backbone, roles: FullRoles | LoraRoles, recipe: Recipe,
     partial, final = folder / ".partial-model", folder / "model"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with roles.shipped():
+    try:
         if isinstance(roles, LoraRoles):
-            roles.save_merged(partial, settings)
-        else:
+            tuned, backbone.transformer = backbone.transformer, roles.merged()
             backbone.save(partial, settings)
+            backbone.transformer = tuned
+        else:
+            with roles.shipped():
+                backbone.save(partial, settings)
+    except OSError as error:
+        raise UserError(f"cannot save {final} ({error}): free some space and pass --resume; the checkpoint is whole") from error
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return final

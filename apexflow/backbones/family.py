@@ -1,0 +1,130 @@
+"""What most families share: one denoiser, an AutoencoderKL, one or more text encoders, and a diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from apexflow.backbones import Settings
+from apexflow.backbones.parts import save_folder, scheduler_shift
+from apexflow.backbones.text import device_of, unknown_words
+from apexflow.errors import UserError
+from apexflow.transport import LINEAR, Transport
+
+
+class Family:
+    """Base of a family's file, which adds `load`, `encode_prompts` and `velocity`, and overrides what differs.
+
+    With several text encoders, `text_encoder` is a ModuleDict of them by the names of their folders, so that whoever
+    trains, copies or hashes "the text encoder" gets all of them.
+    """
+
+    family: ClassVar[str]
+    pipeline: str  # the class that `model_index.json` names
+    defaults: ClassVar[Settings] = Settings(instruction=False)
+    network_part: ClassVar[str] = "transformer"
+    patch: ClassVar[int] = 2  # latent pixels to a side of a token
+    transport: Transport = LINEAR
+    lora_targets: Sequence[str]
+    without_gradient: Sequence[str] = ()
+    # Table 6's best pair, found on Qwen-Image; elsewhere a starting point.
+    shift_defaults: tuple[float, float] = (-0.5, 1.0)
+    normalizes_text: bool = False
+
+    def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
+        self.settings = settings
+        self.transformer: Any = parts[self.network_part]
+        self.config = self.transformer.config
+        self.vae, self.scheduler = parts["vae"], parts["scheduler"]
+        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
+        self.text_encoder: Any = next(iter(encoders.values())) if len(encoders) == 1 else nn.ModuleDict(encoders)
+        self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
+        for tokenizer in self.tokenizers.values():
+            tokenizer.padding_side = "right"  # velocities and caches expect real tokens first
+        self.tokenizer = next(iter(self.tokenizers.values()))
+        tokens = (self.default_size // (self.factor * self.patch)) ** 2
+        self.time_shift = scheduler_shift(self.scheduler.config, tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.transformer)
+
+    def encoder(self, name: str) -> Any:
+        """One of several text encoders, by the name of its folder."""
+        return self.text_encoder[name]
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts in which every token is the unknown token."""
+        return unknown_words(self.tokenizer, prompts)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) in float32: the mode, shifted and scaled."""
+        latents = self.vae.encode(images.to(next(self.vae.parameters()))).latent_dist.mode().float()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to pictures (B, 3, H, W), clamped to [-1, 1], in float32."""
+        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return self.vae.decode(latents.to(next(self.vae.parameters()))).sample.float().clamp(-1, 1)
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a side of a latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Latent channels, unpacked."""
+        return self.config.in_channels
+
+    @property
+    def max_tokens_a_side(self) -> int | None:
+        """How many tokens the position table has along a side; None if it has no end."""
+        return None
+
+    @property
+    def default_size(self) -> int:
+        return self.settings.size or (self.config.get("sample_size") or 128) * self.factor
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """(C, h, w) for pictures of `size` (height, width) in pixels; UserError for one that the model cannot take."""
+        multiple, wrong = self.factor * self.patch, f"size {size[0]}x{size[1]} does not fit this model: "
+        if min(size) <= 0 or any(side % multiple for side in size):
+            raise UserError(f"{wrong}both sides must be multiples of {multiple}")
+        most = self.max_tokens_a_side
+        if most is not None and max(size) > most * multiple:
+            raise UserError(f"{wrong}sides go up to {most * multiple}")
+        return (self.channels, size[0] // self.factor, size[1] // self.factor)
+
+    def round_time(self, t: Tensor) -> Tensor:
+        """Times as the network sees them: unchanged, since most families feed their sinusoid in float32."""
+        return t
+
+    def save(self, folder: Path, settings: Settings) -> None:
+        """Write the diffusers folder of `pipeline`, with `settings` beside it."""
+        several = isinstance(self.text_encoder, nn.ModuleDict)
+        parts = {self.network_part: self.transformer, "vae": self.vae, "scheduler": self.scheduler, **self.tokenizers}
+        parts |= dict(self.text_encoder.items()) if several else {"text_encoder": self.text_encoder}
+        save_folder(folder, self.pipeline, parts, settings, self.index())
+
+    def index(self) -> dict[str, Any]:
+        """What `model_index.json` says beside the parts."""
+        return {}
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as tokens (B, h/2 * w/2, 4 C), each a 2 x 2 block in the order channel, row, column."""
+    rows, channels, height, width = latents.shape
+    blocks = latents.reshape(rows, channels, height // 2, 2, width // 2, 2)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(rows, (height // 2) * (width // 2), 4 * channels)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of `height` x `width`."""
+    rows, _, wide = tokens.shape
+    blocks = tokens.reshape(rows, height // 2, width // 2, wide // 4, 2, 2)
+    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(rows, wide // 4, height, width)

@@ -1,0 +1,84 @@
+"""From prompts to hidden states as the stock pipelines do it: how a text is cut and padded, and which layer is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], limit: int, padding: str = "longest") -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both (B, L), padded to the longest text ("longest") or to `limit` tokens ("max_length").
+
+    Texts of more than `limit` tokens are cut, with a warning that Python shows once.
+    """
+    texts = list(texts)
+    if max(len(ids) for ids in tokenizer(texts).input_ids) > limit:
+        warnings.warn(f"a prompt is longer than the {limit} tokens that the model reads: its rest is cut", stacklevel=2)
+    tokens = tokenizer(texts, padding=padding, max_length=limit, truncation=True, return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask
+
+
+def clip_states(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """CLIP's penultimate hidden states (B, 77, D) and its pooled vector (B, P), projected if the encoder projects.
+
+    Padding is attended, as in every pipeline that uses CLIP.
+    """
+    ids, _ = tokenize(tokenizer, texts, tokenizer.model_max_length, "max_length")
+    answer = encoder(ids.to(device_of(encoder)), output_hidden_states=True)
+    projected = getattr(answer, "text_embeds", None)
+    return answer.hidden_states[-2], answer.pooler_output if projected is None else projected
+
+
+def t5_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> Tensor:
+    """T5's last hidden states (B, limit, D); padding is attended (FLUX and SD3 were trained so)."""
+    ids, _ = tokenize(tokenizer, texts, limit, "max_length")
+    return encoder(ids.to(device_of(encoder)))[0]
+
+
+def masked_t5_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[Tensor, Tensor]:
+    """T5's last hidden states (B, L, D) and their mask (B, L), L tokens of the longest text."""
+    ids, mask = (part.to(device_of(encoder)) for part in tokenize(tokenizer, texts, limit))
+    return encoder(ids, attention_mask=mask)[0], mask
+
+
+def decoder_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[Tensor, Tensor]:
+    """A language model's last hidden states but one (B, L, D) and their mask (B, L), L tokens of the longest text."""
+    ids, mask = (part.to(device_of(encoder)) for part in tokenize(tokenizer, texts, limit))
+    return encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2], mask
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def unknown_words(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts in which every token is the unknown token; none if the tokenizer has no such token."""
+    unknown = tokenizer.unk_token_id
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        if ids and all(token == unknown for token in ids):
+            found.append(prompt)
+    return found
+
+
+def is_null(prompt: str) -> bool:
+    """Whether a prompt stands for the null condition."""
+    return not prompt.strip()
+
+
+def unless_full(mask: Tensor | None) -> Tensor | None:
+    """The mask, or None if it hides nothing: attention without a mask may use the fast kernels."""
+    return None if mask is None or bool(mask.bool().all()) else mask
+
+
+def rows_of(embeds: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The valid tokens of each row, [(L_i, D)]; real tokens stand before padding."""
+    if mask is None:
+        return list(embeds.unbind(0))
+    lengths = mask.bool().sum(1).tolist()
+    return [row[:length] for row, length in zip(embeds.unbind(0), lengths, strict=True)]

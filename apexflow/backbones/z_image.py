@@ -1,0 +1,68 @@
+"""Z-Image and Z-Image-Turbo (Tongyi-MAI, 2025): single-stream transformer on lists of latents, Qwen3 text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from apexflow.backbones import Settings, read_settings
+from apexflow.backbones.family import Family
+from apexflow.backbones.parts import compute_dtype, load_parts
+from apexflow.backbones.text import decoder_states, rows_of
+from apexflow.conditioning import Condition
+
+
+class ZImage(Family):
+    """A `ZImagePipeline` folder. The network takes 1 - t in float32 and answers x - z: both are turned.
+
+    The defaults are those of the base model (the stock guidance of 5 adds 5 (F(c) - F(null)), which is scale 6 here);
+    Turbo wants 8 steps and guidance 1.
+    """
+
+    family: ClassVar[str] = "z-image"
+    pipeline = "ZImagePipeline"
+    defaults: ClassVar[Settings] = Settings(steps=50, guidance=6.0, instruction=False, max_tokens=512)
+    lora_targets: Sequence[str] = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    )
+    normalizes_text = True
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> ZImage:
+        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+        from diffusers import AutoencoderKL, ZImageTransformer2DModel
+        from transformers import AutoTokenizer, Qwen3Model
+
+        kinds = {
+            "transformer": ZImageTransformer2DModel,
+            "vae": AutoencoderKL,
+            "text_encoder": Qwen3Model,
+            "tokenizer": AutoTokenizer,
+        }
+        return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t."""
+        dtype = compute_dtype(network)
+        pictures = list(x_t.to(dtype).unsqueeze(2).unbind(0))  # (16, 1, h, w) each
+        answers = network(pictures, 1 - t.float(), rows_of(c.embeds.to(dtype), c.mask), return_dict=False)[0]
+        return -torch.stack(answers).squeeze(2).to(x_t.dtype)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Qwen3's last hidden states but one in its chat template; the null prompt is the empty message."""
+        texts = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+            for prompt in prompts
+        ]
+        return Condition(*decoder_states(self.text_encoder, self.tokenizer, texts, self.settings.max_tokens))
+
+    @property
+    def max_tokens_a_side(self) -> int | None:
+        return min(self.config.axes_lens[1:])

@@ -1,0 +1,72 @@
+"""Pictures as base64 data URIs, so that a page holds them itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from apexflow.reporting.markup import tag, text
+
+WIDEST = 1200  # pixels; wider pictures are scaled down
+MOST_PREVIEWS = 12
+TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what pillow raises on damaged files
+Item = TypeVar("Item")
+
+
+def picture_tag(path: Path, description: str) -> str:
+    """A picture file as an <img> with its data inside; raises one of UNREADABLE where it is damaged or missing."""
+    raw = path.read_bytes()
+    with Image.open(io.BytesIO(raw)) as picture:
+        picture.load()
+        kind = TYPES.get(picture.format or "")
+        if kind is None or picture.width > WIDEST:
+            picture, raw, kind = _as_png(picture)
+    data = base64.b64encode(raw).decode("ascii")
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<img src="data:{kind};base64,{data}" alt="{text(description)}" {size}>'
+
+
+def _as_png(picture: Image.Image) -> tuple[Image.Image, bytes, str]:
+    width = min(picture.width, WIDEST)
+    height = max(1, round(picture.height * width / picture.width))
+    small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return small, buffer.getvalue(), TYPES["PNG"]
+
+
+def figure(picture: str, caption: str, kind: str = "grid") -> str:
+    """An <img> with its caption below."""
+    return tag("figure", picture + tag("figcaption", text(caption)), class_=kind)
+
+
+def previews(folder: Path, most: int = MOST_PREVIEWS) -> list[tuple[int, str]]:
+    """(step, <img>) of a run's `previews/step-N.png` in order, at most `most`, evenly spaced from first to last.
+
+    A damaged file (a crash while it was written) is left out.
+    """
+    named = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("step-*.png"))
+    found = sorted((int(match[1]), path) for match, path in named if match)
+    shown = ((step, _preview(step, path)) for step, path in spaced(found, most))
+    return [(step, picture) for step, picture in shown if picture]
+
+
+def _preview(step: int, path: Path) -> str:
+    try:
+        return picture_tag(path, f"Samples at step {step}")
+    except UNREADABLE:
+        return ""
+
+
+def spaced(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` (2 or more) of the items, evenly spaced, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

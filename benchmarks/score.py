@@ -1,0 +1,60 @@
+"""Score models on mini-GenEval at several step counts, all 553 prompts x 4 pictures, three seeds, held-out pairs apart.
+
+    python benchmarks/score.py NAME=MODEL:STEPS[:GUIDANCE] ... [--seeds 3] [--per-prompt 4] [--output results/scores.json]
+
+    python benchmarks/score.py teacher=mini-teacher:50 student=mini-student:1 --output results/scores.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from provenance import provenance
+
+from apexflow.cli import score_table
+from apexflow.evaluation.runner import Settings, evaluate, over_seeds, write_json
+from apexflow.generator import load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", metavar="NAME=MODEL:STEPS[:GUIDANCE]")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--per-prompt", type=int, default=4)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    scores = {}
+    if given.output and given.output.is_file():
+        scores = json.loads(given.output.read_text())["scores"]  # cases already scored are kept
+    for case in given.cases:
+        name, _, rest = case.partition("=")
+        model, steps, *guidance = rest.split(":")
+        if name in scores:
+            continue
+        generator = load(model)
+        report = {}
+        for suite in ("mini-geneval", "mini-geneval-held-out"):
+            common = {"suite": suite, "steps": int(steps), "guidance": float(guidance[0]) if guidance else None}
+            reports = [
+                evaluate(generator, Settings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common), name=name)
+                for seed in range(given.seeds)
+            ]
+            report[suite] = over_seeds(reports)
+        scores[name] = report["mini-geneval"] | {
+            "held_out": report["mini-geneval-held-out"]["overall"],
+            "held_out_tasks": report["mini-geneval-held-out"]["tasks"],
+            "model": model,
+        }
+        if given.output:
+            write_json(given.output, {"scores": scores} | provenance())
+    print(score_table(scores))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What an APEX step costs against a flow-matching step with the same rows: time, passes, memory.
+
+    python benchmarks/step_cost.py [--model mini-teacher] [--batch 32] [--steps 10] [--output results/step-cost.json]
+
+Steps of the two methods alternate, so that a noisy machine slows both. Memory is the growth of the process's peak resident
+set over what it held before the first step, each case in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from provenance import provenance
+
+from apexflow.training.config import Data, Recipe, Tuning
+from apexflow.training.loop import Run, start, training_step
+
+METHODS = ("flow_matching", "apex")
+
+
+def begin(method: str, kind: str, model: str, batch: int, folder: Path) -> Run:
+    data = Data(count=256, cache=str(folder / "cache"))
+    recipe = Recipe(
+        output=str(folder / f"{method}-{kind}"), method=method, model=model, data=data, batch=batch, tuning=Tuning(kind=kind)
+    )
+    return start(recipe, resume=False)
+
+
+def count_passes(run: Run) -> dict[str, float]:
+    """Rows through the network in one step, over the rows of the batch: with a graph, and without."""
+    rows = {"with_gradient": 0, "without_gradient": 0}
+    velocity = run.backbone.velocity
+
+    def counted(network, x_t, t, c):
+        graph = torch.is_grad_enabled() and any(p.requires_grad for p in network.parameters())
+        rows["with_gradient" if graph else "without_gradient"] += len(x_t)
+        return velocity(network, x_t, t, c)
+
+    run.backbone.velocity = counted
+    training_step(run)
+    del run.backbone.velocity
+    return {name: count / run.recipe.batch for name, count in rows.items()}
+
+
+def times(runs: dict[str, Run], steps: int) -> dict[str, float]:
+    """Median seconds a step, the methods taking turns."""
+    measured = {name: [] for name in runs}
+    for index in range(steps + 2):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            training_step(run)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index >= 2:
+                measured[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in measured.items()}
+
+
+def memory(method: str, kind: str, model: str, batch: int, folder: Path) -> float:
+    """Growth of the peak resident set over three steps, MiB, in a fresh process."""
+    arguments = [sys.executable, __file__, "--memory-of", method, kind, "--model", model, "--batch", str(batch), "--folder", str(folder)]
+    return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_memory(method: str, kind: str, model: str, batch: int, folder: Path) -> None:
+    run = begin(method, kind, model, batch, folder)
+    before = resident()
+    for _ in range(3):
+        training_step(run)
+    print(peak() - before)
+
+
+def resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mini-teacher")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--memory-of", nargs=2, metavar=("METHOD", "KIND"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.memory_of:
+        scratch = Path(tempfile.mkdtemp(dir=given.folder))
+        return print_memory(*given.memory_of, given.model, given.batch, scratch)
+    result = {"model": given.model, "batch": given.batch} | provenance()
+    for kind in ("full", "lora"):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            runs = {method: begin(method, kind, given.model, given.batch, folder) for method in METHODS}
+            passes = {name: count_passes(run) for name, run in runs.items()}
+            seconds = times(runs, given.steps)
+            del runs
+            peaks = {method: memory(method, kind, given.model, given.batch, folder) for method in METHODS}
+        result[kind] = {
+            "passes": passes,
+            "seconds": seconds,
+            "time_ratio": seconds["apex"] / seconds["flow_matching"],
+            "peak_mib": peaks,
+            "memory_ratio": peaks["apex"] / peaks["flow_matching"],
+        }
+        print(f"{kind}: an APEX step takes {result[kind]['time_ratio']:.2f} times a flow-matching step")
+        print(f"  rows through the network a row: {passes}")
+        print(f"  peak memory over the idle process: {peaks} MiB, ratio {result[kind]['memory_ratio']:.2f}")
+    if given.output:
+        given.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""Tiny random pipelines of every family, built from the libraries' own classes with nothing downloaded."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+LETTERS = [chr(code) for code in range(33, 127)]
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build(name: str) -> object:
+    """A stock pipeline of the family, its weights drawn from a fixed seed."""
+    torch.manual_seed(0)
+    return BUILDERS[name]()
+
+
+# -- Tokenizers --------------------------------------------------------------------------------------------------------
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *LETTERS]
+    return GemmaTokenizer(vocab={piece: index for index, piece in enumerate(dict.fromkeys(pieces))})
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    pieces = ["<|startoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|endoftext|>"]
+    return CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5Tokenizer(vocab=[*special, *((letter, -3.0) for letter in LETTERS)], extra_ids=0)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level BPE that knows each word of the Qwen-Image template, whose opening then has its true 34 tokens."""
+    none = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
+    text = QwenImagePipeline(**none).prompt_template_encode
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator([text] * 5 + [": user system assistant"], trainer)
+    learned = __import__("json").loads(learner.to_str())["model"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image|>", "<|video|>", "<|vision|>", "<|vision_end|>"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, additional_special_tokens=special)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+# -- Text encoders -----------------------------------------------------------------------------------------------------
+
+
+def gemma() -> Gemma2Model:
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=512,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            max_position_embeddings=4096,
+        )
+    ).eval()
+
+
+def clip(width: int = 16, projection: int | None = None) -> CLIPTextModel | CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=projection or width,
+        eos_token_id=2,
+    )
+    return (CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)).eval()
+
+
+def t5(width: int = 32) -> T5EncoderModel:
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=128, feed_forward_proj="gated-gelu", **sizes)).eval()
+
+
+def qwen_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    names = {"image": "<|image|>", "video": "<|video|>", "vision_start": "<|vision|>", "vision_end": "<|vision_end|>"}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    ).eval()
+
+
+# -- Autoencoders and schedulers ---------------------------------------------------------------------------------------
+
+
+def kl(channels: int = 4, scale: float = 0.13025, shift: float | None = None) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=channels,
+        scaling_factor=scale,
+        shift_factor=shift,
+    ).eval()
+
+
+def dc() -> AutoencoderDC:
+    sizes = {}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_block_out_channels": (8, 8), f"{part}_layers_per_block": (0, 1)}
+        sizes |= {f"{part}_block_types": "ResBlock", f"{part}_qkv_multiscales": ((), ())}
+    return AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.41407, **sizes).eval()
+
+
+def flow(shift: float = 3.0, **more: object) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=shift, **more)
+
+
+def dynamic(max_shift: float, max_tokens: int) -> FlowMatchEulerDiscreteScheduler:
+    # The published Qwen-Image file also says shift_terminal=0.02, with which one step is not a number.
+    return flow(1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=max_shift, max_image_seq_len=max_tokens)
+
+
+# -- Pipelines ---------------------------------------------------------------------------------------------------------
+
+
+def sana_transformer(**more: object) -> SanaTransformer2DModel:
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+        **more,
+    ).eval()
+
+
+def sana() -> SanaPipeline:
+    parts = {"tokenizer": gemma_tokenizer(), "text_encoder": gemma(), "vae": dc()}
+    return SanaPipeline(transformer=sana_transformer(), scheduler=flow(), **parts)
+
+
+def sana_sprint() -> SanaSprintPipeline:
+    transformer = sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads")
+    parts = {"tokenizer": gemma_tokenizer(), "text_encoder": gemma(), "vae": dc()}
+    return SanaSprintPipeline(transformer=transformer, scheduler=SCMScheduler(), **parts)
+
+
+def qwen_image() -> QwenImagePipeline:
+    tokenizer = qwen_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[-0.7, 0.1, 0.4, -0.2],
+        latents_std=[2.8, 1.4, 2.3, 2.6],
+    )
+    parts = {"tokenizer": tokenizer, "text_encoder": qwen_vl(tokenizer)}
+    return QwenImagePipeline(transformer=transformer.eval(), vae=vae.eval(), scheduler=dynamic(0.9, 8192), **parts)
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(),
+        vae=kl(4, 1.5305, 0.0609),
+        text_encoder=clip(16, 16),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(16, 16),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(40),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
+def flux(guidance: bool, scheduler: FlowMatchEulerDiscreteScheduler) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        transformer=transformer.eval(),
+        scheduler=scheduler,
+        vae=kl(4, 0.3611, 0.1159),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+def z_image() -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 32, 32],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    tokenizer = qwen_tokenizer()
+    parts = {"vae": kl(4, 0.3611, 0.1159), "text_encoder": qwen3(tokenizer), "tokenizer": tokenizer}
+    return ZImagePipeline(transformer=transformer.eval(), scheduler=flow(6.0), **parts)
+
+
+def lumina2() -> Lumina2Pipeline:
+    transformer = Lumina2Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=16,
+    )
+    parts = {"vae": kl(4, 0.3611, 0.1159), "text_encoder": gemma(), "tokenizer": gemma_tokenizer()}
+    return Lumina2Pipeline(transformer=transformer.eval(), scheduler=flow(6.0), **parts)
+
+
+def sdxl(guidance_width: int | None = None) -> StableDiffusionXLPipeline:
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        layers_per_block=1,
+        attention_head_dim=(1, 2),
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
+        time_cond_proj_dim=guidance_width,
+    )
+    return StableDiffusionXLPipeline(
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(**DDIM, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        vae=kl(),
+        text_encoder=clip(16),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(16, 16),
+        tokenizer_2=clip_tokenizer(),
+        add_watermarker=False,
+    )
+
+
+def pixart(kind: type, sample_size: int) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=sample_size,
+        caption_channels=32,
+        use_additional_conditions=sample_size == 128,
+    )
+    scheduler = DDIMScheduler(**DDIM, beta_start=0.0001, beta_end=0.02)
+    parts = {"vae": kl(4, 0.18215), "text_encoder": t5(), "tokenizer": t5_tokenizer()}
+    return kind(transformer=transformer.eval(), scheduler=scheduler, **parts)
+
+
+# One step of DDIM so set starts at the last index and answers its x0.
+DDIM = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+
+BUILDERS = {
+    "sana": sana,
+    "sana_sprint": sana_sprint,
+    "qwen_image": qwen_image,
+    "sd3": sd3,
+    "flux_schnell": lambda: flux(False, flow(1.0)),
+    "flux_dev": lambda: flux(True, dynamic(1.15, 4096)),
+    "z_image": z_image,
+    "lumina2": lumina2,
+    "sdxl": sdxl,
+    "sdxl_lcm": lambda: sdxl(guidance_width=8),
+    "pixart_alpha": lambda: pixart(PixArtAlphaPipeline, 128),
+    "pixart_sigma": lambda: pixart(PixArtSigmaPipeline, 16),
+}

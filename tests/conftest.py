@@ -1,0 +1,49 @@
+"""Shared fixtures: a miniature small enough to train in a second, and scenes on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+
+from apexflow.backbones.miniature import build_miniature
+from apexflow.data.captioned import write_scenes
+from apexflow.data.scenes import scenes, vocabulary
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SANA folder with random weights, 1 layer of width 32."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    folder.mkdir()
+    backbone = build_miniature(vocabulary(), seed=0, width=32, depth=1)
+    backbone.save(folder, backbone.settings)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 scenes in two webdataset shards."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(scenes(48, seed=3), folder, per_shard=24)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_model: Path, scene_folder: Path) -> Path:
+    """A recipe that trains the tiny model for a few steps."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'run'}\nmodel: {tiny_model}\ndata: {{source: {scene_folder}}}\n"
+        "steps: 6\nbatch: 4\ncheckpoint_every: 2\npreview: {every: 3, count: 2}\noptimizer: {warmup: 2}\n"
+    )
+    return path
