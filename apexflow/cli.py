@@ -32,7 +32,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 def generate(
     prompts: Annotated[list[str], typer.Argument(help='What to draw: "a photo of a red star left of a blue ring".')],
     model: Model = "mini-student",
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write; several pictures become one grid.")] = Path("out.png"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PNG to write; several pictures become one grid.")
+    ] = Path("out.png"),
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
@@ -60,15 +62,29 @@ def generate(
     output.parent.mkdir(parents=True, exist_ok=True)
     columns = min(len(pictures), 8) if count == 1 else count
     _save_picture(picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0], output)
-    result = {"output": str(output), "pictures": len(pictures), "evaluations": generator.evaluations, "seconds": round(seconds, 4)}
-    _show(result, as_json, f"{output}: {len(pictures)} picture(s), {generator.evaluations} evaluation(s) each, {seconds:.2f} s")
+    result = {
+        "output": str(output),
+        "pictures": len(pictures),
+        "evaluations": generator.evaluations,
+        "seconds": round(seconds, 4),
+    }
+    _show(
+        result,
+        as_json,
+        f"{output}: {len(pictures)} picture(s), {generator.evaluations} evaluation(s) each, {seconds:.2f} s",
+    )
 
 
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example steps=100 optimizer.learning_rate=1e-4.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the recipe's output.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="For example steps=100 optimizer.learning_rate=1e-4."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the recipe's output.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train what a recipe describes: checkpoints, curves, sample grids, a saved model and a report."""
@@ -90,11 +106,15 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="First random seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, each over the whole suite.")] = 1,
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only this many prompts; the report says incomplete.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only this many prompts; the report says incomplete.")
+    ] = None,
     kappa: Annotated[float, typer.Option(help="Extrapolation ratio (Eq. 21).")] = 0.0,
     rho: Annotated[float, typer.Option(help="Share of fresh noise at each step.")] = 0.0,
     order: Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")] = 1,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for rows and report; an interrupted run goes on.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for rows and report; an interrupted run goes on.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -157,7 +177,14 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
         error = f" ±{report['overall_se']:.3f}" if "overall_se" in report else ""
         spread = "" if report.get("diversity") is None else f"{report['diversity']:.3f}"
         cells = [f"{value:.2f}" for value in report["tasks"].values()]
-        table.add_row(name, str(report["evaluations"]), *cells, f"{report['overall']:.3f}{error}", f"{report['strict']:.3f}", spread)
+        table.add_row(
+            name,
+            str(report["evaluations"]),
+            *cells,
+            f"{report['overall']:.3f}{error}",
+            f"{report['strict']:.3f}",
+            spread,
+        )
     text = StringIO()
     Console(file=text, width=140).print(table)
     return text.getvalue().rstrip()
@@ -171,7 +198,9 @@ def _save_picture(picture: Any, path: Path) -> None:
     try:
         picture.save(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path} ({error}): check the folder, the free space and the suffix (.png)") from error
+        raise UserError(
+            f"cannot write {path} ({error}): check the folder, the free space and the suffix (.png)"
+        ) from error
 
 
 def main() -> None:
@@ -194,7 +223,7 @@ def main() -> None:
         _fail("out of memory: use a smaller batch or micro_batch", 2)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
-            _fail(getattr(error, "format_message", lambda: str(error))(), 2)
+            _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)
         if type(error).__name__ == "OutOfMemoryError":
             _fail("out of GPU memory: lower micro_batch, or tune a LoRA (tuning.kind=lora)", 2)
         raise

@@ -40,7 +40,9 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
     """Tune, score, draw and report; paths and scores. UserError if the folder exists (unless `force`)."""
     if output.exists() and any(output.iterdir()):
         if not force:
-            raise UserError(f"output {output} exists: pass --force to replace the earlier demo, or choose another with -o")
+            raise UserError(
+                f"output {output} exists: pass --force to replace the earlier demo, or choose another with -o"
+            )
         shutil.rmtree(output)
     model = train(demo_recipe(output, minutes))
     teacher, student = load("mini-teacher"), load(str(model))

@@ -66,7 +66,7 @@ class Generator:
         # A guided many-step default makes no sense for another number of steps only when the caller says so: keep it.
         guidance = settings.guidance if guidance is None else guidance
         times = self.times(steps)
-        shape = self.backbone.latent_shape(_square(size) or _square(self.backbone.default_size))
+        shape = self.backbone.latent_shape(_square(self.backbone.default_size if size is None else size))
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), MAX_BATCH):
             part = slice(start, start + MAX_BATCH)
@@ -124,7 +124,7 @@ def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int =
     return sheet
 
 
-def _square(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _square(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 

@@ -19,12 +19,18 @@ class Progress:
 
     def __init__(self, title: str, total: int | None = None, done: int = 0) -> None:
         self.title, self.total, self.done, self.note = title, total, done, ""
-        self._bar = None
+        self._bar: Bar | None = None
         self._started, self._first, self._printed = time.monotonic(), done, time.monotonic()
 
     def __enter__(self) -> Progress:
         if console.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            ]
             self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=console)
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="")
@@ -45,7 +51,9 @@ class Progress:
         of = f"/{self.total}" if self.total else ""
         print(f"{self.title}: {self.done}{of}, {rate:.2f}/s{left}  {self.note}", file=sys.stderr, flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif time.monotonic() - self._started > LINE_EVERY:

@@ -5,6 +5,8 @@ A sampler sees a velocity `F(x_t, t)` with the condition already bound, and noth
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def sample(
     if not 0 <= rho <= 1 or kappa < 0:
         raise ValueError(f"rho must lie in [0, 1] and kappa be at least 0, got rho={rho}, kappa={kappa}")
     x_t, previous = z, None
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in itertools.pairwise(times):
         x_hat, z_hat = _predict(velocity, x_t, t, transport)
         raw = x_hat
         if previous is not None and kappa > 0:

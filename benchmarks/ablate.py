@@ -36,7 +36,13 @@ WEIGHTS = {
     "1:2": {"endpoint_weight": 2.0},
 }
 SHIFT = {f"a={a}, b={b}": {"a": a, "b": b} for a in (-1.0, -0.5, 0.5) for b in (0.0, 0.1, 1.0, 10.0)}
-PRINTED = {"pairing": "printed", "real": "reference", "path_velocity": "sample", "reference": "reference", "guidance": 1.0}
+PRINTED = {
+    "pairing": "printed",
+    "real": "reference",
+    "path_velocity": "sample",
+    "reference": "reference",
+    "guidance": 1.0,
+}
 READINGS = {
     "default": {},
     "pairing: printed": {"pairing": "printed"},
@@ -103,7 +109,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     output = given.output or Path("results") / f"ablate-{given.group}.json"
-    settings = {"steps": given.steps, "batch": given.batch, "learning_rate": given.learning_rate, "per_prompt": given.per_prompt}
+    settings = {
+        "steps": given.steps,
+        "batch": given.batch,
+        "learning_rate": given.learning_rate,
+        "per_prompt": given.per_prompt,
+    }
     rows = {}
     if output.is_file():
         earlier = json.loads(output.read_text())
@@ -124,7 +135,8 @@ def summary(row: dict[str, Any]) -> str:
     if "diverged" in row:
         return "diverged"
     one, four = row["steps_1"], row["steps_4"]
-    return f"one step {one['overall']:.3f} (strict {one['strict']:.3f}, diversity {one['diversity'] or 0:.3f}), four {four['overall']:.3f}"
+    first = f"one step {one['overall']:.3f} (strict {one['strict']:.3f}, diversity {one['diversity'] or 0:.3f})"
+    return f"{first}, four {four['overall']:.3f}"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,14 @@ import torch
 
 def provenance() -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True).stdout
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {torch.get_num_threads()} threads"
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+    ).stdout
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{processor()}, {torch.get_num_threads()} threads"
+    )
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit + ("+changes" if changed.strip() else ""),

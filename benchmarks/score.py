@@ -1,8 +1,8 @@
 """Score models on mini-GenEval at several step counts, all 553 prompts x 4 pictures, three seeds, held-out pairs apart.
 
-    python benchmarks/score.py NAME=MODEL:STEPS[:GUIDANCE] ... [--seeds 3] [--per-prompt 4] [--output results/scores.json]
+python benchmarks/score.py NAME=MODEL:STEPS[:GUIDANCE] ... [--seeds 3] [--per-prompt 4] [--output results/scores.json]
 
-    python benchmarks/score.py teacher=mini-teacher:50 student=mini-student:1 --output results/scores.json
+python benchmarks/score.py teacher=mini-teacher:50 student=mini-student:1 --output results/scores.json
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main() -> None:
         for suite in ("mini-geneval", "mini-geneval-held-out"):
             common = {"suite": suite, "steps": int(steps), "guidance": float(guidance[0]) if guidance else None}
             reports = [
-                evaluate(generator, Settings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common), name=name)
+                evaluate(
+                    generator, Settings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common), name=name
+                )
                 for seed in range(given.seeds)
             ]
             report[suite] = over_seeds(reports)

@@ -33,7 +33,12 @@ METHODS = ("flow_matching", "apex")
 def begin(method: str, kind: str, model: str, batch: int, folder: Path) -> Run:
     data = Data(count=256, cache=str(folder / "cache"))
     recipe = Recipe(
-        output=str(folder / f"{method}-{kind}"), method=method, model=model, data=data, batch=batch, tuning=Tuning(kind=kind)
+        output=str(folder / f"{method}-{kind}"),
+        method=method,
+        model=model,
+        data=data,
+        batch=batch,
+        tuning=Tuning(kind=kind),
     )
     return start(recipe, resume=False)
 
@@ -70,7 +75,19 @@ def times(runs: dict[str, Run], steps: int) -> dict[str, float]:
 
 def memory(method: str, kind: str, model: str, batch: int, folder: Path) -> float:
     """Growth of the peak resident set over three steps, MiB, in a fresh process."""
-    arguments = [sys.executable, __file__, "--memory-of", method, kind, "--model", model, "--batch", str(batch), "--folder", str(folder)]
+    arguments = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        method,
+        kind,
+        "--model",
+        model,
+        "--batch",
+        str(batch),
+        "--folder",
+        str(folder),
+    ]
     return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 

@@ -50,7 +50,9 @@ def write(path: Path, text: str) -> Path:
 
 def test_generate_writes_the_same_picture_for_the_same_seed(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        code, out, _ = run("generate", "a photo of a red star", "--model", tiny_model, "--steps", 1, "-o", tmp_path / name, "--json")
+        code, out, _ = run(
+            "generate", "a photo of a red star", "--model", tiny_model, "--steps", 1, "-o", tmp_path / name, "--json"
+        )
         assert code == 0 and json.loads(out)["evaluations"] == 2  # the tiny model's own guidance takes two
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     run("generate", "a photo of a red star", "--model", tiny_model, "--steps", 1, "--seed", 1, "-o", tmp_path / "c.png")
@@ -190,7 +192,9 @@ def test_a_shard_with_one_bad_record_is_used_without_it(run: Run, recipe_file: P
     assert record["rows"] == 39 and list(record["skipped"].values()) == ["corrupt picture"]
 
 
-def test_a_cache_of_other_data_or_a_damaged_cache_is_refused(run: Run, recipe_file: Path, tmp_path: Path, scene_folder: Path) -> None:
+def test_a_cache_of_other_data_or_a_damaged_cache_is_refused(
+    run: Run, recipe_file: Path, tmp_path: Path, scene_folder: Path
+) -> None:
     cache = tmp_path / "cache"
     assert run("train", recipe_file, "steps=1", f"data.cache={cache}")[0] == 0
     names = [str(i) for i in range(6)]
@@ -215,7 +219,9 @@ def generate(run: Run, model: Path | str, *more: object) -> tuple[int, str, str]
     return run("generate", "a star", "--model", model, "--steps", 1, "--force", *more)
 
 
-def test_a_folder_that_is_no_model_is_named(run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_no_model_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     refused(generate(run, "nosuch"), "nosuch", "mini-teacher")
     refused(generate(run, tmp_path), "model_index.json")
@@ -227,7 +233,9 @@ def test_a_folder_that_is_no_model_is_named(run: Run, tiny_model: Path, tmp_path
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_missing_or_truncated_part_is_named(run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+def test_a_missing_or_truncated_part_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
     import shutil
 
     monkeypatch.chdir(tmp_path)
@@ -240,7 +248,9 @@ def test_a_missing_or_truncated_part_is_named(run: Run, tiny_model: Path, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
-def test_pickled_weights_are_refused(run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+def test_pickled_weights_are_refused(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = copy_model(tiny_model, tmp_path / "m")
     weights = next((model / "transformer").glob("*.safetensors"))
@@ -250,7 +260,9 @@ def test_pickled_weights_are_refused(run: Run, tiny_model: Path, tmp_path: Path,
     refused(generate(run, single), suffix)
 
 
-def test_steps_and_sizes_that_cannot_be(run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_and_sizes_that_cannot_be(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     refused(run("generate", "a star", "--model", tiny_model, "--steps", 0), "steps")
     refused(run("generate", "a star", "--model", tiny_model, "--steps", 1, "--size", 50), "50")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -178,7 +179,7 @@ def test_one_step_is_the_endpoint(transport: Transport) -> None:
 def test_linear_steps_are_eulers() -> None:
     x_t, times = noise(), time_grid(5, (0.001, 0.2))
     expected = x_t
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         expected = expected - (t - s) * curved(expected, t.expand(len(expected)))
     torch.testing.assert_close(sample(curved, x_t, times), expected)
 

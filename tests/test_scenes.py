@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from apexflow.data.captioned import Skipped, read_captioned, write_scenes
-from apexflow.data.scenes import COLORS, HELD_OUT, SHAPES, TASK_WEIGHTS, Thing, draw_scene, prompt_text, render, scenes, vocabulary
+from apexflow.data.scenes import (
+    COLORS,
+    HELD_OUT,
+    SHAPES,
+    TASK_WEIGHTS,
+    Thing,
+    draw_scene,
+    prompt_text,
+    render,
+    scenes,
+    vocabulary,
+)
 from apexflow.evaluation import detector
 from apexflow.evaluation.mini_geneval import TASKS, aggregate, held_out_prompts, prompts, score_picture
 
@@ -47,7 +58,13 @@ def things(*specs: tuple[str, str, float, float]) -> tuple[Thing, ...]:
 @pytest.mark.parametrize(
     ("tag", "include", "exclude", "right", "wrong"),
     [
-        ("colors", [{"class": "star", "count": 1, "color": "red"}], [], [("star", "red", 32, 32)], [("star", "blue", 32, 32)]),
+        (
+            "colors",
+            [{"class": "star", "count": 1, "color": "red"}],
+            [],
+            [("star", "red", 32, 32)],
+            [("star", "blue", 32, 32)],
+        ),
         ("single_object", [{"class": "star", "count": 1}], [], [("star", "red", 32, 32)], [("heart", "red", 32, 32)]),
         (
             "counting",
@@ -72,7 +89,9 @@ def things(*specs: tuple[str, str, float, float]) -> tuple[Thing, ...]:
         ),
     ],
 )
-def test_the_score_falls_when_the_picture_is_wrong(tag: str, include: list, exclude: list, right: list, wrong: list) -> None:
+def test_the_score_falls_when_the_picture_is_wrong(
+    tag: str, include: list, exclude: list, right: list, wrong: list
+) -> None:
     metadata = {"tag": tag, "include": include, "exclude": exclude}
     metadata["prompt"] = prompt_text(metadata)
     assert score_picture(render(things(*right)), metadata)["correct"]
@@ -118,4 +137,6 @@ def test_scenes_round_trip_through_shards(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in shards] == [p.read_bytes() for p in sorted((tmp_path / "b").iterdir())]
     read = list(read_captioned(tmp_path / "a", Skipped()))
     assert [r.caption for r in read] == [s.caption for s in drawn]
-    assert all(np.array_equal(np.asarray(r.image), np.asarray(render(s.things))) for r, s in zip(read, drawn, strict=True))
+    assert all(
+        np.array_equal(np.asarray(r.image), np.asarray(render(s.things))) for r, s in zip(read, drawn, strict=True)
+    )

@@ -71,7 +71,15 @@ def test_resume_after_a_stop_is_exact(recipe_file: Path, tmp_path: Path, method:
 def test_kill_and_resume_equals_an_uninterrupted_run(recipe_file: Path, tmp_path: Path) -> None:
     overrides = ["steps=40", "checkpoint_every=3", "preview.every=100"]
     train(load_recipe(recipe_file, [*overrides, f"output={tmp_path / 'whole'}"]))
-    command = [sys.executable, "-m", "apexflow.cli", "train", str(recipe_file), *overrides, f"output={tmp_path / 'killed'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "apexflow.cli",
+        "train",
+        str(recipe_file),
+        *overrides,
+        f"output={tmp_path / 'killed'}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not checkpoints(tmp_path / "killed" / "checkpoints") and time.monotonic() < deadline:
@@ -86,7 +94,15 @@ def test_kill_and_resume_equals_an_uninterrupted_run(recipe_file: Path, tmp_path
 
 
 def test_sigterm_saves_and_says_how_to_go_on(recipe_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "apexflow.cli", "train", str(recipe_file), "steps=100000", "checkpoint_every=100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "apexflow.cli",
+        "train",
+        str(recipe_file),
+        "steps=100000",
+        "checkpoint_every=100000",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not read_metrics(tmp_path / "run") and time.monotonic() < deadline:
@@ -104,7 +120,9 @@ def test_micro_batches_change_nothing(recipe_file: Path, tmp_path: Path, method:
     for size in (4, 3, 1):
         if method == "apex as printed" and size != 4:
             continue  # the buffer of recent generations grows within a step, as Algorithm 1 has it
-        recipe = load_recipe(recipe_file, [*method_overrides(method), f"micro_batch={size}", f"output={tmp_path / str(size)}"])
+        recipe = load_recipe(
+            recipe_file, [*method_overrides(method), f"micro_batch={size}", f"output={tmp_path / str(size)}"]
+        )
         norms.append(training_step(start(recipe, resume=False)))
     for other in norms[1:]:
         assert other["loss"] == pytest.approx(norms[0]["loss"], rel=1e-4)
@@ -113,7 +131,9 @@ def test_micro_batches_change_nothing(recipe_file: Path, tmp_path: Path, method:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lora_leaves_the_base_untouched_to_the_bit(recipe_file: Path, tiny_model: Path, method: str) -> None:
-    run = start(load_recipe(recipe_file, [*method_overrides(method), "tuning.kind=lora", "tuning.rank=4"]), resume=False)
+    run = start(
+        load_recipe(recipe_file, [*method_overrides(method), "tuning.kind=lora", "tuning.rank=4"]), resume=False
+    )
     before = {name: p.detach().clone() for name, p in run.roles.trained.items()}
     for _ in range(3):
         training_step(run)
@@ -164,8 +184,16 @@ def test_the_saved_model_loads_in_the_stock_pipeline(recipe_file: Path) -> None:
     ours = load_backbone(str(folder))
     z = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     stock = pipeline(
-        "a photo of a red star", num_inference_steps=1, guidance_scale=1.0, height=64, width=64, latents=z, output_type="latent",
-        complex_human_instruction=None, max_sequence_length=32, use_resolution_binning=False,
+        "a photo of a red star",
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        latents=z,
+        output_type="latent",
+        complex_human_instruction=None,
+        max_sequence_length=32,
+        use_resolution_binning=False,
     ).images
     with torch.no_grad():
         one = torch.ones(1)
@@ -173,7 +201,9 @@ def test_the_saved_model_loads_in_the_stock_pipeline(recipe_file: Path) -> None:
     assert (ours.transport.endpoint(F, z, one) - stock).abs().max() < 1e-5
 
 
-def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = start(load_recipe(recipe_file, ["bad_steps=3"]), resume=False)
     before = {name: p.detach().clone() for name, p in run.roles.trained.items()}
     run.data.latents[:] = float("nan")
@@ -184,7 +214,9 @@ def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(recipe_file: Path
         training_step(run)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = start(load_recipe(recipe_file), resume=False)
     training_step(run)
     good = loop.save(run)

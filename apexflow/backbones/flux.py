@@ -89,8 +89,9 @@ class Flux(Family):
         return self.config.in_channels // 4
 
     def round_time(self, t: Tensor) -> Tensor:
-        """t after both roundings, so that the network sees exactly 1000 times what this returns."""
-        return (t.to(running_dtype(self.transformer)) * 1000).to(t) / 1000
+        """t after both roundings of a network in half precision, which sees exactly 1000 times what this returns."""
+        dtype = running_dtype(self.transformer)
+        return t if dtype.itemsize > 2 else (t.to(dtype) * 1000).to(t) / 1000
 
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:

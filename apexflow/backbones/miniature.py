@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,11 +68,14 @@ def build_miniature(words: Sequence[str], seed: int = 0, width: int = 192, depth
         scaling_factor=1.0,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    parts: list[Any] = [transformer, vae, text_encoder]
+    for part in parts:
+        part.eval()
     settings = Settings(steps=50, guidance=2.5, instruction=False, max_tokens=32, size=64)
-    return Sana(transformer.eval(), vae.eval(), text_encoder.eval(), tokenizer, scheduler, settings)
+    return Sana(transformer, vae, text_encoder, tokenizer, scheduler, settings)
 
 
-def word_tokenizer(words: Sequence[str]) -> object:
+def word_tokenizer(words: Sequence[str]) -> Any:
     """A fast tokenizer with one token a word, lower case, punctuation dropped, and an unknown token for all else."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -84,11 +87,9 @@ def word_tokenizer(words: Sequence[str]) -> object:
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9 ]"), " ")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>", padding_side="right"
     )
-
-
-def save_miniature(backbone: Sana, folder: Path) -> None:
-    backbone.save(folder, backbone.settings)

@@ -117,5 +117,6 @@ class QwenImage(Family):
         return self.config.in_channels // 4
 
     def round_time(self, t: Tensor) -> Tensor:
-        """t in the dtype of the network's activations, in which it enters the time embedding."""
-        return t.to(running_dtype(self.transformer)).to(t)
+        """t in the half precision of the network's activations, if it runs in one: so it enters the time embedding."""
+        dtype = running_dtype(self.transformer)
+        return t if dtype.itemsize > 2 else t.to(dtype).to(t)

@@ -69,7 +69,13 @@ def fingerprint(*modules: nn.Module) -> str:
 
 
 def cache_set(
-    source: Path, backbone: Backbone, folder: Path, size: tuple[int, int], with_text: bool, skip_limit: float = 0.05, batch: int = 64
+    source: Path,
+    backbone: Backbone,
+    folder: Path,
+    size: tuple[int, int],
+    with_text: bool,
+    skip_limit: float = 0.05,
+    batch: int = 64,
 ) -> CachedSet:
     """The cached form of a captioned set, made on first use in `folder` and read back afterwards.
 
@@ -142,5 +148,7 @@ def load_cache(folder: Path, made_by: dict | None = None) -> CachedSet:
         raise UserError(f"cache {folder} is damaged ({error}): delete the folder, it will be made again") from error
     differs = [k for k, v in (made_by or {}).items() if record["made_by"].get(k) != v]
     if differs:
-        raise UserError(f"cache {folder} was made with another {' and '.join(differs)}: delete the folder or name another")
+        raise UserError(
+            f"cache {folder} was made with another {' and '.join(differs)}: delete the folder or name another"
+        )
     return CachedSet(captions=captions, **tensors)

@@ -52,11 +52,15 @@ def read_captioned(source: Path, skipped: Skipped) -> Iterator[Captioned]:
     Raises UserError when the source is missing, holds neither tars nor pictures, or a tar is truncated or no tar.
     """
     if not source.exists():
-        raise UserError(f"data {str(source)!r} not found: give a folder of pictures with .txt captions, or webdataset .tar shards")
+        raise UserError(
+            f"data {str(source)!r} not found: give a folder of pictures with .txt captions, or webdataset .tar shards"
+        )
     tars = [source] if source.suffix == ".tar" else sorted(source.glob("*.tar"))
     pictures = [] if tars else sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)
     if not tars and not pictures:
-        raise UserError(f"data folder {source} is empty: it holds neither .tar shards nor pictures ({', '.join(PICTURES)})")
+        raise UserError(
+            f"data folder {source} is empty: it holds neither .tar shards nor pictures ({', '.join(PICTURES)})"
+        )
     samples = (s for tar in tars for s in _tar_samples(tar)) if tars else (_file_sample(p) for p in pictures)
     for key, picture, caption in samples:
         skipped.seen += 1
@@ -65,7 +69,7 @@ def read_captioned(source: Path, skipped: Skipped) -> Iterator[Captioned]:
         if image is None:
             skipped.reasons[key] = reason or "corrupt picture"
         else:
-            yield Captioned(key, image, caption.strip())
+            yield Captioned(key, image, (caption or "").strip())
 
 
 def _fault(picture: bytes, caption: str | None) -> str:
@@ -91,7 +95,8 @@ def _file_sample(path: Path) -> tuple[str, bytes, str | None]:
 
 def _tar_samples(path: Path) -> Iterator[tuple[str, bytes, str | None]]:
     """Consecutive members of one stem are one record, as webdataset has it."""
-    current, parts = "", {}
+    current = ""
+    parts: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:

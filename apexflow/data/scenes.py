@@ -73,7 +73,20 @@ def outline(shape: str) -> list[tuple[float, float]]:
         return [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]
     if shape == "cross":
         w = 0.34
-        return [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)]
+        return [
+            (-w, -1),
+            (w, -1),
+            (w, -w),
+            (1, -w),
+            (1, w),
+            (w, w),
+            (w, 1),
+            (-w, 1),
+            (-w, w),
+            (-1, w),
+            (-1, -w),
+            (-w, -w),
+        ]
     if shape == "star":
         radii = [1.08 if i % 2 == 0 else 0.45 for i in range(10)]
         return [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5) + 0.05) for i, r in enumerate(radii)]
@@ -89,7 +102,9 @@ def outline(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f"no outline for {shape!r}")
 
 
-def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float, float], fill: object, hole: object) -> None:
+def draw_shape(
+    canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float, float], fill: object, hole: object
+) -> None:
     """Draw `shape` into `box` (left, top, right, bottom, in canvas pixels); `hole` fills the inside of a ring."""
     left, top, right, bottom = box
     if shape in ("circle", "ring"):
@@ -109,7 +124,8 @@ def render(things: tuple[Thing, ...], size: int = SIZE) -> Image.Image:
     canvas = ImageDraw.Draw(image)
     for thing in things:
         half = thing.size / 2
-        box = tuple(scale * v for v in (thing.x - half, thing.y - half, thing.x + half, thing.y + half))
+        left, top = scale * (thing.x - half), scale * (thing.y - half)
+        box = (left, top, left + scale * thing.size, top + scale * thing.size)
         draw_shape(canvas, thing.shape, box, COLORS[thing.color], GROUND)
     return image.resize((size, size), Image.Resampling.BOX)
 

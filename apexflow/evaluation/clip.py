@@ -71,7 +71,7 @@ class Clip:
             )
         from transformers import AutoTokenizer, CLIPModel
 
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         # OpenAI's weights were trained with QuickGELU; plain GELU runs without complaint and moves every score.
         activations = {model.config.text_config.hidden_act, model.config.vision_config.hidden_act}
         if activations != {"quick_gelu"}:

@@ -20,7 +20,7 @@ HELD_OUT_PROMPTS = 100
 PROMPT_SEED = 43
 # The detector's score is an overlap of outlines. True shapes reach .8 and more even when small; half a
 # shape or a blur stays below .7. GenEval's own .3 and .9 belong to its detector.
-THRESHOLDS = {"threshold": 0.7, "counting_threshold": 0.7}
+THRESHOLD = 0.7
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -61,7 +61,9 @@ def _two_pairs(rng: np.random.Generator, allowed: Sequence[tuple[str, str]]) -> 
             return first, second
 
 
-def _metadata(tag: str, pairs: Sequence[tuple[str, str]], count: int = 1, relation: str | None = None) -> dict[str, Any]:
+def _metadata(
+    tag: str, pairs: Sequence[tuple[str, str]], count: int = 1, relation: str | None = None
+) -> dict[str, Any]:
     named = tag in ("colors", "color_attr")
     include: list[dict[str, Any]] = [
         {"class": shape, "count": count} | ({"color": color} if named else {}) for shape, color in pairs
@@ -77,8 +79,8 @@ def _metadata(tag: str, pairs: Sequence[tuple[str, str]], count: int = 1, relati
 def score_picture(image: Image.Image, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """One row of results: `correct` by GenEval's rules, `strict` if besides nothing else is in the picture, and why not."""
     everything = detect(image)  # recognisable or not: what the strict score counts
-    found = [d for d in everything if d.score > THRESHOLDS["threshold"]]
-    kept = filter_detections(_by_class(found), metadata, **THRESHOLDS)
+    found = [d for d in everything if d.score > THRESHOLD]
+    kept = filter_detections(_by_class(found), metadata, threshold=THRESHOLD, counting_threshold=THRESHOLD)
     correct, reason = evaluate_image(kept, metadata, _color_lookup(found))
     wanted = sum(clause["count"] for clause in metadata["include"])
     strict = correct and len(everything) == wanted
@@ -102,8 +104,8 @@ def _by_class(found: Sequence[Detection]) -> dict[str, ArrayLike]:
 
 def _color_lookup(found: Sequence[Detection]) -> Any:
     """The colour of a box is that of the detection it came from."""
-    colors = {(d.shape, *np.float32(d.box).tolist()): d.color for d in found}
-    return lambda shape, boxes: [colors[(shape, *np.float32(box[:4]).tolist())] for box in boxes]
+    colors: dict[Any, str] = {(d.shape, d.box): d.color for d in found}  # boxes lie on whole pixels, so they compare exactly
+    return lambda shape, boxes: [colors[shape, tuple(float(side) for side in box[:4])] for box in boxes]
 
 
 def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -51,7 +51,9 @@ class Settings:
     limit: int | None = None  # only this many prompts, evenly spread: a quick look, marked incomplete
 
 
-def evaluate(generator: Generator, settings: Settings, folder: Path | None = None, name: str = "model") -> dict[str, Any]:
+def evaluate(
+    generator: Generator, settings: Settings, folder: Path | None = None, name: str = "model"
+) -> dict[str, Any]:
     """Generate and score a suite; its report. With a folder, rows are kept there and an interrupted run goes on."""
     if settings.suite not in SUITES:
         raise UserError(f"unknown suite {settings.suite!r}; suites: {', '.join(SUITES)}")
@@ -172,13 +174,17 @@ def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     # Pictures within a seed and seeds among each other both vary; the larger of the two estimates is the honest one.
     pooled = _mean([r["overall_se"] for r in reports]) / len(reports) ** 0.5
     between = float(overalls.std() / len(reports) ** 0.5)
-    return first | mean | {
-        "tasks": tasks,
-        "strict_tasks": {tag: _mean([r["strict_tasks"][tag] for r in reports]) for tag in first["tasks"]},
-        "overall_se": max(pooled, between),
-        "pictures": sum(r["pictures"] for r in reports),
-        "seed": [r["seed"] for r in reports],
-    }
+    return (
+        first
+        | mean
+        | {
+            "tasks": tasks,
+            "strict_tasks": {tag: _mean([r["strict_tasks"][tag] for r in reports]) for tag in first["tasks"]},
+            "overall_se": max(pooled, between),
+            "pictures": sum(r["pictures"] for r in reports),
+            "seed": [r["seed"] for r in reports],
+        }
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

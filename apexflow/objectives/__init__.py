@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from apexflow.randomness import RowRandom
 from apexflow.transport import LINEAR, Transport
 
 Field = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+def exact_time(t: Tensor) -> Tensor:
+    """What a backbone that keeps time in float32 does to it: nothing."""
+    return t
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Networks:
     teacher: Field
     null: Condition | None = None
     transport: Transport = LINEAR
-    round_time: Callable[[Tensor], Tensor] = staticmethod(lambda t: t)
+    round_time: Callable[[Tensor], Tensor] = exact_time
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,11 @@ class Losses:
 class Objective(Protocol):
     """A training method. `needs` names the roles it calls beside the student: "reference" (EMA) and "teacher"."""
 
-    needs: ClassVar[tuple[str, ...]] | property
-    citation: ClassVar[str]
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+    @property
+    def citation(self) -> str: ...
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Losses of one micro-batch. `memory` keeps tensors between steps and is saved with the checkpoint."""

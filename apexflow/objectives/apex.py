@@ -70,7 +70,9 @@ def adaptive_loss(error: Tensor, p: float, c: float, reduction: str) -> Tensor:
     return norm / (norm + c) ** p
 
 
-def primal_loss(F_t: Tensor, F_lt: Tensor, x_t: Tensor, x_lt: Tensor, t: Tensor, lt: Tensor, transport: Transport = LINEAR) -> Tensor:
+def primal_loss(
+    F_t: Tensor, F_lt: Tensor, x_t: Tensor, x_lt: Tensor, t: Tensor, lt: Tensor, transport: Transport = LINEAR
+) -> Tensor:
     """Eq. (7) with unit weight, (B,): the reference form that the target of Eq. (12) replaces. `F_lt` is the reference's."""
     return endpoint_difference(F_t, F_lt.detach(), x_t, x_lt, t, lt, transport).flatten(1).square().sum(1)
 
@@ -82,7 +84,9 @@ def dual_loss(F_t: Tensor, F_lt: Tensor, velocity: Tensor, lam: Tensor) -> Tenso
     return (1 - lam) * matching + lam * alignment
 
 
-def adversarial_error(F_fake: Tensor, x_fake: Tensor, z_fake: Tensor, t: Tensor, transport: Transport = LINEAR) -> Tensor:
+def adversarial_error(
+    F_fake: Tensor, x_fake: Tensor, z_fake: Tensor, t: Tensor, transport: Transport = LINEAR
+) -> Tensor:
     """Eq. (17): error of the shifted branch against the velocity `z_fake - x_fake` of the student's own pictures."""
     return F_fake - transport.target(x_fake, z_fake, t)
 
@@ -151,13 +155,19 @@ class APEX:
     @property
     def needs(self) -> tuple[str, ...]:
         """Roles that this reading calls, beside the student."""
-        teacher = self.path_velocity == "teacher" and self.path_weight > 0 or self.real == "teacher" and self.endpoint_weight > 0
-        reference = self.reference == "reference" and self.path_weight > 0 or self.real == "reference" and self.endpoint_weight > 0
+        teacher = (self.path_velocity == "teacher" and self.path_weight > 0) or (
+            self.real == "teacher" and self.endpoint_weight > 0
+        )
+        reference = (self.reference == "reference" and self.path_weight > 0) or (
+            self.real == "reference" and self.endpoint_weight > 0
+        )
         return ("teacher",) * teacher + ("reference",) * reference
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1, lines 2-22, for one micro-batch."""
-        chosen = batch.chosen(self.share) if self.endpoint_weight > 0 else torch.zeros_like(batch.rows, dtype=torch.bool)
+        chosen = (
+            batch.chosen(self.share) if self.endpoint_weight > 0 else torch.zeros_like(batch.rows, dtype=torch.bool)
+        )
         used = chosen if self.path_weight == 0 else torch.ones_like(chosen)
         t = networks.round_time(self._times(batch, chosen))[used]
         x, c, picked = batch.x[used], batch.c[used], chosen[used]
@@ -172,7 +182,9 @@ class APEX:
             path = (self._beta(t) * self._norm(F - target)).sum() / batch.total
             total, terms["path"] = total + self.path_weight * path, path.detach()
         if bool(picked.any()):
-            adversarial, shift = self._endpoint(networks, batch, chosen, F[picked], x_t[picked], t[picked], c[picked], memory)
+            adversarial, shift = self._endpoint(
+                networks, batch, chosen, F[picked], x_t[picked], t[picked], c[picked], memory
+            )
             count = share_of(batch.total, self.share)
             total = total + self.endpoint_weight * (adversarial + shift) / count
             terms |= {"adv": adversarial.detach() / count, "shift": shift.detach() / count}

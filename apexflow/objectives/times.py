@@ -31,9 +31,10 @@ class TimeLaw:
 
     def draw(self, random: RowRandom, where: Tensor | None = None) -> Tensor:
         """Times (n,) in (0, 1), float32, one for each row that `where` marks (all rows when None)."""
-        if self.kind == "uniform":
-            t = random.uniform(where)
-        else:
-            t = torch.sigmoid(self.mean + self.spread * random.normal((), where))
+        t = (
+            random.uniform(where)
+            if self.kind == "uniform"
+            else torch.sigmoid(self.mean + self.spread * random.normal((), where))
+        )
         # Both ends are kept off by a hair: at t = 0 nothing is left to predict, and a secant needs a step.
         return shift_times(t.clamp(1e-3, 1 - 1e-5), self.shift)

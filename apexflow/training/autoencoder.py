@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.progress import Progress
 
 
-def fit_autoencoder(vae: nn.Module, source: Path, size: tuple[int, int], steps: int, seed: int, pictures: int = 4000) -> float:
+def fit_autoencoder(
+    vae: Any, source: Path, size: tuple[int, int], steps: int, seed: int, pictures: int = 4000
+) -> float:
     """Train `vae` in place on the first `pictures` of a captioned set; the mean squared error at the end.
 
     Latents are held near unit variance and get noise before decoding, so that the decoder forgives the small errors of a
@@ -40,7 +43,9 @@ def fit_autoencoder(vae: nn.Module, source: Path, size: tuple[int, int], steps: 
     return float(error)
 
 
-def reconstruction_loss(vae: nn.Module, x: Tensor, generator: torch.Generator, noise: float = 0.2) -> tuple[Tensor, Tensor]:
+def reconstruction_loss(
+    vae: Any, x: Tensor, generator: torch.Generator, noise: float = 0.2
+) -> tuple[Tensor, Tensor]:
     """Loss and mean squared error of decoding noisy latents of pictures `x` (B, 3, H, W)."""
     z = vae.encode(x).latent
     y = vae.decode(z + noise * torch.randn(z.shape, generator=generator)).sample

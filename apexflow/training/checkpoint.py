@@ -46,7 +46,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         os.replace(partial, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot save {final} ({error}): free some space; earlier checkpoints are untouched, resume from them") from error
+        raise UserError(
+            f"cannot save {final} ({error}): free some space; earlier checkpoints are untouched, resume from them"
+        ) from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -79,7 +81,9 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: 
         raise UserError(f"{what} belongs to another model: {missing[0]} is not in both ({len(missing)} such tensors)")
     for name, tensor in source.items():
         if target[name].shape != tensor.shape:
-            raise UserError(f"{what}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(target[name].shape)}")
+            raise UserError(
+                f"{what}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(target[name].shape)}"
+            )
         target[name].data.copy_(tensor)
 
 
@@ -92,7 +96,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: Mapping[str, Te
     return found
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
     """The inverse of `optimizer_tensors`."""
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)

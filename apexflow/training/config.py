@@ -85,6 +85,7 @@ class Recipe:
     autoencoder_steps: int = 1500  # only when `model` is "miniature": how long its autoencoder is fitted
     sampling_steps: int | None = None  # what the saved model says of how to sample it
     sampling_guidance: float | None = None
+    suite: str | None = None  # scored at the end, one picture a prompt, for the report
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "keep", "checkpoint_every", "bad_steps"):
@@ -118,8 +119,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""  # type: ignore[attr-defined]
-        raise UserError(f"recipe {path} is not valid YAML{line}") from error
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"recipe {path} is not valid YAML{f', line {mark.line + 1}' if mark else ''}") from error
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
     for override in overrides:

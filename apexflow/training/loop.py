@@ -8,7 +8,8 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet
 from apexflow.errors import Stopped, UserError
-from apexflow.generator import pick_device
+from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.generator import load, pick_device
 from apexflow.objectives import Batch, Networks
 from apexflow.progress import Progress, console
 from apexflow.randomness import RowRandom, mix
@@ -176,17 +178,15 @@ def _condition(run: Run, index: list[int], dropped: Tensor) -> Condition:
     return replace(c, embeds=embeds, mask=mask)
 
 
-_ORDERS: dict[tuple[int, int, int], Tensor] = {}
-
-
 def data_row(position: int, count: int, seed: int) -> int:
     """Which picture stands at a position of the endless, shuffled stream of epochs."""
     epoch, offset = divmod(position, count)
-    key = (epoch, count, seed)
-    if key not in _ORDERS:
-        _ORDERS.clear()
-        _ORDERS[key] = torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 2, epoch)))
-    return int(_ORDERS[key][offset])
+    return int(epoch_order(epoch, count, seed)[offset])
+
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 2, epoch)))
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -200,7 +200,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def save(run: Run) -> Path:
     """Checkpoint a run: everything that the next step depends on."""
-    tensors = {
+    tensors: dict[str, dict[str, Tensor]] = {
         "trained": dict(run.roles.trained),
         "average": run.roles.average,
         "optimizer": optimizer_tensors(run.optimizer, run.roles.trained),
@@ -222,9 +222,15 @@ def restore(run: Run, path: Path) -> None:
 
 
 def finish(run: Run) -> Path:
-    """Save the averaged student as a model folder and write the report; the folder's path."""
-    model = save_model(run.backbone, run.roles, run.recipe, run.folder, {"steps": run.step, "seconds": round(run.seconds)})
-    write_report(run.folder)
+    """Save the averaged student as a model folder, score it if the recipe says so, write the report; the folder's path."""
+    card = {"steps": run.step, "seconds": round(run.seconds)}
+    model = save_model(run.backbone, run.roles, run.recipe, run.folder, card)
+    scores = {}
+    if run.recipe.suite:
+        settings = Settings(suite=run.recipe.suite, per_prompt=1)
+        scores["student"] = evaluate(load(str(model), run.device.type), settings, name="student")
+        write_json(run.folder / "scores.json", scores)
+    write_report(run.folder, scores)
     return model
 
 
@@ -262,5 +268,3 @@ def interruptible() -> Iterator[Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from apexflow.backbones import Backbone, load_backbone
 from apexflow.data.cache import CachedSet, cache_set
 from apexflow.data.captioned import write_scenes
-from apexflow.data.scenes import scenes, vocabulary
+from apexflow.data.scenes import Scene, scenes, vocabulary
 from apexflow.progress import Progress
 from apexflow.training.config import Recipe
 
@@ -43,7 +44,7 @@ def captioned_source(recipe: Recipe) -> Path:
     return folder
 
 
-def _counted(items, progress: Progress):  # noqa: ANN001, ANN202
+def _counted(items: Iterable[Scene], progress: Progress) -> Iterator[Scene]:
     for item in items:
         progress.advance()
         yield item

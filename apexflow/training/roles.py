@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,9 @@ class LoraRoles:
         self.backbone = backbone
         transformer = backbone.transformer.requires_grad_(False)
         alpha = tuning.alpha or tuning.rank
-        config = LoraConfig(r=tuning.rank, lora_alpha=alpha, target_modules=list(backbone.lora_targets), init_lora_weights="gaussian")
+        config = LoraConfig(
+            r=tuning.rank, lora_alpha=alpha, target_modules=list(backbone.lora_targets), init_lora_weights="gaussian"
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of the second adapter, which is the point here
             for name in ("default", "ema"):
@@ -78,7 +81,8 @@ class LoraRoles:
         self._layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
         if not self._layers:
             raise UserError(f"LoRA found none of its targets {list(backbone.lora_targets)} in this model")
-        self.trained, self.average = {}, {}
+        self.trained: dict[str, nn.Parameter] = {}
+        self.average: dict[str, Tensor] = {}
         for name, parameter in transformer.named_parameters():
             if ".default." in name:
                 parameter.data = parameter.data.float()  # adapters stay in float32 on a base of any precision
@@ -86,8 +90,8 @@ class LoraRoles:
             elif ".ema." in name:
                 parameter.data = parameter.data.float()
                 self.average[name.replace(".ema.", ".")] = parameter.requires_grad_(False).data
-        for name, parameter in self.trained.items():
-            self.average[name].copy_(parameter.data)
+        for name, average in self.average.items():
+            average.copy_(self.trained[name].data)
         self._activate("default")
 
     def _activate(self, name: str | None) -> None:
@@ -126,7 +130,8 @@ class LoraRoles:
             if id(module) in layers:
                 weight = tensors[f"{name}.weight"]
                 tensors[f"{name}.weight"] = (weight.float() + module.get_delta_weight("ema").float()).to(weight)
-        plain = type(transformer).from_config(transformer.config).to(next(transformer.parameters()))
+        kind: Any = type(transformer)
+        plain = kind.from_config(transformer.config).to(next(transformer.parameters()))
         plain.load_state_dict(tensors)
         return plain.eval().requires_grad_(False)
 

@@ -13,7 +13,9 @@ from apexflow.training.config import Recipe
 from apexflow.training.roles import FullRoles, LoraRoles
 
 
-def save_model(backbone: Backbone, roles: FullRoles | LoraRoles, recipe: Recipe, folder: Path, card: dict[str, Any]) -> Path:
+def save_model(
+    backbone: Backbone, roles: FullRoles | LoraRoles, recipe: Recipe, folder: Path, card: dict[str, Any]
+) -> Path:
     """Write `folder/model` as a diffusers folder (LoRA merged into the base), whole or not at all."""
     settings = replace(
         backbone.settings,
@@ -33,7 +35,9 @@ def save_model(backbone: Backbone, roles: FullRoles | LoraRoles, recipe: Recipe,
             with roles.shipped():
                 backbone.save(partial, settings)
     except OSError as error:
-        raise UserError(f"cannot save {final} ({error}): free some space and pass --resume; the checkpoint is whole") from error
+        raise UserError(
+            f"cannot save {final} ({error}): free some space and pass --resume; the checkpoint is whole"
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return final

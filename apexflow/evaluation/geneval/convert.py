@@ -63,9 +63,10 @@ def save_detector(state_dict: Mapping[str, Any], folder: str | Path) -> None:
 
 def detector_config() -> Any:
     """The transformers config of the official detector: Swin-S, window 7, 100 queries, 80 classes, 9 decoder layers."""
-    from transformers import Mask2FormerConfig, SwinConfig
+    import transformers
 
-    backbone = SwinConfig(
+    kinds: Any = transformers  # its configuration classes take more than their annotations say
+    backbone = kinds.SwinConfig(
         image_size=224,
         embed_dim=96,
         depths=[2, 2, 18, 2],
@@ -74,7 +75,7 @@ def detector_config() -> Any:
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     # transformers counts the prediction before the first layer too, hence 10 for mmdet's 9.
-    return Mask2FormerConfig(backbone_config=backbone, num_labels=80, num_queries=100, decoder_layers=10)
+    return kinds.Mask2FormerConfig(backbone_config=backbone, num_labels=80, num_queries=100, decoder_layers=10)
 
 
 def _shape(tensor: torch.Tensor | None) -> torch.Size | None:

@@ -81,7 +81,7 @@ def preprocess(image: Image.Image) -> tuple[torch.Tensor, Size]:
     height, width = pixels.shape[:2]
     scale = min(LONG_SIDE / max(height, width), SHORT_SIDE / min(height, width))
     size = (int(height * scale + 0.5), int(width * scale + 0.5))
-    resized = (resize_linear(pixels, size).astype(np.float32) - np.float32(MEAN)) / np.float32(STD)
+    resized = (resize_linear(pixels, size).astype(np.float32) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     tensor = torch.from_numpy(resized).permute(2, 0, 1)[None]
     return pad(tensor, (0, -size[1] % SIZE_DIVISOR, 0, -size[0] % SIZE_DIVISOR)), size
 

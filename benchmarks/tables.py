@@ -1,0 +1,123 @@
+"""Write the tables of README.md and docs/paper.md from the JSON files under results/, so that no number is typed by hand.
+
+    python benchmarks/tables.py            # rewrite the marked sections
+    python benchmarks/tables.py --check    # exit 1 if a section differs from its JSON
+
+A section stands between `<!-- NAME -->` and `<!-- /NAME -->`; a section whose JSON is not there yet says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+DOCUMENTS = ("README.md", "docs/paper.md", "docs/log.md")
+
+
+def source(result: dict[str, Any], file: str) -> str:
+    commit = result["commit"][:9] + ("+changes" if "+" in result["commit"] else "")
+    return f"`{result['command']}` at {commit} on {result['device']}; `results/{file}`."
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+
+
+def scores(result: dict[str, Any]) -> str:
+    tasks = list(next(iter(result["scores"].values()))["tasks"])
+    rows = [["", "NFE", *[t.replace("_", " ") for t in tasks], "overall", "strict", "held out", "diversity"]]
+    for name, row in result["scores"].items():
+        values = [f"{row['tasks'][task]:.2f}" for task in tasks]
+        overall = f"**{row['overall']:.3f}** ±{row['overall_se']:.3f}"
+        rows.append(
+            [name, str(row["evaluations"]), *values, overall, f"{row['strict']:.3f}", f"{row['held_out']:.2f}"]
+            + [f"{row['diversity']:.3f}"]
+        )
+    return markdown(rows)
+
+
+def speed(result: dict[str, Any]) -> str:
+    rows = [["", "NFE", "latency, batch 1", "throughput, batch 10", "faster than the teacher"]]
+    for name, row in result["rows"].items():
+        rows.append(
+            [name, str(row["evaluations"]), f"{row['latency_s'] * 1e3:.1f} ms", f"{row['throughput_per_s']:.1f}/s"]
+            + [f"{row['speedup_latency']:.1f} times, {row['speedup_throughput']:.1f} times"]
+        )
+    return markdown(rows)
+
+
+def step_cost(result: dict[str, Any]) -> str:
+    rows = [["tuning", "time", "rows with / without gradient", "peak memory"]]
+    for kind in ("full", "lora"):
+        row = result[kind]
+        passes = row["passes"]["apex"]
+        counted = f"{passes['with_gradient']:.2f} / {passes['without_gradient']:.2f}"
+        rows.append([kind, f"{row['time_ratio']:.2f} times", counted, f"{row['memory_ratio']:.2f} times"])
+    return markdown(rows)
+
+
+def ablation(result: dict[str, Any]) -> str:
+    rows = [["", "one step", "strict", "diversity", "four steps"]]
+    for name, row in result["rows"].items():
+        if "diverged" in row:
+            rows.append([name, "diverged", "", "", ""])
+            continue
+        one, four = row["steps_1"], row["steps_4"]
+        overall = f"{one['overall']:.3f} ±{one['overall_se']:.3f}"
+        rows.append([name, overall, f"{one['strict']:.3f}", f"{one['diversity']:.3f}", f"{four['overall']:.3f}"])
+    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result["settings"].items())
+    return f"{settings}.\n\n{markdown(rows)}"
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "scores": ("scores.json", scores),
+    "speed": ("speed.json", speed),
+    "step-cost": ("step-cost.json", step_cost),
+    "weights": ("ablate-weights.json", ablation),
+    "shift": ("ablate-shift.json", ablation),
+    "readings": ("ablate-readings.json", ablation),
+}
+
+
+def render(name: str) -> str:
+    file, table = SECTIONS[name]
+    path = RESULTS / file
+    if not path.is_file():
+        return "Not measured yet."
+    result = json.loads(path.read_text())
+    return f"{table(result)}\n\n{source(result, file)}"
+
+
+def fill(text: str) -> str:
+    def section(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- {name} -->\n{render(name)}\n<!-- /{name} -->"
+
+    names = "|".join(map(re.escape, SECTIONS))
+    return re.sub(rf"<!-- ({names}) -->\n.*?<!-- /\1 -->", section, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        before = path.read_text()
+        after = fill(before)
+        if after != before:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(after)
+    if stale and "--check" in sys.argv:
+        sys.exit(f"tables differ from results/: {', '.join(stale)}; run python benchmarks/tables.py")
+
+
+if __name__ == "__main__":
+    main()

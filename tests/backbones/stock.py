@@ -1,0 +1,55 @@
+"""One step of a family's stock pipeline from given noise."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+
+from apexflow.backbones.family import pack, unpack
+from apexflow.backbones.parts import read_index
+
+PACKED = ("qwen_image", "flux_schnell", "flux_dev")
+PLAIN = {"sigmas": [1.0], "guidance_scale": 1.0}
+EPSILON = {"guidance_scale": 1.0, "clean_caption": False, "use_resolution_binning": False}
+
+# What the stock pipeline must be told, beside prompts, size and noise, to take one step from t = 1 without guidance.
+OPTIONS = {
+    "sana": PLAIN | {"use_resolution_binning": False},
+    "sana_sprint": {"max_timesteps": math.pi / 2, "intermediate_timesteps": None, "use_resolution_binning": False},
+    "qwen_image": {"sigmas": [1.0], "true_cfg_scale": 1.0},
+    "sd3": PLAIN,
+    "flux_schnell": {"sigmas": [1.0]},
+    "flux_dev": {"sigmas": [1.0], "guidance_scale": 3.5},
+    "z_image": {"sigmas": [1.0], "guidance_scale": 0.0},
+    "lumina2": PLAIN,
+    "sdxl": {"guidance_scale": 1.0},
+    "sdxl_lcm": {"guidance_scale": 8.0},
+    "pixart_alpha": EPSILON,
+    "pixart_sigma": EPSILON,
+}
+
+
+def load_stock(folder: Path) -> object:
+    pipeline = getattr(diffusers, read_index(folder)["_class_name"]).from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def one_step(name: str, pipeline: object, prompts: list[str], z: Tensor, size: tuple[int, int], output: str) -> Tensor:
+    """Latents like `z` (output "latent") or pictures (B, 3, H, W) in [0, 1] (output "pt") after one step from noise `z`."""
+    packed = name in PACKED
+    answer = pipeline(
+        prompt=list(prompts),
+        height=size[0],
+        width=size[1],
+        num_inference_steps=1,
+        latents=pack(z) if packed else z.clone(),
+        output_type=output,
+        **OPTIONS[name],
+    ).images
+    return unpack(answer, *z.shape[-2:]) if packed and output == "latent" else answer

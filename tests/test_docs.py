@@ -1,0 +1,60 @@
+"""What README and docs claim: tables equal the JSON they come from, links and code names exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_table_equals_its_results_file() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_name_in_the_paper_map_exists() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text()
+    names = re.findall(r"`((?:transport|conditioning|sampler|objectives\.apex|training\.[a-z]+)\.[A-Za-z_.]+)`", text)
+    assert len(names) > 15
+    for name in names:
+        module, attribute = f"apexflow.{name}", ""
+        parts = module.split(".")
+        for cut in range(len(parts), 1, -1):
+            try:
+                found = importlib.import_module(".".join(parts[:cut]))
+            except ImportError:
+                continue
+            for attribute in parts[cut:]:
+                found = getattr(found, attribute)
+            break
+        else:
+            raise AssertionError(name)
+
+
+def test_every_file_that_the_documents_name_exists() -> None:
+    for document in ("README.md", "docs/paper.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        for name in re.findall(r"`((?:docs|recipes|benchmarks|results)/[\w./-]+\.\w+)`", text):
+            assert (ROOT / name).is_file(), f"{document} names {name}"
+
+
+def test_imports_point_down() -> None:
+    """transport, conditioning -> sampler -> objectives -> backbones, data -> training, evaluation -> cli."""
+    layers = {"transport": 0, "conditioning": 0, "randomness": 0, "errors": 0, "progress": 0, "sampler": 1, "objectives": 2}
+    layers |= {"backbones": 3, "data": 4, "generator": 4, "evaluation": 5, "reporting": 5, "report": 6, "training": 7}
+    layers |= {"demo": 8, "cli": 9}
+    for path in (ROOT / "apexflow").rglob("*.py"):
+        own = path.relative_to(ROOT / "apexflow").parts[0].removesuffix(".py")
+        for target in re.findall(r"(?:from|import) apexflow\.(\w+)", path.read_text()):
+            if own in layers:
+                assert layers[target] <= layers[own], f"{path} imports apexflow.{target}"
+
+
+def test_objectives_stay_pure() -> None:
+    for path in (ROOT / "apexflow" / "objectives").glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"\.backward\(|optim\.|\.cuda\(|print\(|logging", text), path
