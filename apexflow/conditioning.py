@@ -86,6 +86,19 @@ def concatenate(conditions: Sequence[Condition]) -> Condition:
     return Condition(embeds, mask, pooled)
 
 
+def replace_rows(c: Condition, where: Tensor, other: Condition) -> Condition:
+    """`c` with the rows that the boolean `where` (B,) marks replaced by the one-row condition `other`, mask and pooled too."""
+    if not bool(where.any()):
+        return c
+    length = max(c.embeds.shape[1], other.embeds.shape[1])
+    embeds, mask = pad_tokens(c.embeds, length).clone(), pad_tokens(_mask(c), length).clone()
+    embeds[where], mask[where] = pad_tokens(other.embeds, length).to(embeds), pad_tokens(_mask(other), length).to(mask)
+    pooled = c.pooled
+    if pooled is not None and other.pooled is not None:
+        pooled = torch.where(where[:, None], other.pooled.to(pooled), pooled)
+    return Condition(embeds, mask, pooled)
+
+
 def pad_tokens(tensor: Tensor, length: int) -> Tensor:
     """Append zeros to (B, L, ...) along the token axis until it is `length` long."""
     missing = length - tensor.shape[1]

@@ -97,6 +97,19 @@ class Objective(Protocol):
 def objectives() -> dict[str, Any]:
     """The table of methods by the name that a recipe gives: one line each."""
     from apexflow.objectives.apex import APEX
+    from apexflow.objectives.cm import CM
     from apexflow.objectives.flow_matching import FlowMatching
+    from apexflow.objectives.lcm import LCM
+    from apexflow.objectives.pcm import PCM
+    from apexflow.objectives.scm import SCM
+    from apexflow.objectives.ucgm import UCGM
 
-    return {"apex": APEX, "flow_matching": FlowMatching}
+    return {
+        "apex": APEX,
+        "flow_matching": FlowMatching,
+        "cm": CM,
+        "scm": SCM,
+        "ucgm": UCGM,
+        "lcm": LCM,
+        "pcm": PCM,
+    }

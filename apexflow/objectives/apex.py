@@ -143,6 +143,7 @@ class APEX:
     buffer_size: int = 256
 
     citation: ClassVar[str] = "APEX: One-Step High-Resolution Text-to-Image Synthesis"
+    sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0}
 
     def __post_init__(self) -> None:
         if not 0 <= self.lambda_max <= 1:

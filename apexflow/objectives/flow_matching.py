@@ -20,6 +20,7 @@ class FlowMatching:
 
     needs: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = "Lipman et al., Flow Matching for Generative Modeling, 2022"
+    sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0, "order": 1}
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Mean over the elements of each row, averaged over the global batch."""

@@ -82,7 +82,9 @@ class Recipe:
     checkpoint_every: int = 500
     keep: int = 2
     bad_steps: int = 20  # non-finite steps in a row before the run stops
-    autoencoder_steps: int = 1500  # only when `model` is "miniature": how long its autoencoder is fitted
+    # Only when `model` is "miniature": how long its autoencoder is fitted, and its text encoder taught to read.
+    autoencoder_steps: int = 2000
+    text_encoder_steps: int = 500
     sampling_steps: int | None = None  # what the saved model says of how to sample it
     sampling_guidance: float | None = None
     suite: str | None = None  # scored at the end, one picture a prompt, for the report

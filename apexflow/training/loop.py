@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from apexflow.backbones import Backbone
-from apexflow.conditioning import Condition
+from apexflow.conditioning import Condition, replace_rows
 from apexflow.data.cache import CachedSet
 from apexflow.errors import Stopped, UserError
 from apexflow.evaluation.runner import Settings, evaluate, write_json
@@ -168,14 +168,7 @@ def _condition(run: Run, index: list[int], dropped: Tensor) -> Condition:
         prompts = ["" if drop else run.data.captions[i] for i, drop in zip(index, dropped.tolist(), strict=True)]
         return run.backbone.encode_prompts(prompts)
     c = run.data.condition(index).to(run.device)
-    null = run.networks.null
-    if not bool(dropped.any()) or null is None or c.mask is None:
-        return c
-    length = null.embeds.shape[1]
-    embeds, mask = c.embeds.clone(), c.mask.clone()
-    embeds[dropped], mask[dropped] = 0, 0
-    embeds[dropped, :length], mask[dropped, :length] = null.embeds, 1
-    return replace(c, embeds=embeds, mask=mask)
+    return c if run.networks.null is None else replace_rows(c, dropped.to(run.device), run.networks.null)
 
 
 def data_row(position: int, count: int, seed: int) -> int:

@@ -51,13 +51,15 @@ def _counted(items: Iterable[Scene], progress: Progress) -> Iterator[Scene]:
 
 
 def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:
-    """A SANA of tiny size with random weights and a fitted autoencoder, in `folder/base`; made once."""
+    """A SANA of tiny size: fitted autoencoder and text encoder, transformer with random weights, in `folder/base`; made once."""
     from apexflow.backbones.miniature import build_miniature
     from apexflow.training.autoencoder import fit_autoencoder
+    from apexflow.training.text_encoder import fit_text_encoder
 
     base = folder / "base"
     if not (base / "model_index.json").is_file():
         backbone = build_miniature(vocabulary(), recipe.seed)
+        fit_text_encoder(backbone.text_encoder, backbone.tokenizer, recipe.text_encoder_steps, recipe.seed)
         fit_autoencoder(backbone.vae, source, (64, 64), recipe.autoencoder_steps, recipe.seed)
         partial = folder / ".partial-base"
         shutil.rmtree(partial, ignore_errors=True)
