@@ -48,13 +48,18 @@ def main() -> None:
                 for seed in range(given.seeds)
             ]
             report[suite] = over_seeds(reports)
-        scores[name] = report["mini-geneval"] | {
-            "held_out": report["mini-geneval-held-out"]["overall"],
-            "held_out_tasks": report["mini-geneval-held-out"]["tasks"],
-            "model": model,
-        }
+        scores[name] = (
+            report["mini-geneval"]
+            | {
+                "held_out": report["mini-geneval-held-out"]["overall"],
+                "held_out_tasks": report["mini-geneval-held-out"]["tasks"],
+                "model": model,
+                "seeds": given.seeds,
+            }
+            | provenance()
+        )
         if given.output:
-            write_json(given.output, {"scores": scores} | provenance())
+            write_json(given.output, {"scores": scores})
     print(score_table(scores))
 
 

@@ -1,7 +1,7 @@
 """Put a trained miniature into the package: weights in bfloat16, with a model card.
 
-    python recipes/ship.py runs/mini-teacher/model mini-teacher
-    python recipes/ship.py runs/mini-apex/model mini-student
+python recipes/ship.py runs/mini-teacher/model mini-teacher
+python recipes/ship.py runs/mini-apex/model mini-student
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def card(backbone: object, name: str) -> str:
     made = backbone.settings.card
     recipe = yaml.safe_dump(made["recipe"], sort_keys=False)
     device = provenance()["device"]
-    weights = sum(p.numel() for part in ("transformer", "vae", "text_encoder") for p in getattr(backbone, part).parameters())
+    weights = sum(
+        p.numel() for part in ("transformer", "vae", "text_encoder") for p in getattr(backbone, part).parameters()
+    )
     return f"""# {name}
 
 A miniature SANA ({weights / 1e6:.1f}M parameters with autoencoder and text encoder, bfloat16) that draws 64-pixel scenes of flat

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_table_equals_its_results_file() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -44,7 +46,15 @@ def test_every_file_that_the_documents_name_exists() -> None:
 
 def test_imports_point_down() -> None:
     """transport, conditioning -> sampler -> objectives -> backbones, data -> training, evaluation -> cli."""
-    layers = {"transport": 0, "conditioning": 0, "randomness": 0, "errors": 0, "progress": 0, "sampler": 1, "objectives": 2}
+    layers = {
+        "transport": 0,
+        "conditioning": 0,
+        "randomness": 0,
+        "errors": 0,
+        "progress": 0,
+        "sampler": 1,
+        "objectives": 2,
+    }
     layers |= {"backbones": 3, "data": 4, "generator": 4, "evaluation": 5, "reporting": 5, "report": 6, "training": 7}
     layers |= {"demo": 8, "cli": 9}
     for path in (ROOT / "apexflow").rglob("*.py"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from apexflow.backbones import Settings
@@ -54,7 +55,7 @@ def save_lora(roles: LoraRoles, folder: Path, dtype: torch.dtype = torch.float32
             partial, **{f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": metadata}
         )
         (partial / FILE).replace(final)
-    except Exception as error:  # safetensors has its own kind for a disk that is full
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot save {final} ({error}): free some space and export again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SchedulerMixin
@@ -40,11 +40,11 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
     again in every run. num_train_timesteps: the unit in which pipelines pass times, t = 1 being this number.
 
     The pipelines name their own `sigmas` and `mu` in every run; only the number of the former is heeded, so pictures
-    depend on this config alone. All arithmetic is in float32 with coefficients computed in float64. Raises ValueError
-    for settings out of range.
+    depend on this config alone. All arithmetic is in float32, over a grid made in float64. Raises ValueError for
+    settings out of range.
     """
 
-    _compatibles: list[str] = []  # noqa: RUF012 - diffusers' own attribute
+    _compatibles: ClassVar[list[str]] = []
     order = 1
     init_noise_sigma = 1.0
 
@@ -96,10 +96,10 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
         steps = num_inference_steps if given is None else len(given)
         if steps is None:
             raise ValueError("set_timesteps needs the number of steps")
-        self._times = self.grid(steps)
+        times = self.grid(steps)
         self.num_inference_steps = steps
-        self.timesteps = (self._times[:-1] * self._unit).float().to(device)
-        self.sigmas = self._times.float()
+        self.timesteps = (times[:-1] * self._unit).float().to(device)
+        self.sigmas = times.float()
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._previous: Tensor | None = None
@@ -120,7 +120,7 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index is None:
             begin = self._begin_index
             self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        t, t_next = self._times[self._step_index : self._step_index + 2]
+        t, t_next = self.sigmas[self._step_index : self._step_index + 2]
         F, x_t = model_output.float(), sample.float()
         rows = t.to(x_t.device).expand(x_t.shape[0])
         raw, z_hat = LINEAR.endpoint(F, x_t, rows), LINEAR.noise(F, x_t, rows)

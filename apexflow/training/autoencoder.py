@@ -43,9 +43,7 @@ def fit_autoencoder(
     return float(error)
 
 
-def reconstruction_loss(
-    vae: Any, x: Tensor, generator: torch.Generator, noise: float = 0.2
-) -> tuple[Tensor, Tensor]:
+def reconstruction_loss(vae: Any, x: Tensor, generator: torch.Generator, noise: float = 0.2) -> tuple[Tensor, Tensor]:
     """Loss and mean squared error of decoding noisy latents of pictures `x` (B, 3, H, W)."""
     z = vae.encode(x).latent
     y = vae.decode(z + noise * torch.randn(z.shape, generator=generator)).sample

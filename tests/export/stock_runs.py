@@ -1,0 +1,50 @@
+"""The same noise through a stock pipeline and through our own sampler."""
+
+from __future__ import annotations
+
+import torch
+from stock import OPTIONS, PACKED
+from torch import Tensor
+
+from apexflow.backbones import Backbone
+from apexflow.backbones.family import pack, unpack
+from apexflow.sampler import sample
+
+FAMILIES = ("sana", "qwen_image", "sd3", "flux_schnell", "flux_dev", "z_image", "lumina2")
+PROMPTS = ["a red cube", "a cat on a mat"]
+SIZE = (32, 64)
+
+
+def noise(backbone: Backbone, seed: int = 0) -> Tensor:
+    """(2, C, h, w) standard normal."""
+    shape = backbone.latent_shape(SIZE)
+    return torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def stock_latents(name: str, pipeline: object, z: Tensor, steps: int, **more: object) -> Tensor:
+    """Latents like `z` after `steps` steps of a stock pipeline, unguided, with its own sigmas unless `more` has some."""
+    packed = name in PACKED
+    options = {key: value for key, value in OPTIONS[name].items() if key != "sigmas"} | more
+    answer = pipeline(
+        prompt=list(PROMPTS),
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=steps,
+        latents=pack(z) if packed else z.clone(),
+        output_type="latent",
+        **options,
+    ).images
+    return unpack(answer, *z.shape[-2:]) if packed else answer
+
+
+@torch.no_grad()
+def our_latents(backbone: Backbone, z: Tensor, times: Tensor, **more: object) -> Tensor:
+    """The same by `apexflow.sampler.sample`."""
+    c = backbone.encode_prompts(PROMPTS)
+    return sample(lambda x_t, t: backbone.velocity(backbone.transformer, x_t, t, c), z, times, **more)
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Relative to the size of `b` where that is over 1."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1))
