@@ -33,38 +33,23 @@ def markdown(rows: list[list[str]]) -> str:
 
 def scores(result: dict[str, Any]) -> str:
     tasks = list(next(iter(result["scores"].values()))["tasks"])
-    rows = [["", "NFE", *[t.replace("_", " ") for t in tasks], "overall", "strict", "held out", "diversity", "seeds"]]
+    head = ["", "NFE", *[t.replace("_", " ") for t in tasks], "overall", "strict", "held out", "diversity", "seeds"]
+    rows = [head]
     for name, row in result["scores"].items():
         values = [f"{row['tasks'][task]:.2f}" for task in tasks]
         overall = f"**{row['overall']:.3f}** ±{row['overall_se']:.3f}"
-        rows.append(
-            [
-                name,
-                str(row["evaluations"]),
-                *values,
-                overall,
-                f"{row['strict']:.3f}",
-                f"{row['held_out']:.2f}",
-                f"{row['diversity']:.3f}",
-                str(row["seeds"]),
-            ]
-        )
+        rest = [f"{row[key]:.3f}" for key in ("strict", "held_out", "diversity")]
+        rows.append([name, str(row["evaluations"]), *values, overall, *rest, str(row["seeds"])])
     origins = dict.fromkeys(source(row, "scores.json") for row in result["scores"].values())
     return "\n\n".join([markdown(rows), *origins])
 
 
 def speed(result: dict[str, Any]) -> str:
-    rows = [["", "NFE", "latency, batch 1", "throughput, batch 10", "faster than the teacher"]]
+    rows = [["", "NFE", "latency, batch 1", "throughput, batch 10", "faster by latency", "by throughput"]]
     for name, row in result["rows"].items():
-        rows.append(
-            [
-                name,
-                str(row["evaluations"]),
-                f"{row['latency_s'] * 1000.0:.1f} ms",
-                f"{row['throughput_per_s']:.1f}/s",
-                f"{row['speedup_latency']:.1f} times, {row['speedup_throughput']:.1f} times",
-            ]
-        )
+        times = [f"{row['latency_s'] * 1e3:.1f} ms", f"{row['throughput_per_s']:.1f}/s"]
+        gains = [f"{row[key]:.1f} times" for key in ("speedup_latency", "speedup_throughput")]
+        rows.append([name, str(row["evaluations"]), *times, *gains])
     return markdown(rows)
 
 
