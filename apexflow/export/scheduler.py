@@ -51,6 +51,7 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
     timesteps: Tensor  # (steps,) float32, num_train_timesteps * t
     sigmas: Tensor  # (steps + 1,) float32 on the CPU, t itself with the final 0
     num_inference_steps: int
+    config: Any  # a FrozenDict that also answers by attribute
 
     @register_to_config
     def __init__(
@@ -76,7 +77,7 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
 
     def grid(self, steps: int) -> Tensor:
         """The descending times (steps + 1,) in float64 that a run of `steps` steps visits."""
-        config: Any = self.config
+        config = self.config
         if config.times is not None and len(config.times) == steps + 1:
             return torch.tensor(config.times, dtype=torch.float64)
         e0, e1 = config.gaps
@@ -179,8 +180,7 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def _unit(self) -> int:
-        config: Any = self.config
-        return config.num_train_timesteps
+        return self.config.num_train_timesteps
 
     def __len__(self) -> int:
         return self._unit
