@@ -169,6 +169,7 @@ def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str
     for _ in range(3):
         training_step(run)
     folder = loop.finish(run)
+    assert (folder.parent / "lora" / "pytorch_lora_weights.safetensors").is_file() == (kind == "lora")
     x, t, c = run.data.latents[:2].float(), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
     loaded = load_backbone(str(folder))
     with torch.no_grad():

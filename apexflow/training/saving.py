@@ -9,6 +9,8 @@ from typing import Any
 
 from apexflow.backbones import Backbone
 from apexflow.errors import UserError
+from apexflow.export.lora import save_lora
+from apexflow.progress import console
 from apexflow.training.config import Recipe
 from apexflow.training.roles import FullRoles, LoraRoles
 
@@ -16,7 +18,7 @@ from apexflow.training.roles import FullRoles, LoraRoles
 def save_model(
     backbone: Backbone, roles: FullRoles | LoraRoles, recipe: Recipe, folder: Path, card: dict[str, Any]
 ) -> Path:
-    """Write `folder/model` as a diffusers folder (LoRA merged into the base), whole or not at all."""
+    """Write `folder/model` as a diffusers folder, whole or not at all; a LoRA is merged there, and alone in `folder/lora`."""
     settings = replace(
         backbone.settings,
         steps=recipe.sampling_steps or backbone.settings.steps,
@@ -40,4 +42,15 @@ def save_model(
         ) from error
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+    if isinstance(roles, LoraRoles):
+        _save_adapter(roles, folder / "lora")
     return final
+
+
+def _save_adapter(roles: LoraRoles, folder: Path) -> None:
+    """The adapter alone, for stock diffusers and ComfyUI. A family whose stock pipeline loads no LoRA goes without."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        save_lora(roles, folder)
+    except UserError as error:
+        console.print(f"no LoRA file: {error}")
