@@ -73,7 +73,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     run = start(recipe, resume)
     journal = Journal(run.folder, run.step)
     began, before = time.monotonic(), run.seconds
-    with interruptible() as stop, Progress(f"training {recipe.method}", recipe.steps, run.step) as progress:
+    with (
+        interruptible() as stop,
+        Progress(f"training {recipe.method}", None if recipe.minutes else recipe.steps, run.step) as progress,
+    ):
         while run.step < recipe.steps and not _time_is_up(run):
             numbers = training_step(run)
             run.seconds = before + time.monotonic() - began
