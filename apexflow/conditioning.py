@@ -59,8 +59,8 @@ class Condition:
         return self._map(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
-        parts = {name: getattr(self, name) for name in ("embeds", "mask", "pooled")}
-        return Condition(**{name: None if part is None else function(part) for name, part in parts.items()})
+        mask = None if self.mask is None else function(self.mask)
+        return Condition(function(self.embeds), mask, None if self.pooled is None else function(self.pooled))
 
 
 def _affine(c: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ def provenance() -> dict[str, object]:
         else f"{processor()}, {torch.get_num_threads()} threads"
     )
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": commit + ("+changes" if changed.strip() else ""),
         "device": device,
         "torch": torch.__version__,

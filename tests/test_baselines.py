@@ -355,6 +355,34 @@ def test_ucgms_enhanced_target(enhance: Any) -> None:
     torch.testing.assert_close(loss, (asked.F - target).square().mean(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_ucgm_asks_on_the_samples_path_and_reads_endpoints_off_the_enhanced_one(lam: float) -> None:
+    """Lines 8-15, written out for linear transport: the secant at lambda < 1, the central difference at 1."""
+    roles, zeta, epsilon = make_roles(), 0.5, 0.02
+    objective = UCGM(lam=lam, zeta=zeta, theta=(1, 1), threshold=1, clip=None, epsilon=epsilon, weighting="none")
+    loss = objective(roles.networks(), batch := make_batch(), {}).total.detach()
+    asked, *others = roles.calls("student")
+    b, t = roles.calls("teacher")[0].F, asked.t[:, None, None, None]
+    z = (asked.x_t - (1 - t) * batch.x) / t
+    x_star = batch.x + zeta * (asked.x_t - t * b - batch.x)
+    z_star = z + zeta * (asked.x_t + (1 - t) * b - z)
+
+    def endpoint(F: Tensor, s: Tensor) -> Tensor:
+        return s * z_star + (1 - s) * x_star - s * F
+
+    if lam == 1:
+        times = [t + epsilon, t - epsilon]
+        ends = [endpoint(call.F, s) for call, s in zip(others, times, strict=True)]
+    else:
+        times = [t, lam * t]
+        ends = [endpoint(asked.F, t), endpoint(others[0].F, lam * t)]
+    for call, s in zip(others, times[-len(others) :], strict=True):
+        torch.testing.assert_close(call.t[:, None, None, None], s)
+        torch.testing.assert_close(call.x_t, s * z + (1 - s) * batch.x, rtol=1e-4, atol=1e-4)
+    moved = 4 * t / t.sin() * (ends[0] - ends[1]) / (times[0] - times[1])
+    torch.testing.assert_close(loss, moved.square().mean(), rtol=1e-3, atol=1e-5)
+
+
 def test_ucgm_draws_times_from_its_beta_law() -> None:
     u = torch.linspace(0.01, 0.99, 99)
     drawn = UCGM(theta=(0.8, 1.0))._times(replace(make_batch(), random=Given(u, u)))  # type: ignore[arg-type]
@@ -387,6 +415,15 @@ def test_cm_asks_at_the_ends_of_one_interval() -> None:
     index = torch.searchsorted(grid, later)
     assert torch.equal(grid[index], later) and torch.equal(grid[index - 1], earlier)
     assert len(later.unique()) > 4
+
+
+def test_cm_weights_an_interval_by_the_inverse_of_its_length() -> None:
+    t, sigma = torch.tensor([1e-3, 0.4, 0.99999]), noise_levels(10)
+    later, earlier, weight = CM()._neighbours(t, 0.0)
+    assert (earlier <= t).all() and (t < later).all() and earlier[0] == 0 and later[2] == 1
+    assert weight[0].item() == pytest.approx(1 / (sigma[1] - sigma[0]).item())
+    assert weight[2].item() == pytest.approx(1 / (sigma[10] - sigma[9]).item())
+    assert CM(weighting="none")._neighbours(t, 0.0)[2].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("order", [1, 2])

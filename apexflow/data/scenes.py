@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+RGB = tuple[int, int, int]
 SIZE = 64  # pixels a side
 SUPERSAMPLING = 4
 GROUND = (232, 230, 224)
-COLORS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, RGB] = {
     "red": (214, 40, 40),
     "orange": (245, 130, 32),
     "yellow": (250, 208, 44),
@@ -103,7 +104,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 
 def draw_shape(
-    canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float, float], fill: object, hole: object
+    canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float, float], fill: RGB, hole: RGB
 ) -> None:
     """Draw `shape` into `box` (left, top, right, bottom, in canvas pixels); `hole` fills the inside of a ring."""
     left, top, right, bottom = box

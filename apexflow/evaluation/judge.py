@@ -163,7 +163,7 @@ def picture_base64(image: Picture) -> str:
         try:
             image = Path(image).read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read the image {image}: {error.strerror}") from None
+            raise UserError(f"cannot read the image {image!r}: {error.strerror}") from None
     return base64.b64encode(image).decode("ascii")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -115,7 +115,8 @@ class SCM:
             return angular_prediction(networks.student(x_s, s, c), x_s, s, transport), angle(s, transport)
 
         if self.derivative == "jvp":
-            _, (dF, dtheta) = torch.func.jvp(along, (t,), (torch.ones_like(t),))
+            tangents: Any = torch.func.jvp(along, (t,), (torch.ones_like(t),))[1]
+            dF, dtheta = tangents
         else:
             above, theta_above = along(networks.round_time((t + self.epsilon).clamp_max(1)))
             below, theta_below = along(networks.round_time((t - self.epsilon).clamp_min(0)))

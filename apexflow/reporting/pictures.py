@@ -23,9 +23,10 @@ Item = TypeVar("Item")
 def picture_tag(path: Path, description: str) -> str:
     """A picture file as an <img> with its data inside; raises one of UNREADABLE where it is damaged or missing."""
     raw = path.read_bytes()
-    with Image.open(io.BytesIO(raw)) as picture:
-        picture.load()
-        kind = TYPES.get(picture.format or "")
+    with Image.open(io.BytesIO(raw)) as opened:
+        opened.load()
+        picture: Image.Image = opened
+        kind = TYPES.get(opened.format or "")
         if kind is None or picture.width > WIDEST:
             picture, raw, kind = _as_png(picture)
     data = base64.b64encode(raw).decode("ascii")

@@ -83,10 +83,12 @@ class LoraRoles:
             raise UserError(f"LoRA found none of its targets {list(backbone.lora_targets)} in this model")
         self.trained: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}
+        parameter: nn.Parameter
         for name, parameter in transformer.named_parameters():
             if ".default." in name:
                 parameter.data = parameter.data.float()  # adapters stay in float32 on a base of any precision
-                self.trained[name.replace(".default.", ".")] = parameter.requires_grad_(True)
+                parameter.requires_grad_(True)
+                self.trained[name.replace(".default.", ".")] = parameter
             elif ".ema." in name:
                 parameter.data = parameter.data.float()
                 self.average[name.replace(".ema.", ".")] = parameter.requires_grad_(False).data

@@ -25,7 +25,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 FACTS = ("shape 1", "color 1", "number", "relation", "shape 2", "color 2")
 
 
-def fit_text_encoder(text_encoder: nn.Module, tokenizer: Any, steps: int, seed: int, batch: int = 64) -> float:
+def fit_text_encoder(text_encoder: Any, tokenizer: Any, steps: int, seed: int, batch: int = 64) -> float:
     """Train in place so that a linear map reads every fact stated so far off every token; the share read right at the end."""
     torch.manual_seed(seed)
     sizes = [len(WORDS[fact.split()[0]]) + 1 for fact in FACTS]

@@ -70,8 +70,8 @@ def kept_indices(
     for name, found in detections.items():
         rows = as_rows(found)
         scores = rows[:, 4]
-        order = np.argsort(scores)[::-1]  # the official call: in float32, tied scores come out reversed
-        order = order[scores[order] > least][: int(max_objects)].tolist()
+        ranked = np.argsort(scores)[::-1]  # the official call: in float32, tied scores come out reversed
+        order: list[int] = ranked[scores[ranked] > least][: int(max_objects)].tolist()
         if max_overlap != 1:
             order = _suppress(rows, order, float(max_overlap))
         if order:
