@@ -268,4 +268,4 @@ def test_steps_and_sizes_that_cannot_be(
     refused(run("generate", "a star", "--model", tiny_model, "--steps", 1, "--size", 50), "50")
     refused(run("generate", "a star", "--model", tiny_model, "--steps", "two"), "--steps")
     refused(run("evaluate", "--model", tiny_model, "--suite", "mini-genval"), "mini-genval")
-    refused(run("generate"), "PROMPTS")
+    refused(run("generate"), "prompts")
