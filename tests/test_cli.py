@@ -122,9 +122,10 @@ def test_an_existing_output_is_never_overwritten(run: Run, recipe_file: Path, ti
     assert picture.read_text() == "mine"
     refused(run("data", "scenes", tmp_path), "exists")
     refused(run("demo", "-o", tmp_path), "exists", "--force")
-    refused(run("evaluate", "--model", tiny_model, "-o", tmp_path.parent, "--limit", 1), "seed-0") if (
-        tmp_path.parent / "seed-0"
-    ).exists() else None
+    taken = tmp_path / "scores"
+    (taken / "seed-0").mkdir(parents=True)
+    write(taken / "seed-0" / "mine.txt", "mine")
+    refused(run("evaluate", "--model", tiny_model, "-o", taken, "--limit", 1, "--steps", 1), "seed-0", "exists")
 
 
 # -- Data --------------------------------------------------------------------------------------------------------------
