@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from apexflow.backbones import Backbone, load_backbone
 from apexflow.conditioning import guide
@@ -63,7 +63,6 @@ class Generator:
     ) -> list[Image.Image]:
         """As `generate`, with a (seed, index) pair for each picture."""
         settings = self.backbone.settings
-        # A guided many-step default makes no sense for another number of steps only when the caller says so: keep it.
         guidance = settings.guidance if guidance is None else guidance
         times = self.times(steps)
         shape = self.backbone.latent_shape(_square(self.backbone.default_size if size is None else size))
@@ -138,7 +137,3 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
-
-
-def network_parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())

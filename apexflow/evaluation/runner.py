@@ -146,7 +146,6 @@ def _read_rows(folder: Path, settings: Settings) -> list[Row]:
     path = folder / "results.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     whole = [json.loads(line) for line in lines if line.endswith("}")]
-    whole = whole[: len(whole) // MAX_BATCH * MAX_BATCH] if len(whole) % MAX_BATCH else whole
     path.write_text("".join(json.dumps(row) + "\n" for row in whole))
     return whole
 
