@@ -131,6 +131,28 @@ def evaluate(
     _show(report, as_json, score_table({model: report}))
 
 
+@app.command("export")
+def export_command(
+    source: Annotated[str, typer.Argument(help="The folder of a run, a model, or a LoRA file (then with --base).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the LoRA into the weights: a whole model folder.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="The model that a LoRA file belongs to.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="stock (needs nothing of ours), any-step (ours), or original.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Hand a student to stock diffusers and ComfyUI: a LoRA file or a model folder, with a scheduler."""
+    from apexflow.export import export
+
+    if scheduler not in (None, "stock", "any-step", "original"):
+        raise UserError(f"unknown scheduler {scheduler!r}: take stock, any-step or original")
+    result = export(source, output, scheduler, merge, base)  # type: ignore[arg-type]
+    _show(result, as_json, f"{result['kind']}: {result['output']}\nhow to use it: {output / 'README.md'}")
+
+
 @data_app.command("scenes")
 def data_scenes(
     folder: Annotated[Path, typer.Argument(help="Where the webdataset shards go.")],

@@ -77,7 +77,7 @@ def test_scenes_evaluate_and_train_speak_json(run: Run, tiny_model: Path, recipe
 
 
 def test_help_of_every_command(run: Run) -> None:
-    for command in ([], ["train"], ["generate"], ["evaluate"], ["demo"], ["data"], ["data", "scenes"]):
+    for command in ([], ["train"], ["generate"], ["evaluate"], ["export"], ["demo"], ["data"], ["data", "scenes"]):
         code, out, _ = run(*command, "--help")
         assert code == 0 and "Usage" in out
 
@@ -270,3 +270,21 @@ def test_steps_and_sizes_that_cannot_be(
     refused(run("generate", "a star", "--model", tiny_model, "--steps", "two"), "--steps")
     refused(run("evaluate", "--model", tiny_model, "--suite", "mini-genval"), "mini-genval")
     refused(run("generate"), "prompts")
+
+
+# -- Export ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_exported(run: Run, recipe_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+    refused(run("export", tmp_path / "run", "-o", tmp_path / "early"), "not found")
+    assert run("train", recipe_file, "steps=1", "tuning.kind=lora", "tuning.rank=2")[0] == 0
+    code, out, _ = run("export", tmp_path / "run", "-o", tmp_path / "lora", "--json")
+    assert code == 0 and json.loads(out)["kind"] == "lora"
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert str(tiny_model) in (tmp_path / "lora" / "README.md").read_text()
+    code, out, _ = run("export", tmp_path / "run", "--merge", "--scheduler", "any-step", "-o", tmp_path / "whole")
+    assert code == 0 and "README.md" in out
+    assert generate(run, tmp_path / "whole", "-o", tmp_path / "o.png")[0] == 0
+    assert run("export", tmp_path / "run" / "model", "-o", tmp_path / "copy", "--scheduler", "original")[0] == 0
+    refused(run("export", tmp_path / "run", "-o", tmp_path / "lora"), "exists")
+    refused(run("export", tmp_path / "run", "-o", tmp_path / "x", "--scheduler", "euler"), "euler", "any-step")

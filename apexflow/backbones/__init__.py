@@ -44,7 +44,8 @@ class Backbone(Protocol):
     them. without_gradient: first parts of the names of parameters that no loss can reach (their output is dropped),
     which DDP must be told of. shift_defaults: (a, b) of Eq. (16). normalizes_text: whether the network RMS-normalises
     the text first, so that scaling it by a positive factor changes nothing (see `check_shift`). time_shift: s of
-    `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side.
+    `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side. flow_scheduler: whether the stock pipeline
+    hands its network's answer to the scheduler as z - x on linear transport.
     """
 
     family: ClassVar[str]
@@ -59,6 +60,7 @@ class Backbone(Protocol):
     time_shift: float
     shift_defaults: tuple[float, float]
     normalizes_text: bool
+    flow_scheduler: bool
 
     @property
     def device(self) -> torch.device: ...

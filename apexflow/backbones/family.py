@@ -34,6 +34,7 @@ class Family:
     # Table 6's best pair, found on Qwen-Image; elsewhere a starting point.
     shift_defaults: tuple[float, float] = (-0.5, 1.0)
     normalizes_text: bool = False
+    flow_scheduler: bool = True
 
     def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
         self.settings = settings

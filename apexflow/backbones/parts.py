@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import nn
 
 from apexflow.backbones import Settings
 from apexflow.errors import UserError
+
+OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
 
 def quiet() -> None:
@@ -26,16 +30,36 @@ def quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def load_part(folder: Path, part: str, kind: Any, dtype: torch.dtype | None = None) -> Any:
-    """`kind.from_pretrained` on one sub-folder, local files and safetensors only; UserError when it cannot be read."""
+def load_part(folder: Path, part: str, kind: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """`kind.from_pretrained` on one sub-folder, local files and safetensors only; UserError when it cannot be read.
+
+    On the device "meta" a network is made from its config alone: no weights are read, and no tokenizer (dtype None).
+    """
     quiet()
     path = folder / part
+    if dtype is None and device.type == "meta":
+        return SimpleNamespace()
     if not path.is_dir():
         raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
     if dtype is None:
         return _guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
-    model = _guarded(path, lambda: kind.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=dtype))
-    return model.to(dtype).eval().requires_grad_(False)
+    if device.type == "meta":
+        model = _guarded(path, lambda: _shapes(path, kind))
+    else:
+        options = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
+        model = _guarded(path, lambda: kind.from_pretrained(path, **options))
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def _shapes(path: Path, kind: Any) -> nn.Module:
+    """A network of diffusers or transformers on the meta device, from the config in `path`."""
+    if hasattr(kind, "config_class"):
+        config = kind.config_class.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            return kind(config)
+    config = kind.load_config(path, local_files_only=True)
+    with torch.device("meta"):
+        return kind.from_config(config)
 
 
 def load_parts(folder: Path, kinds: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -43,11 +67,11 @@ def load_parts(folder: Path, kinds: Mapping[str, Any], device: torch.device, dty
     parts: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name.startswith("tokenizer"):
-            parts[name] = load_part(folder, name, kind)
+            parts[name] = load_part(folder, name, kind, device)
             continue
         # Autoencoders of the AutoencoderKL line overflow in float16 ("force_upcast").
         wide = name == "vae" and dtype == torch.float16
-        parts[name] = load_part(folder, name, kind, torch.float32 if wide else dtype).to(device)
+        parts[name] = load_part(folder, name, kind, device, torch.float32 if wide else dtype)
     return parts | {"scheduler": load_scheduler(folder)}
 
 
@@ -65,9 +89,15 @@ def save_folder(
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **(extra or {})}
     for name in sorted(parts):
         parts[name].save_pretrained(folder / name)
-        index[name] = [type(parts[name]).__module__.split(".")[0], type(parts[name]).__name__]
+        index[name] = index_entry(type(parts[name]))
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def index_entry(kind: type) -> list[str]:
+    """How `model_index.json` names a class: by its library, or by its module if it is ours."""
+    library = kind.__module__.split(".")[0]
+    return [kind.__module__ if library == "apexflow" else library, kind.__name__]
 
 
 def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
@@ -99,8 +129,10 @@ def load_scheduler(folder: Path) -> Any:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise UserError(f"{folder} is incomplete: scheduler/scheduler_config.json is missing")
-    name = json.loads(path.read_text()).get("_class_name", "")
-    kind = getattr(diffusers, name, None)
+    name = _guarded(path, lambda: json.loads(path.read_text()).get("_class_name", ""))
+    # Exported models may name our own scheduler, which lies in a layer above this one.
+    home = importlib.import_module(OUR_SCHEDULER[0]) if name == OUR_SCHEDULER[1] else diffusers
+    kind = getattr(home, name, None)
     if kind is None:
         raise UserError(f"{path} names the scheduler {name!r}, which diffusers does not have")
     return _guarded(path, lambda: kind.from_pretrained(path.parent, local_files_only=True))

@@ -29,6 +29,7 @@ class PixArt(Family):
 
     family: ClassVar[str] = "pixart"
     pipeline = "PixArtSigmaPipeline"
+    flow_scheduler = False
     defaults: ClassVar[Settings] = Settings(steps=20, guidance=4.5, instruction=False, max_tokens=300)
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 

@@ -32,6 +32,7 @@ class Sana:
     without_gradient: Sequence[str] = ()
     shift_defaults: tuple[float, float] = (-0.5, 1.0)
     normalizes_text: bool = False
+    flow_scheduler: bool = True
 
     def __init__(
         self,
@@ -54,10 +55,10 @@ class Sana:
         from diffusers import AutoencoderDC, SanaTransformer2DModel
         from transformers import AutoTokenizer, Gemma2Model
 
-        transformer = load_part(folder, "transformer", SanaTransformer2DModel, dtype).to(device)
-        vae = load_part(folder, "vae", AutoencoderDC, dtype).to(device)
-        text_encoder = load_part(folder, "text_encoder", Gemma2Model, dtype).to(device)
-        tokenizer = load_part(folder, "tokenizer", AutoTokenizer)
+        transformer = load_part(folder, "transformer", SanaTransformer2DModel, device, dtype)
+        vae = load_part(folder, "vae", AutoencoderDC, device, dtype)
+        text_encoder = load_part(folder, "text_encoder", Gemma2Model, device, dtype)
+        tokenizer = load_part(folder, "tokenizer", AutoTokenizer, device)
         settings = read_settings(folder, cls.defaults)
         return cls(transformer, vae, text_encoder, tokenizer, load_scheduler(folder), settings)
 

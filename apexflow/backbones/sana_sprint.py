@@ -24,6 +24,7 @@ class SanaSprint(Sana):
     family: ClassVar[str] = "sana-sprint"
     pipeline = "SanaSprintPipeline"
     defaults: ClassVar[Settings] = Settings(steps=2, embedded_guidance=4.5)
+    flow_scheduler = False
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ class StableDiffusionXL(Family):
     family: ClassVar[str] = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     network_part: ClassVar[str] = "unet"
+    flow_scheduler = False
     patch: ClassVar[int] = 1
     defaults: ClassVar[Settings] = Settings(
         steps=50, guidance=5.0, instruction=False, max_tokens=77, embedded_guidance=8.0

@@ -1,20 +1,15 @@
-"""The averaged adapter as a diffusers LoRA file, and the stock scheduler that samples as we do."""
+"""The averaged adapter as a diffusers LoRA file."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from apexflow.backbones import Settings
 from apexflow.errors import UserError
-from apexflow.export.scheduler import check_times
-from apexflow.sampler import shift_times, time_grid
 
 if TYPE_CHECKING:
     from apexflow.training.roles import LoraRoles
@@ -60,28 +55,3 @@ def save_lora(roles: LoraRoles, folder: Path, dtype: torch.dtype = torch.float32
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
-
-
-def stock_scheduler_config(
-    settings_or_times: Settings | Sequence[float] | Tensor, time_shift: float = 1.0
-) -> dict[str, Any]:
-    """What stock diffusers needs to sample as we do with kappa = rho = 0, and no code of ours.
-
-    Takes a grid (steps + 1,) of times that ends at 0, or a model's `Settings`: their `times`, else a plain grid of
-    their `steps`, shifted by the backbone's `time_shift`. Returns {"scheduler": the config of a
-    FlowMatchEulerDiscreteScheduler that shifts nothing, "sigmas": what to pass to the pipeline's call, (steps,)}: its
-    Euler step `x_t + (t_next - t) F` is Eq. (20) with both estimates of Eq. (3). ValueError for times that are no grid.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    given: Any = settings_or_times
-    if isinstance(settings_or_times, Settings):
-        settings = settings_or_times
-        own = settings.times is not None and len(settings.times) == settings.steps + 1
-        given = settings.times if own else shift_times(time_grid(settings.steps), time_shift)
-    times = torch.as_tensor(given, dtype=torch.float64)
-    check_times(times)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False, shift_terminal=None)
-    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
-    config |= {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    return {"scheduler": config, "sigmas": times[:-1].tolist()}

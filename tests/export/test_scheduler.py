@@ -222,9 +222,9 @@ def test_the_stock_config_of_a_model_s_settings():
     assert stock_scheduler_config(Settings(steps=2, times=[1.0, 0.6, 0.0]))["sigmas"] == [1.0, 0.6]
     assert stock_scheduler_config(Settings(steps=1, times=[1.0, 0.6, 0.0]))["sigmas"] == [1.0]
     shifted = stock_scheduler_config(Settings(steps=2), time_shift=3.0)
-    assert shifted["sigmas"] == pytest.approx([1.0, 0.75])
+    assert shifted["sigmas"] == pytest.approx([1.0, 0.5])  # before the scheduler's own shift
     config = json.loads(json.dumps(shifted["scheduler"]))
-    assert config["shift"] == 1.0 and not config["use_dynamic_shifting"] and config["shift_terminal"] is None
+    assert config["shift"] == 3.0 and not config["use_dynamic_shifting"] and config["shift_terminal"] is None
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(sigmas=shifted["sigmas"], mu=0.7)
     assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.75, 0.0])

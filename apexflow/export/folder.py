@@ -1,0 +1,179 @@
+"""`apexflow export`: a run or a model as what stock diffusers loads, a LoRA file or a whole folder, with its scheduler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from apexflow.backbones import PICKLES, Backbone, Settings, load_backbone, read_settings, resolve
+from apexflow.backbones.parts import index_entry, read_index
+from apexflow.errors import UserError
+from apexflow.export.lora import FILE
+from apexflow.export.merge import check_lora, merge_into, read_lora, weight_shapes
+from apexflow.export.scheduler import AnyStepScheduler
+from apexflow.export.stock import call_options, stock_scheduler_config
+
+Scheduler = Literal["stock", "any-step", "original"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported. `model` is a folder; with a LoRA its base, or the run's model, which has it merged already."""
+
+    model: Path
+    backbone: Backbone  # shapes only
+    settings: Settings
+    lora: Path | None = None
+    base: str = ""  # what a user of the LoRA loads it into
+    merged: bool = False
+
+
+def export(
+    source: str, output: Path, scheduler: Scheduler | None = None, merge: bool = False, base: str | None = None
+) -> dict[str, Any]:
+    """Write `output`, whole or not at all: a LoRA file, or a diffusers folder, with a scheduler and a README.
+
+    source: the folder of a run; a model (folder, built-in name, hub id); or a LoRA file or its folder, then `base` names
+    its model. merge: add the LoRA into the weights. scheduler: "stock" (FlowMatchEuler, needs nothing of ours),
+    "any-step" (`AnyStepScheduler`) or "original"; by default "stock" where the family's pipeline can run it. Returns
+    the output, its kind and how to call the pipeline. UserError for an output that exists, a source that is neither,
+    and a LoRA for another model.
+    """
+    if output.exists():
+        raise UserError(f"output {output} exists: choose another folder with -o")
+    found = find_source(source, base)
+    if found.lora is None and merge:
+        raise UserError(f"{source} has no LoRA to merge: leave out --merge")
+    backbone = found.backbone
+    chosen = _scheduler(backbone, scheduler)
+    partial = output.with_name(f".partial-{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if found.lora is None or merge:
+            _whole(found, partial)
+        else:
+            _lora(found, partial)
+        _write_scheduler(partial, backbone, found.settings, chosen)
+        options = call_options(backbone, found.settings, chosen == "stock")
+        kind = "lora" if found.lora and not merge else "model"
+        usage = _usage(found, kind, chosen, options, output)
+        (partial / "README.md").write_text(usage)
+        partial.rename(output)
+    except OSError as error:
+        raise UserError(f"cannot write {output} ({error}): check the folder and the free space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
+
+
+def find_source(source: str, base: str | None) -> Source:
+    """What a name given to `apexflow export` stands for; UserError if it is nothing that can be exported."""
+    path = Path(source)
+    if (path / "recipe.json").is_file():
+        return _run(path)
+    if path.suffix == ".safetensors" or (path / FILE).is_file():
+        file = path / FILE if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"{file} does not exist")
+        if base is None:
+            raise UserError(f"{source} is a LoRA: name the model that it belongs to with --base")
+        model, backbone = resolve(base), load_backbone(base, "meta")
+        return Source(model, backbone, read_settings(file.parent, backbone.settings), file, base)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"{source} is no run, no model folder and no LoRA: give the output folder of a recipe")
+    backbone = load_backbone(source, "meta")
+    return Source(resolve(source), backbone, backbone.settings)
+
+
+def _run(folder: Path) -> Source:
+    model, file = folder / "model", folder / "lora" / FILE
+    if not (model / "model_index.json").is_file():
+        raise UserError(f"the run {folder} is not finished: go on with `apexflow train` and --resume, then export")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    backbone = load_backbone(str(model), "meta")
+    if recipe["tuning"]["kind"] != "lora":
+        return Source(model, backbone, backbone.settings)
+    base = recipe["model"] if recipe["model"] != "miniature" else str(folder / "base")
+    return Source(model, backbone, backbone.settings, file, base, merged=True)
+
+
+def _scheduler(backbone: Backbone, asked: Scheduler | None) -> Scheduler:
+    if not backbone.flow_scheduler and asked in ("stock", "any-step"):
+        raise UserError(f"the stock pipeline of {backbone.family} runs no flow scheduler: take --scheduler original")
+    return asked or ("stock" if backbone.flow_scheduler else "original")
+
+
+def _part(backbone: Backbone) -> str:
+    return getattr(backbone, "network_part", "transformer")
+
+
+def _whole(found: Source, partial: Path) -> None:
+    """A copy of the model's folder, with the LoRA added where there is one that is not in it yet."""
+    model, pairs = found.model, None
+    if found.lora is not None and not found.merged:
+        pairs = read_lora(found.lora)
+        check_lora(found.lora, pairs, model / _part(found.backbone))
+    for part in sorted(p.parent for p in model.glob("*/*.safetensors")):
+        weight_shapes(part)  # a truncated file must not leave here
+    patterns = shutil.ignore_patterns(*(f"*{suffix}" for suffix in PICKLES), ".*")
+    shutil.copytree(model, partial, ignore=patterns)
+    if pairs is not None:
+        merge_into(partial / _part(found.backbone), pairs)
+    (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")
+
+
+def _lora(found: Source, partial: Path) -> None:
+    import diffusers
+
+    if found.lora is None:
+        raise ValueError("no LoRA to write")
+    pipeline = read_index(found.model)["_class_name"]
+    if not hasattr(getattr(diffusers, pipeline), "load_lora_weights"):
+        raise UserError(f"{pipeline} of diffusers loads no LoRA: pass --merge")
+    check_lora(found.lora, read_lora(found.lora), found.model / _part(found.backbone))
+    partial.mkdir(parents=True)
+    shutil.copyfile(found.lora, partial / FILE)
+    (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")
+
+
+def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chosen: Scheduler) -> None:
+    """`folder/scheduler`, and in a whole model its line in the index."""
+    import diffusers
+
+    if chosen == "original":
+        return
+    if chosen == "any-step":
+        scheduler: Any = AnyStepScheduler(shift=backbone.time_shift, times=settings.times)
+    else:
+        config = stock_scheduler_config(settings, backbone.time_shift)["scheduler"]
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    shutil.rmtree(folder / "scheduler", ignore_errors=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    if (folder / "model_index.json").is_file():
+        index = read_index(folder) | {"scheduler": index_entry(type(scheduler))}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any], output: Path) -> str:
+    """A README: the lines that draw a picture with stock diffusers."""
+    pipeline = read_index(found.model)["_class_name"]
+    loaded = found.base if kind == "lora" else str(output)
+    lines = ["import torch, diffusers"]
+    if chosen == "any-step":
+        lines.append("import apexflow.export  # the scheduler's class")
+    lines.append(f'pipe = diffusers.{pipeline}.from_pretrained("{loaded}", torch_dtype=torch.bfloat16).to("cuda")')
+    if kind == "lora":
+        lines.append(f'pipe.load_lora_weights("{output}")')
+        if chosen != "original":
+            name = "apexflow.export.AnyStepScheduler" if chosen == "any-step" else STOCK
+            lines.append(f'pipe.scheduler = {name}.from_pretrained("{output}", subfolder="scheduler")')
+    call = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    lines.append(f'picture = pipe("a red cube", {call}).images[0]')
+    code = "\n".join(lines)
+    return f"# {output.name}\n\nMade by `apexflow export`. With stock diffusers:\n\n```python\n{code}\n```\n"
+
+
+STOCK = "diffusers.FlowMatchEulerDiscreteScheduler"

@@ -1,0 +1,99 @@
+"""A LoRA file of diffusers' form: read, checked against a model, added into its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from apexflow.errors import UserError
+from apexflow.progress import Progress
+
+PREFIXES = ("transformer", "unet")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a LoRA adds to one weight: `scale * up @ down`; down (rank, in, ...), up (out, rank, ...)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        """The summand in the shape of the weight, float32; 1 x 1 and other ungrouped convolutions included."""
+        return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(shape)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can be added to a weight of this shape."""
+        inner, outer = tuple(self.down.shape), tuple(self.up.shape)
+        return len(outer) >= 2 and outer[1] == inner[0] and outer[0] == shape[0] and inner[1:] == tuple(shape[1:])
+
+
+def read_lora(path: Path) -> dict[str, Pair]:
+    """The pairs of a diffusers LoRA file by the name of the module; UserError for any other or a damaged file."""
+    try:
+        with safe_open(path, "pt") as opened:
+            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({error}): restore the LoRA file") from error
+    prefix = next((p for p in PREFIXES if all(key.startswith(f"{p}.") for key in tensors)), None)
+    modules = {key.rpartition(".lora_")[0] for key in tensors}
+    wanted = {f"{module}.lora_{side}.weight" for module in modules for side in "AB"}
+    if prefix is None or not tensors or wanted != set(tensors):
+        raise UserError(
+            f"{path} is no LoRA of diffusers' form: its names must be transformer.MODULE.lora_A.weight, ..."
+        )
+    scale = metadata.get(f"{prefix}.lora_alpha", 1.0) / metadata.get(f"{prefix}.r", 1.0)
+    return {
+        module.removeprefix(f"{prefix}."): Pair(
+            tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"], scale
+        )
+        for module in sorted(modules)
+    }
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights in a folder of safetensors, from their headers; UserError for a damaged file."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {file} ({error}): restore it from the original checkpoint") from error
+    if not shapes:
+        raise UserError(f"{folder} holds no safetensors: restore it from the original checkpoint")
+    return shapes
+
+
+def check_lora(path: Path, pairs: dict[str, Pair], part: Path) -> None:
+    """UserError unless every pair has a weight of its shape among those in the folder `part`."""
+    shapes = weight_shapes(part)
+    for module, pair in pairs.items():
+        shape = shapes.get(f"{module}.weight")
+        if shape is None or not pair.fits(shape):
+            why = "it has no such weight" if shape is None else f"its weight has the shape {shape}"
+            raise UserError(f"{path} is a LoRA for another model than {part.parent}: {module}: {why}")
+
+
+@torch.no_grad()
+def merge_into(part: Path, pairs: dict[str, Pair]) -> None:
+    """Rewrite the safetensors in the folder `part` with the LoRA added, one file at a time, each in its own precision."""
+    files = sorted(part.glob("*.safetensors"))
+    with Progress("merging", len(files)) as progress:
+        for file in files:
+            tensors = load_file(file)
+            for name, weight in tensors.items():
+                pair = pairs.get(name.removesuffix(".weight"))
+                if pair is not None:
+                    tensors[name] = (weight.float() + pair.delta(tuple(weight.shape))).to(weight.dtype)
+            save_file(tensors, file.with_suffix(".partial"), {"format": "pt"})
+            file.with_suffix(".partial").replace(file)
+            progress.advance()

@@ -1,0 +1,160 @@
+"""`apexflow export`: what it writes, loaded by the stock pipelines, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stock import load_stock
+from stock_runs import largest_difference, noise, our_latents, stock_latents
+from test_lora import tuned
+
+from apexflow.backbones import load_backbone
+from apexflow.errors import UserError
+from apexflow.export import AnyStepScheduler, export, save_lora
+from apexflow.export.lora import FILE
+from apexflow.export.merge import Pair
+from apexflow.generator import Generator
+
+
+def student(folder_of, name, tmp_path, **settings):
+    """A model folder that says how it is sampled, as a run leaves it."""
+    backbone = load_backbone(str(folder_of(name)))
+    folder = tmp_path / "student"
+    backbone.save(folder, replace(backbone.settings, guidance=1.0, **settings))
+    return folder
+
+
+def call_of(result):
+    """The options of a call that are not already those of `stock_latents`."""
+    keep = ("sigmas", "true_cfg_scale", "guidance_scale")
+    return {name: value for name, value in result["call"].items() if name in keep}
+
+
+@pytest.mark.parametrize("scheduler", ["stock", "any-step"])
+@pytest.mark.parametrize("name", ["sana", "qwen_image"])
+def test_a_student_s_folder_samples_as_ours_in_the_stock_pipeline(name, scheduler, folder_of, tmp_path):
+    source, output = student(folder_of, name, tmp_path, steps=2), tmp_path / "out"
+    result = export(str(source), output, scheduler)
+    assert result["kind"] == "model" and result["scheduler"] == scheduler
+    backbone, pipeline = load_backbone(str(source)), load_stock(output)
+    kind = AnyStepScheduler if scheduler == "any-step" else diffusers.FlowMatchEulerDiscreteScheduler
+    assert isinstance(pipeline.scheduler, kind)
+    z, times = noise(backbone), Generator(backbone).times(2)
+    assert (
+        largest_difference(stock_latents(name, pipeline, z, 2, **call_of(result)), our_latents(backbone, z, times))
+        < 1e-5
+    )
+    again = load_backbone(str(output))  # and comes back as it went
+    assert again.settings == backbone.settings and again.time_shift == pytest.approx(backbone.time_shift)
+    if (name, scheduler) == ("sana", "any-step"):
+        again.save(tmp_path / "again", again.settings)
+        assert isinstance(load_stock(tmp_path / "again").scheduler, kind)
+
+
+def test_an_explicit_grid_goes_along(folder_of, tmp_path):
+    source = student(folder_of, "qwen_image", tmp_path, steps=2, times=[1.0, 0.7, 0.0])
+    backbone = load_backbone(str(source))
+    z = noise(backbone)
+    for scheduler in ("stock", "any-step"):
+        result = export(str(source), tmp_path / scheduler, scheduler)
+        latents = stock_latents("qwen_image", load_stock(tmp_path / scheduler), z, 2, **call_of(result))
+        expected = our_latents(backbone, z, torch.tensor([1.0, 0.7, 0.0], dtype=torch.float64))
+        assert largest_difference(latents, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sana", "qwen_image", "sdxl"])
+def test_a_lora_file_and_its_merge(name, folder_of, tmp_path):
+    roles = tuned(folder_of(name), alpha=6)
+    file = save_lora(roles, tmp_path / "lora")
+    base = str(folder_of(name))
+    result = export(str(file.parent), tmp_path / "copy", base=base)
+    assert result["kind"] == "lora" and (tmp_path / "copy" / FILE).read_bytes() == file.read_bytes()
+    assert "load_lora_weights" in (tmp_path / "copy" / "README.md").read_text()
+    assert export(str(file), tmp_path / "merged", merge=True, base=base)["kind"] == "model"
+    part = "unet" if name == "sdxl" else "transformer"
+    expected = dict(roles.merged().state_dict())
+    found = load_file(tmp_path / "merged" / part / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.allclose(found[key], tensor, atol=1e-6), key
+    original = load_file(next((folder_of(name) / part).glob("*.safetensors")))
+    assert any(not torch.equal(found[key], tensor) for key, tensor in original.items())
+
+
+def test_a_pair_adds_to_convolutions_of_any_kernel():
+    x = torch.randn(2, 3, 8, 8)
+    pair = Pair(torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1), 0.5)
+    delta = pair.delta((5, 3, 3, 3))
+    two = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, pair.down), pair.up)
+    assert torch.allclose(torch.nn.functional.conv2d(x, delta), 0.5 * two, atol=1e-5)
+    assert pair.fits((5, 3, 3, 3)) and not pair.fits((5, 4, 3, 3)) and not pair.fits((4, 3, 3, 3))
+
+
+# -- What is refused ---------------------------------------------------------------------------------------------------
+
+
+def refused(tmp_path, words, *arguments, **named):
+    with pytest.raises(UserError) as caught:
+        export(*arguments, **named)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_lora_for_another_model(folder_of, tmp_path):
+    file = save_lora(tuned(folder_of("sd3")), tmp_path / "lora")
+    for merge in (False, True):
+        words = ("LoRA for another model", "no such weight")
+        refused(tmp_path, words, str(file), tmp_path / "o", merge=merge, base=str(folder_of("sana")))
+    tensors = {key: value[:, :-1] if ".lora_A." in key else value for key, value in load_file(file).items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+    refused(tmp_path, ("LoRA for another model", "shape"), str(file), tmp_path / "o", base=str(folder_of("sd3")))
+    assert not (tmp_path / "o").exists()
+
+
+def test_sources_that_are_none(folder_of, tmp_path):
+    output, empty = tmp_path / "o", tmp_path / "empty"
+    empty.mkdir()
+    refused(tmp_path, ("no run", "no model"), str(empty), output)
+    refused(tmp_path, ("not found",), "nosuch", output)
+    (empty / "recipe.json").write_text(json.dumps({"model": "x", "tuning": {"kind": "full"}}))
+    refused(tmp_path, ("not finished", "--resume"), str(empty), output)
+    refused(tmp_path, ("exists", "-o"), str(folder_of("sana")), empty)
+    file = save_lora(tuned(folder_of("sana")), tmp_path / "lora")
+    refused(tmp_path, ("--base",), str(file), output)
+    refused(tmp_path, ("does not exist",), str(tmp_path / "none.safetensors"), output, base="x")
+    refused(tmp_path, ("no LoRA to merge",), str(folder_of("sana")), output, merge=True)
+    for content in (b"short", file.read_bytes()[:-9]):
+        file.write_bytes(content)
+        refused(tmp_path, ("cannot read", FILE), str(file), output, base=str(folder_of("sana")))
+    save_file({"lora_unet_to_q.lora_down.weight": torch.zeros(1)}, file)
+    refused(tmp_path, ("diffusers' form",), str(file), output, base=str(folder_of("sana")))
+
+
+def test_families_with_schedulers_of_their_own(folder_of, tmp_path):
+    for name in ("sdxl", "pixart_sigma", "sana_sprint"):
+        refused(tmp_path, ("no flow scheduler",), str(folder_of(name)), tmp_path / "o", "stock")
+        result = export(str(folder_of(name)), tmp_path / name)
+        assert result["scheduler"] == "original" and "sigmas" not in result["call"]
+        one, other = (folder / "scheduler" / "scheduler_config.json" for folder in (tmp_path / name, folder_of(name)))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_truncated_model_and_a_full_disk(folder_of, tmp_path, monkeypatch):
+    model = tmp_path / "m"
+    shutil.copytree(folder_of("sana"), model)
+    weights = next((model / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    refused(tmp_path, ("vae", "restore"), str(model), tmp_path / "o")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("apexflow.export.folder.shutil.copytree", full)
+    refused(tmp_path, ("No space left",), str(folder_of("sana")), tmp_path / "o")
+    assert not (tmp_path / "o").exists()
