@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.errors import Stopped, UserError
+from apexflow.evaluation.command import convert_detector, evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make or look at data sets.")
 app.add_typer(data_app, name="data")
+app.command()(evaluate)
+app.command("convert-detector")(convert_detector)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
@@ -97,40 +100,6 @@ def train(
     _show({"model": str(model), "report": str(report)}, as_json, f"model: {model}\nreport: {report}")
 
 
-@app.command()
-def evaluate(
-    model: Model = "mini-student",
-    suite: Annotated[str, typer.Option(help="mini-geneval or mini-geneval-held-out.")] = "mini-geneval",
-    steps: Steps = None,
-    guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(help="First random seed.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, each over the whole suite.")] = 1,
-    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only this many prompts; the report says incomplete.")
-    ] = None,
-    kappa: Annotated[float, typer.Option(help="Extrapolation ratio (Eq. 21).")] = 0.0,
-    rho: Annotated[float, typer.Option(help="Share of fresh noise at each step.")] = 0.0,
-    order: Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")] = 1,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for rows and report; an interrupted run goes on.")
-    ] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Generate a suite's pictures and score them."""
-    from apexflow.evaluation.runner import Settings, evaluate, over_seeds
-    from apexflow.generator import load
-
-    generator = load(model, device)
-    reports = []
-    for number in range(seed, seed + seeds):
-        settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, number, limit)
-        reports.append(evaluate(generator, settings, output / f"seed-{number}" if output else None, model))
-    report = over_seeds(reports)
-    _show(report, as_json, score_table({model: report}))
-
-
 @app.command("export")
 def export_command(
     source: Annotated[str, typer.Argument(help="The folder of a run, a model, or a LoRA file (then with --base).")],
@@ -179,37 +148,10 @@ def demo(
 ) -> None:
     """Turn the shipped teacher into a one-step generator, score it before and after, and write a report."""
     from apexflow.demo import run_demo
+    from apexflow.evaluation.table import score_table
 
     result = run_demo(output, minutes, force)
     _show(result, as_json, score_table(result["scores"]) + f"\nreport: {result['report']}")
-
-
-def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """Scores by task as text, one row a model."""
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="mini-GenEval (never comparable to GenEval)")
-    first = next(iter(scores.values()))
-    for heading in ("", "NFE", *first["tasks"], "overall", "strict", "diversity"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, report in scores.items():
-        error = f" ±{report['overall_se']:.3f}" if "overall_se" in report else ""
-        spread = "" if report.get("diversity") is None else f"{report['diversity']:.3f}"
-        cells = [f"{value:.2f}" for value in report["tasks"].values()]
-        table.add_row(
-            name,
-            str(report["evaluations"]),
-            *cells,
-            f"{report['overall']:.3f}{error}",
-            f"{report['strict']:.3f}",
-            spread,
-        )
-    text = StringIO()
-    Console(file=text, width=140).print(table)
-    return text.getvalue().rstrip()
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import provenance
 
-from apexflow.cli import score_table
 from apexflow.evaluation.runner import Settings, evaluate, over_seeds, write_json
+from apexflow.evaluation.table import score_table
 from apexflow.generator import load
 
 

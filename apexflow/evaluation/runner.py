@@ -1,165 +1,191 @@
-"""Prompts -> pictures -> scores -> one report, the same way for every suite; resumable, each picture from its own seed."""
+"""Prompts -> pictures -> scores -> one report, the same way for every suite. Both stages resume.
+
+The folder of an evaluation holds `generation.json` (what drew the pictures), `pictures/` (in the suite's official
+layout), `scoring.json` (what scored them), `results.jsonl` (a row a picture) and `report.json`.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import fcntl
+import importlib.metadata
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from apexflow.data.cache import to_tensor
+from apexflow.data.cache import fingerprint
 from apexflow.errors import UserError
-from apexflow.evaluation import mini_geneval
-from apexflow.generator import MAX_BATCH, Generator
-from apexflow.progress import Progress
+from apexflow.evaluation.drawing import EVALUATIONS, Shard, diversity, draw, pending
+from apexflow.evaluation.files import read_json, write_json
+from apexflow.evaluation.scoring import Scored, score
+from apexflow.evaluation.suite import Found, Prompt, Settings, Suite, Tools, prompts_sha256
+from apexflow.evaluation.suites import SUITES, make_suite
+from apexflow.generator import Generator
 
-Row = dict[str, Any]
+__all__ = ["SUITES", "Settings", "Shard", "Tools", "evaluate", "over_seeds", "score_folder", "write_json"]
 
-
-@dataclass(frozen=True)
-class Suite:
-    """A benchmark: its prompts with metadata, the score of one picture, and the summary of all rows."""
-
-    prompts: Callable[[], list[dict[str, Any]]]
-    score: Callable[[Image.Image, Mapping[str, Any]], Row]
-    aggregate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
-
-
-SUITES = {
-    "mini-geneval": Suite(mini_geneval.prompts, mini_geneval.score_picture, mini_geneval.aggregate),
-    "mini-geneval-held-out": Suite(mini_geneval.held_out_prompts, mini_geneval.score_picture, mini_geneval.aggregate),
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What moves a score beside the model: all of it goes into the report."""
-
-    suite: str = "mini-geneval"
-    steps: int | None = None
-    guidance: float | None = None
-    kappa: float = 0.0
-    rho: float = 0.0
-    order: int = 1
-    per_prompt: int = 4
-    seed: int = 0
-    limit: int | None = None  # only this many prompts, evenly spread: a quick look, marked incomplete
+VERSIONS = ("apexflow", "torch", "transformers", "diffusers", "numpy", "pillow")
 
 
 def evaluate(
-    generator: Generator, settings: Settings, folder: Path | None = None, name: str = "model"
+    generator: Generator,
+    settings: Settings,
+    folder: Path | None = None,
+    name: str = "model",
+    tools: Tools | None = None,
+    shard: Shard | None = None,
+    with_scores: bool = True,
 ) -> dict[str, Any]:
-    """Generate and score a suite; its report. With a folder, rows are kept there and an interrupted run goes on."""
-    if settings.suite not in SUITES:
-        raise UserError(f"unknown suite {settings.suite!r}; suites: {', '.join(SUITES)}")
-    if settings.per_prompt < 1 or (settings.limit is not None and settings.limit < 1):
-        raise UserError("per_prompt and limit must be at least 1")
-    suite = SUITES[settings.suite]
-    everything = suite.prompts()
-    prompts = _spread(everything, settings.limit)
-    jobs = [(index, copy) for index in range(len(prompts)) for copy in range(settings.per_prompt)]
-    times = generator.times(settings.steps)
-    rows = _read_rows(folder, settings) if folder else []
-    pairs: dict[int, list[torch.Tensor]] = {}
-    with Progress(f"{settings.suite}, {name}", len(jobs), len(rows)) as progress:
-        for start in range(len(rows), len(jobs), MAX_BATCH):
-            part = jobs[start : start + MAX_BATCH]
-            pictures = generator.generate_seeded(
-                [prompts[i]["prompt"] for i, _ in part],
-                [(settings.seed, i * settings.per_prompt + copy) for i, copy in part],
-                len(times) - 1,
-                guidance=settings.guidance,
-                kappa=settings.kappa,
-                rho=settings.rho,
-                order=settings.order,
+    """Draw and score a suite; its report.
+
+    With a folder, pictures and rows are kept there and an interrupted run goes on. With a `shard`, this process draws
+    its share, and the process that finds all pictures drawn scores them: the others' reports say how many are "pending".
+    Without scores, the pictures are drawn for a later `score_folder`.
+    """
+    if folder is None:
+        if not with_scores or (shard and shard.world > 1):
+            raise UserError(
+                "pictures to be kept, or shared by several processes, need a folder: name one with --output"
             )
-            fresh = [suite.score(picture, prompts[i]) for picture, (i, _) in zip(pictures, part, strict=True)]
-            for (index, _), feature in zip(part, features(generator, pictures), strict=True):
-                pairs.setdefault(index, []).append(feature)
-            rows += fresh
-            if folder:
-                _append(folder, fresh)
-            progress.advance(len(part))
-    report = suite.aggregate(rows) | {
-        "suite": settings.suite,
-        "name": name,
-        "steps": len(times) - 1,
-        "evaluations": generator.evaluations,
-        "guidance": generator.backbone.settings.guidance if settings.guidance is None else settings.guidance,
-        "kappa": settings.kappa,
-        "rho": settings.rho,
-        "order": settings.order,
-        "per_prompt": settings.per_prompt,
-        "seed": settings.seed,
-        "complete": len(prompts) == len(everything),
-        "diversity": diversity(pairs),
-    }
-    if folder:
-        write_json(folder / "report.json", report)
+        with tempfile.TemporaryDirectory() as scratch:
+            return evaluate(generator, settings, Path(scratch) / "evaluation", name, tools)
+    suite = make_suite(settings.suite, tools or Tools())
+    settings = _checked(settings, suite)
+    if with_scores:
+        suite.check()
+    prompts, all_prompts = suite.choose(settings.limit)
+    generation = _generation(generator, settings, prompts)
+    _claim(folder, "generation.json", generation)
+    draw(generator, settings, suite, prompts, folder, name, shard)
+    left = pending(suite, settings, prompts, folder)
+    if left or not with_scores:
+        return {"suite": settings.suite, "name": name, "folder": str(folder), "pending": left}
+    with _alone(folder):
+        drawn = {"name": name, "evaluations": read_json(folder / EVALUATIONS, "the evaluation")} | generation
+        if suite.measures_diversity:
+            drawings = suite.drawings(prompts, settings.per_prompt or 1)
+            drawn["diversity"] = diversity(generator, folder, drawings, settings.per_prompt or 1)
+        return _score(suite, settings, prompts, all_prompts, folder / "pictures", folder, drawn)
+
+
+def score_folder(
+    images: Path, settings: Settings, folder: Path | None = None, name: str = "pictures", tools: Tools | None = None
+) -> dict[str, Any]:
+    """Score pictures that any program wrote in the suite's official layout; the report. `images` is never written to."""
+    if not images.is_dir():
+        raise UserError(f"no pictures folder at {images}: name one in the suite's official layout")
+    if folder is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return score_folder(images, settings, Path(scratch) / "scores", name, tools)
+    suite = make_suite(settings.suite, tools or Tools())
+    settings = _checked(settings, suite)
+    suite.check()
+    prompts, all_prompts = suite.choose(settings.limit)
+    drawn: dict[str, Any] = {}
+    record = images.parent / "generation.json"
+    if record.is_file() and images.name == "pictures":  # drawn by `evaluate`
+        drawn = read_json(record, "the evaluation")
+        drawn["evaluations"] = read_json(images.parent / EVALUATIONS, "the evaluation")
+    return _score(suite, settings, prompts, all_prompts, images, folder, {"name": name} | drawn)
+
+
+def _checked(settings: Settings, suite: Suite) -> Settings:
+    """The settings with the suite's own number of pictures a prompt filled in."""
+    if (settings.per_prompt is not None and settings.per_prompt < 1) or (settings.limit or 1) < 1:
+        raise UserError("per_prompt and limit must be at least 1")
+    return replace(settings, per_prompt=settings.per_prompt or suite.per_prompt)
+
+
+def _score(
+    suite: Suite,
+    settings: Settings,
+    prompts: Sequence[Prompt],
+    all_prompts: bool,
+    images: Path,
+    folder: Path,
+    drawn: dict[str, Any],
+) -> dict[str, Any]:
+    per_prompt = settings.per_prompt or suite.per_prompt
+    found = suite.find(images, prompts, per_prompt)
+    if not found.pictures:
+        raise UserError(
+            f"{images} holds no picture of the suite {settings.suite}: docs/evaluation.md shows the layout it needs"
+        )
+    scoring = {"suite": settings.suite, "limit": settings.limit, "per_prompt": per_prompt} | suite.settings()
+    own = images == folder / "pictures"
+    _claim(folder, "scoring.json", scoring | ({} if own else {"pictures": str(images.resolve())}))
+    scored = score(suite, found, folder, drawn["name"])
+    report = suite.aggregate(scored.rows, folder) | drawn | _completeness(all_prompts, found, scored)
+    unique = {str(picture.metadata): picture.metadata for picture in found.pictures}
+    seen = [prompt.metadata for prompt in prompts] if _same(prompts, unique) else list(unique.values())
+    report |= {"prompts_sha256": prompts_sha256(seen), "scoring": scoring, "versions": versions()}
+    report |= {"suite": settings.suite, "per_prompt": per_prompt}
+    write_json(folder / "report.json", report)
     return report
 
 
-def _spread(prompts: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    if limit is None or limit >= len(prompts):
-        return prompts
-    return [prompts[index * len(prompts) // limit] for index in range(limit)]
+def _same(prompts: Sequence[Prompt], found: Mapping[str, Any]) -> bool:
+    return {str(prompt.metadata) for prompt in prompts} >= found.keys()
 
 
-@torch.no_grad()
-def features(generator: Generator, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures as the model's own autoencoder sees them, (B, features): where the distance between seeds is measured."""
-    size = (pictures[0].height, pictures[0].width)
-    images = torch.stack([to_tensor(picture, size) for picture in pictures])
-    return generator.backbone.encode_images(images).flatten(1).cpu()
+def _completeness(all_prompts: bool, found: Found, scored: Scored) -> dict[str, Any]:
+    """What lacks is named and marks the report; no mean counts it as right or wrong."""
+    trouble = found.missing or found.extra or scored.failed
+    return {
+        "complete": all_prompts and not trouble,
+        "pictures": len(scored.rows),
+        "missing": found.missing,
+        "extra": found.extra,
+        "failed": scored.failed,
+    }
 
 
-def diversity(pairs: Mapping[int, Sequence[torch.Tensor]]) -> float | None:
-    """Mean distance between pictures of one prompt under different seeds, per feature; None with one picture a prompt."""
-    distances = []
-    for group in pairs.values():
-        if len(group) > 1:
-            stacked = torch.stack(list(group))
-            distances.append(float(torch.pdist(stacked).mean()) / stacked.shape[1] ** 0.5)
-    return sum(distances) / len(distances) if distances else None
+def _generation(generator: Generator, settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Everything of the drawing that moves a score."""
+    backbone = generator.backbone
+    times = generator.times(settings.steps)
+    return asdict(settings) | {
+        "steps": len(times) - 1,
+        "guidance": backbone.settings.guidance if settings.guidance is None else settings.guidance,
+        "times": times.tolist(),
+        "size": settings.size or backbone.default_size,
+        "weights": fingerprint(backbone.transformer),
+        "dtype": str(next(backbone.transformer.parameters()).dtype).removeprefix("torch."),
+        "prompts_drawn_sha256": prompts_sha256([prompt.metadata for prompt in prompts]),
+    }
 
 
-def _identity(settings: Settings) -> dict[str, Any]:
-    return {key: getattr(settings, key) for key in settings.__dataclass_fields__}
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
 
 
-def _read_rows(folder: Path, settings: Settings) -> list[Row]:
-    """Rows of an earlier, interrupted evaluation with the same settings; UserError if the folder holds another one."""
+def _claim(folder: Path, marker: str, settings: dict[str, Any]) -> None:
+    """Take a new folder, or go on in one with the same settings; UserError if it holds anything else."""
     folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / "settings.json"
-    if marker.is_file():
-        if json.loads(marker.read_text()) != _identity(settings):
-            raise UserError(f"{folder} holds an evaluation with other settings: choose another folder")
-    elif any(folder.iterdir()):
+    # Listed before the marker is looked for: a process beside this one writes the marker first.
+    foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    path = folder / marker
+    if path.is_file():
+        before = read_json(path, "the evaluation")
+        differs = [key for key in settings if before.get(key) != settings[key]]
+        if differs:
+            raise UserError(f"{folder} holds an evaluation with other {' and '.join(differs)}: choose another folder")
+        return
+    if foreign and not (folder / "generation.json").is_file():
         raise UserError(f"output {folder} exists and holds no evaluation: choose another folder")
-    else:
-        write_json(marker, _identity(settings))
-    path = folder / "results.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    whole = [json.loads(line) for line in lines if line.endswith("}")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in whole))
-    return whole
+    write_json(path, settings)
 
 
-def _append(folder: Path, rows: Sequence[Row]) -> None:
-    with (folder / "results.jsonl").open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Processes that finish drawing together score one after the other; the later finds everything scored."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -167,23 +193,21 @@ def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = reports[0]
     if len(reports) == 1:
         return first
-    mean = {key: _mean([r[key] for r in reports]) for key in ("overall", "strict", "images", "prompts", "diversity")}
-    tasks = {tag: _mean([r["tasks"][tag] for r in reports]) for tag in first["tasks"]}
-    overalls = torch.tensor([r["overall"] for r in reports], dtype=torch.float64)
-    # Pictures within a seed and seeds among each other both vary; the larger of the two estimates is the honest one.
-    pooled = _mean([r["overall_se"] for r in reports]) / len(reports) ** 0.5
-    between = float(overalls.std() / len(reports) ** 0.5)
-    return (
-        first
-        | mean
-        | {
-            "tasks": tasks,
-            "strict_tasks": {tag: _mean([r["strict_tasks"][tag] for r in reports]) for tag in first["tasks"]},
-            "overall_se": max(pooled, between),
-            "pictures": sum(r["pictures"] for r in reports),
-            "seed": [r["seed"] for r in reports],
-        }
-    )
+    numbers = ("overall", "strict", "images", "prompts", "diversity")
+    merged = first | {key: _mean([r[key] for r in reports]) for key in numbers if key in first}
+    for key in ("tasks", "strict_tasks"):
+        if key in first:
+            merged[key] = {tag: _mean([r[key].get(tag) for r in reports]) for tag in first[key]}
+    if None not in [r["overall"] for r in reports]:
+        overalls = torch.tensor([r["overall"] for r in reports], dtype=torch.float64)
+        # Pictures within a seed and seeds among each other both vary; the larger of the two estimates is the honest one.
+        within = (_mean([r.get("overall_se") for r in reports]) or 0.0) / len(reports) ** 0.5
+        merged["overall_se"] = max(within, float(overalls.std() / len(reports) ** 0.5))
+    return merged | {
+        "pictures": sum(r["pictures"] for r in reports),
+        "complete": all(r["complete"] for r in reports),
+        "seed": [r["seed"] for r in reports],
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -58,7 +59,11 @@ def save_detector(state_dict: Mapping[str, Any], folder: str | Path) -> None:
         )
     model.load_state_dict(converted, strict=False)  # strict but for UNUSED, by the check above
     model.config.apexflow_source = "mmdet"
-    model.save_pretrained(folder)
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def detector_config() -> Any:

@@ -58,16 +58,19 @@ class Mask2FormerDetector:
             )
         return cls(model, device)
 
-    @torch.inference_mode()
     def detect(self, image: Image.Image) -> tuple[Detections, Masks]:
         """See `postprocess`. The image must stand in its EXIF orientation, as the colours are read from it too."""
-        pixels, image_size = preprocess(image)
+        return self.detect_prepared(*preprocess(image), (image.height, image.width))
+
+    @torch.inference_mode()
+    def detect_prepared(self, pixels: torch.Tensor, image_size: Size, original_size: Size) -> tuple[Detections, Masks]:
+        """See `postprocess`; `pixels` and `image_size` are what `preprocess` returned."""
         output = self.model(pixel_values=pixels.to(self.device))
         return postprocess(
             output.class_queries_logits[0],
             output.masks_queries_logits[0],
             image_size,
-            (image.height, image.width),
+            original_size,
             (pixels.shape[-2], pixels.shape[-1]),
         )
 

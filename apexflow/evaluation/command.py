@@ -1,0 +1,156 @@
+"""`apexflow evaluate` and `apexflow convert-detector`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apexflow.errors import UserError
+
+if TYPE_CHECKING:
+    from apexflow.evaluation.suite import Settings, Tools
+
+DRAW, SCORE = "Drawing", "Scoring"
+
+
+def evaluate(
+    suite: Annotated[
+        str, typer.Option(help="mini-geneval, mini-geneval-held-out, geneval, dpg, wise or mjhq.")
+    ] = "mini-geneval",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for pictures, rows and report; an interrupted run goes on."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only this many prompts; the report says incomplete.")
+    ] = None,
+    per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt. Default: the suite's own.")] = None,
+    model: Annotated[
+        str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id.", rich_help_panel=DRAW)
+    ] = "mini-student",
+    steps: Annotated[
+        int | None, typer.Option(help="Default: what the model was made for.", rich_help_panel=DRAW)
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Default: the model's own.", rich_help_panel=DRAW)] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side in pixels. Default: the model's own.", rich_help_panel=DRAW)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="First random seed.", rich_help_panel=DRAW)] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many seeds, each over the whole suite.", rich_help_panel=DRAW)
+    ] = 1,
+    kappa: Annotated[float, typer.Option(help="Extrapolation ratio (Eq. 21).", rich_help_panel=DRAW)] = 0.0,
+    rho: Annotated[float, typer.Option(help="Share of fresh noise at each step.", rich_help_panel=DRAW)] = 0.0,
+    order: Annotated[int, typer.Option(help="1, or 2 for Heun's correction.", rich_help_panel=DRAW)] = 1,
+    score: Annotated[
+        bool, typer.Option("--score/--no-score", help="Or only draw, to score later.", rich_help_panel=DRAW)
+    ] = True,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Score this folder, whoever drew it; no model is loaded.", rich_help_panel=SCORE),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The benchmark's own files (dpg, wise, mjhq; geneval: prompts).", rich_help_panel=SCORE),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Of dpg, wise or mjhq; see docs/evaluation.md.", rich_help_panel=SCORE)
+    ] = None,
+    detector: Annotated[Path | None, typer.Option(help="Mask2Former folder (geneval).", rich_help_panel=SCORE)] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="CLIP ViT-L/14 folder (geneval, mjhq).", rich_help_panel=SCORE)
+    ] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="FID Inception weights, safetensors (mjhq).", rich_help_panel=SCORE)
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference statistics or pictures (mjhq).", rich_help_panel=SCORE)
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="http://host:port/v1, or the folder of a local model (dpg, wise).", rich_help_panel=SCORE),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="The model's name at that address.", rich_help_panel=SCORE)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Draw a suite's pictures and score them, or score pictures that are there."""
+    from apexflow.evaluation.suite import Settings, Tools
+
+    place = _device(device)
+    tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, place)
+    settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
+    if images is not None:
+        from apexflow.evaluation.runner import score_folder
+
+        _show([score_folder(images, settings, output, str(images), tools)], as_json)
+    else:
+        _show(_draw_and_score(model, settings, seeds, output, tools, score), as_json)
+
+
+def _draw_and_score(
+    model: str, settings: Settings, seeds: int, output: Path | None, tools: Tools, score: bool
+) -> list[dict[str, Any]]:
+    from dataclasses import replace
+
+    from apexflow.evaluation.runner import Shard, evaluate
+    from apexflow.generator import load
+
+    generator = load(model, tools.device)
+    reports = []
+    for number in range(settings.seed, settings.seed + seeds):
+        folder = output / f"seed-{number}" if output else None
+        this = replace(settings, seed=number)
+        reports.append(evaluate(generator, this, folder, model, tools, Shard.from_environment(), score))
+    return reports
+
+
+def _device(name: str) -> str:
+    """torchrun's processes take a card each."""
+    from apexflow.generator import pick_device
+
+    device = pick_device(name)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
+    from apexflow.evaluation.runner import over_seeds
+    from apexflow.evaluation.table import score_table
+
+    waiting = [report for report in reports if "pending" in report]
+    result = waiting[0] if waiting else over_seeds(reports)
+    if as_json:
+        typer.echo(json.dumps(result))
+    elif waiting:
+        lines = (f"{report['folder']}: {report['pending']} pictures to be drawn, not scored" for report in waiting)
+        typer.echo("\n".join(lines))
+    else:
+        typer.echo(score_table({result["name"]: result}))
+
+
+def convert_detector(
+    checkpoint: Annotated[Path, typer.Argument(help="The official mmdet weights as a safetensors file.")],
+    folder: Annotated[Path, typer.Argument(help="Where the transformers folder goes.")],
+) -> None:
+    """Turn GenEval's official Mask2Former weights into a folder for --detector."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from apexflow.evaluation.geneval.convert import save_detector
+
+    if checkpoint.suffix != ".safetensors":
+        raise UserError(f"{checkpoint} is no safetensors file: docs/evaluation.md says how to make one of the official")
+    if folder.exists():
+        raise UserError(f"output {folder} exists: choose another folder")
+    try:
+        tensors = load_file(checkpoint)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {checkpoint} ({error}): fetch it again") from None
+    save_detector(tensors, folder)
+    typer.echo(f"{folder}: detector converted")

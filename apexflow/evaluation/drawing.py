@@ -1,0 +1,133 @@
+"""The first stage of an evaluation: prompts to picture files, each from its own seed, shared out over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from apexflow.data.cache import to_tensor
+from apexflow.errors import UserError
+from apexflow.evaluation.files import is_whole, open_picture, save_picture, write_json, write_text
+from apexflow.evaluation.suite import Drawing, Prompt, Settings, Suite
+from apexflow.generator import MAX_BATCH, Generator
+from apexflow.progress import Progress
+
+EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawing
+BATCH_PIXELS = MAX_BATCH * 256**2  # a batch holds 32 small pictures, or two of 1024 x 1024
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which share of the pictures this process draws. The processes share a disk and need not speak to each other."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Shard:
+        """What torchrun says (RANK, WORLD_SIZE), or everything."""
+        try:
+            shard = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        except ValueError:
+            raise UserError("RANK and WORLD_SIZE must be whole numbers, as torchrun sets them") from None
+        if not 0 <= shard.rank < shard.world:
+            raise UserError(f"RANK {shard.rank} does not lie below WORLD_SIZE {shard.world}")
+        return shard
+
+
+def draw(
+    generator: Generator,
+    settings: Settings,
+    suite: Suite,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    title: str,
+    shard: Shard | None = None,
+) -> None:
+    """Draw what this process's share lacks into `folder/pictures`, in the suite's official layout."""
+    shard = shard or Shard()
+    pictures, partial = folder / "pictures", folder / f".partial-{shard.rank}"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, text in suite.notes(prompts).items():
+        if not (pictures / name).is_file():
+            (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(pictures / name, text)
+    mine = suite.drawings(prompts, settings.per_prompt or suite.per_prompt)[shard.rank :: shard.world]
+    todo = [drawing for drawing in mine if not is_whole(pictures / drawing.path)]
+    size = settings.size or generator.backbone.default_size
+    with Progress(f"{title}: drawing", len(mine), len(mine) - len(todo)) as progress:
+        for group in _groups(todo, max(1, min(MAX_BATCH, BATCH_PIXELS // size**2))):
+            for drawing, samples in _draw_group(generator, settings, group, size):
+                if not (folder / EVALUATIONS).is_file():
+                    write_json(folder / EVALUATIONS, generator.evaluations)
+                save_picture(_grid(samples), pictures / drawing.path, partial)
+            progress.advance(len(group))
+
+
+def pending(suite: Suite, settings: Settings, prompts: Sequence[Prompt], folder: Path) -> int:
+    """How many of the suite's pictures are still to be drawn, by whichever process."""
+    drawings = suite.drawings(prompts, settings.per_prompt or suite.per_prompt)
+    return sum(not is_whole(folder / "pictures" / drawing.path) for drawing in drawings)
+
+
+def _groups(drawings: Sequence[Drawing], batch: int) -> Iterator[Sequence[Drawing]]:
+    """Consecutive drawings that fill a batch; one with more samples than that is drawn in several."""
+    step = max(1, batch // len(drawings[0].samples)) if drawings else 1
+    for start in range(0, len(drawings), step):
+        yield drawings[start : start + step]
+
+
+def _draw_group(
+    generator: Generator, settings: Settings, group: Sequence[Drawing], size: int
+) -> Iterator[tuple[Drawing, list[Image.Image]]]:
+    samples = generator.generate_seeded(
+        [drawing.text for drawing in group for _ in drawing.samples],
+        [(settings.seed, sample) for drawing in group for sample in drawing.samples],
+        settings.steps,
+        size=size,
+        guidance=settings.guidance,
+        kappa=settings.kappa,
+        rho=settings.rho,
+        order=settings.order,
+    )
+    for drawing in group:
+        count = len(drawing.samples)
+        yield drawing, samples[:count]
+        samples = samples[count:]
+
+
+def _grid(samples: Sequence[Image.Image]) -> Image.Image:
+    """One picture as it is; four as top left, top right, bottom left, bottom right, without a gap."""
+    if len(samples) == 1:
+        return samples[0]
+    width, height = samples[0].size
+    sheet = Image.new("RGB", (2 * width, 2 * height))
+    for index, sample in enumerate(samples):
+        sheet.paste(sample, ((index % 2) * width, (index // 2) * height))
+    return sheet
+
+
+@torch.no_grad()
+def features(generator: Generator, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures as the model's own autoencoder sees them, (B, features): where the distance between seeds is measured."""
+    size = (pictures[0].height, pictures[0].width)
+    images = torch.stack([to_tensor(picture, size) for picture in pictures]).to(generator.backbone.device)
+    return generator.backbone.encode_images(images).flatten(1).cpu()
+
+
+def diversity(generator: Generator, folder: Path, drawings: Sequence[Drawing], per_prompt: int) -> float | None:
+    """Mean distance between pictures of one prompt under different seeds, per feature; None with one picture a prompt."""
+    if per_prompt < 2:
+        return None
+    distances: list[float] = []
+    step = max(1, MAX_BATCH // per_prompt) * per_prompt  # whole prompts
+    for start in range(0, len(drawings), step):
+        pictures = [open_picture(folder / "pictures" / d.path) for d in drawings[start : start + step]]
+        for group in features(generator, pictures).split(per_prompt):
+            distances.append(float(torch.pdist(group).mean()) / group.shape[1] ** 0.5)
+    return sum(distances) / len(distances) if distances else None

@@ -1,0 +1,121 @@
+"""Files of an evaluation: written whole or not at all, read without trust."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image, ImageOps
+
+from apexflow.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
+JPEG_QUALITY = 75  # what Sana's pictures have; FID sees it
+
+
+class Unreadable(Exception):
+    """A picture that cannot be scored, and why."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; two processes that write the same file do not meet."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Write a JSONL file whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file that is still being appended to: half a line at its end does not count."""
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, its rows will be made again") from None
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file; UserError says which file of the user's it is (`what`)."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {what} at {path}: {error}") from None
+
+
+def save_picture(picture: Image.Image, path: Path, partial: Path) -> None:
+    """Write a picture under `path`, whole or not at all, by way of `partial` on the same disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = "PNG" if path.suffix == ".png" else "JPEG"
+    picture.save(partial, format=kind, **({} if kind == "PNG" else {"quality": JPEG_QUALITY}))
+    os.replace(partial, path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a picture is there with its end: a write cut short by a crash of the machine leaves none."""
+    ending = ENDINGS[path.suffix]
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(ending), os.SEEK_END)
+            return file.read() == ending
+    except OSError:
+        return False
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in RGB and in its EXIF orientation, fully read. Raises Unreadable."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise Unreadable(f"unreadable picture: {error}") from None
+
+
+def stamp(path: Path) -> str:
+    """Changes whenever the file is written again, so that a score is never taken for that of another picture."""
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def read_ahead(
+    items: Sequence[Item], read: Callable[[Item], Result], threads: int = 4
+) -> Iterator[tuple[Item, Result | Unreadable]]:
+    """Each item with what `read` makes of it, in order; files are read while the caller computes.
+
+    At most 2 x threads results wait in memory. An Unreadable comes as the result, other errors are raised.
+    """
+    waiting: deque[tuple[Item, Future[Result | Unreadable]]] = deque()
+    pool = ThreadPoolExecutor(max_workers=threads)
+
+    def attempt(item: Item) -> Result | Unreadable:
+        try:
+            return read(item)
+        except Unreadable as error:
+            return error
+
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(attempt, item)))
+            if len(waiting) > 2 * threads:
+                yield waiting[0][0], waiting.popleft()[1].result()
+        while waiting:
+            yield waiting[0][0], waiting.popleft()[1].result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

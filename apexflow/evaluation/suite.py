@@ -1,0 +1,178 @@
+"""What a benchmark is to the runner: its prompts, where their pictures lie, the score of a picture, and the sums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from apexflow.errors import UserError
+from apexflow.evaluation.files import SUFFIXES
+from apexflow.evaluation.judge import Ask
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What moves a score beside the model and the scorers: all of it goes into the report."""
+
+    suite: str = "mini-geneval"
+    steps: int | None = None
+    guidance: float | None = None
+    kappa: float = 0.0
+    rho: float = 0.0
+    order: int = 1
+    per_prompt: int | None = None  # None: what the suite asks for
+    seed: int = 0
+    limit: int | None = None  # only this many prompts: a quick look, marked incomplete
+    size: int | None = None  # side of a picture in pixels; None: the model's own
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The user's files and servers that scoring needs. docs/evaluation.md says which suite needs which."""
+
+    data: Path | None = None  # the benchmark's own prompts, questions or pictures
+    detector: Path | None = None
+    clip: Path | None = None
+    inception: Path | None = None
+    reference: Path | None = None
+    judge: str | Ask | None = None  # an OpenAI-compatible address, a folder, or a callable
+    judge_model: str | None = None
+    protocol: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`index` is its place in the whole suite: with the seed it decides the noise, whatever else is drawn."""
+
+    index: int
+    text: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture file: its place below the pictures folder, and the noise index of each sample in it (1, or 4 for a grid)."""
+
+    path: str
+    text: str
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to score: its name below the pictures folder, and the metadata of its prompt."""
+
+    name: str
+    path: Path
+    metadata: Mapping[str, Any]
+
+
+@dataclass
+class Found:
+    """What a folder holds of a suite: pictures to score, names of those that lack, and of those that do not belong."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+
+
+class Suite(ABC):
+    """A benchmark. Each is one file in `evaluation/suites/` with the same shape: prompts, score, aggregate."""
+
+    per_prompt: ClassVar[int] = 4
+    spread_limit: ClassVar[bool] = True  # a limited run takes prompts from everywhere, or the first ones
+    measures_diversity: ClassVar[bool] = False
+
+    def __init__(self, tools: Tools) -> None:
+        self.tools = tools
+
+    @abstractmethod
+    def prompts(self) -> list[dict[str, Any]]:
+        """The metadata of every prompt, each with its text under "prompt"."""
+
+    @abstractmethod
+    def drawings(self, prompts: Sequence[Prompt], per_prompt: int) -> list[Drawing]:
+        """The picture files of the official folder layout."""
+
+    @abstractmethod
+    def find(self, folder: Path, prompts: Sequence[Prompt], per_prompt: int) -> Found:
+        """What of the prompts' pictures lies in a folder, whoever drew them."""
+
+    @abstractmethod
+    def score(self, pictures: Sequence[Picture], work: Path) -> Iterator[Row]:
+        """One row a picture, with its name under "filename"; one that cannot be scored has only that and "error"."""
+
+    @abstractmethod
+    def aggregate(self, rows: Sequence[Mapping[str, Any]], work: Path) -> dict[str, Any]:
+        """The sums: "tasks" {name: value}, "overall" (None where there is none) and what else the suite reports."""
+
+    def check(self) -> None:
+        """UserError for a scorer that is not named or not there, before anything is drawn."""
+        return
+
+    def notes(self, prompts: Sequence[Prompt]) -> dict[str, str]:
+        """Text files that belong into the pictures folder, by path."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """What of the scorers moves the score."""
+        return {}
+
+    def choose(self, limit: int | None) -> tuple[list[Prompt], bool]:
+        """The prompts to use, and whether these are all."""
+        prompts = [Prompt(index, data["prompt"], data) for index, data in enumerate(self.prompts())]
+        if limit is None or limit >= len(prompts):
+            return prompts, True
+        if self.spread_limit:
+            return [prompts[index * len(prompts) // limit] for index in range(limit)], False
+        return prompts[:limit], False
+
+
+def prompts_sha256(prompts: Sequence[Mapping[str, Any]]) -> str:
+    """Of the prompts as JSON lines: for GenEval's own that is the sha256 of its evaluation_metadata.jsonl."""
+    return hashlib.sha256("".join(f"{json.dumps(dict(data))}\n" for data in prompts).encode()).hexdigest()
+
+
+def needs(value: Path | None, option: str, what: str, is_there: Callable[[Path], bool] = Path.exists) -> Path:
+    """The path that the user gave for a scorer; UserError when there is none or nothing lies there."""
+    if value is None:
+        raise UserError(f"{option} is missing: name {what}; docs/evaluation.md says where to get it")
+    if not is_there(value):
+        raise UserError(f"{option} {value} is not there: name {what}; docs/evaluation.md says where to get it")
+    return value
+
+
+def one_each(prompts: Sequence[Prompt], names: Sequence[str], copies: int = 1) -> list[Drawing]:
+    """One file a prompt, holding `copies` samples."""
+    return [
+        Drawing(name, prompt.text, tuple(range(prompt.index * copies, (prompt.index + 1) * copies)))
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+
+
+def find_by_stem(folder: Path, prompts: Sequence[Prompt], names: Sequence[str]) -> Found:
+    """Pictures named after their prompt, whatever their format. A second one of the same stem is extra."""
+    there: dict[str, Path] = {}
+    found = Found()
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            stem = path.name.split(".")[0]
+            if stem in there:
+                found.extra.append(path.name)
+            there.setdefault(stem, path)
+    for prompt, name in zip(prompts, names, strict=True):
+        path_of = there.pop(name.split(".")[0], None)
+        if path_of is None:
+            found.missing.append(name)
+        else:
+            found.pictures.append(Picture(path_of.name, path_of, prompt.metadata))
+    found.extra += [path.name for path in there.values()]
+    return found

@@ -1,0 +1,93 @@
+"""`apexflow evaluate` and `apexflow convert-detector` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_geneval_detector import checkpoint
+
+from apexflow import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["apexflow", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err.strip()
+
+    return call
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    code, _, errors = result
+    assert code == 2 and "Traceback" not in errors
+    assert all(word in errors.splitlines()[-1] for word in words), errors
+
+
+def test_draw_now_and_score_later(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    common = ("evaluate", "--limit", 3, "--per-prompt", 1)
+    out = tmp_path / "e"
+    code, text, _ = run(*common, "--model", tiny_model, "--steps", 1, "-o", out, "--no-score")
+    assert code == 0 and "0 pictures to be drawn, not scored" in text and not (out / "seed-0" / "report.json").exists()
+    code, text, _ = run(*common, "--images", out / "seed-0" / "pictures", "-o", tmp_path / "scores")
+    assert code == 0 and "mini-GenEval" in text and "INCOMPLETE (not all prompts), 3 pictures" in text
+    report = json.loads((tmp_path / "scores" / "report.json").read_text())
+    assert report["evaluations"] == 2 and report["steps"] == 1  # known from the folder of the drawing
+
+
+def test_several_seeds_are_averaged(run: Run, tiny_model: Path) -> None:
+    code, text, _ = run(
+        "evaluate", "--model", tiny_model, "--steps", 1, "--limit", 2, "--per-prompt", 1, "--seeds", 2, "--json"
+    )
+    report = json.loads(text)
+    assert code == 0 and report["seed"] == [0, 1] and report["pictures"] == 4
+
+
+def test_a_share_of_the_pictures_waits_for_the_others(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("evaluate", "--model", tiny_model, "--steps", 1, "--limit", 2, "--per-prompt", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(run(*common), "--output")
+    code, text, _ = run(*common, "-o", tmp_path / "e")
+    assert code == 0 and "1 pictures to be drawn" in text
+    monkeypatch.setenv("RANK", "1")
+    code, text, _ = run(*common, "-o", tmp_path / "e")
+    assert code == 0 and "mini-GenEval" in text
+
+
+def test_what_cannot_be_scored_is_told_before_anything_is_drawn(run: Run, tmp_path: Path) -> None:
+    refused(run("evaluate", "--images", tmp_path / "none"), "none", "pictures folder")
+    refused(run("evaluate", "--suite", "geneval"), "--detector", "docs/evaluation.md")
+    refused(run("evaluate", "--suite", "geneval", "--detector", tmp_path / "d"), "--detector", str(tmp_path / "d"))
+    refused(run("evaluate", "--suite", "geneval", "--detector", tmp_path), "--clip")
+    refused(run("evaluate", "--no-score"), "--output")
+    prompts = tmp_path / "prompts.jsonl"
+    scorers = ("--detector", tmp_path, "--clip", tmp_path, "--no-score", "-o", tmp_path / "e")
+    for text in ("{", '{"tag": "colors"}'):
+        prompts.write_text(text)
+        refused(run("evaluate", "--suite", "geneval", "--data", prompts, *scorers), "prompts.jsonl")
+
+
+def test_the_official_detector_is_converted(run: Run, tmp_path: Path) -> None:
+    weights = tmp_path / "official.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in checkpoint().items()}, weights)
+    code, text, _ = run("convert-detector", weights, tmp_path / "detector")
+    assert code == 0 and "converted" in text
+    config = json.loads((tmp_path / "detector" / "config.json").read_text())
+    assert config["apexflow_source"] == "mmdet" and (tmp_path / "detector" / "model.safetensors").is_file()
+    refused(run("convert-detector", weights, tmp_path / "detector"), "exists")
+    refused(run("convert-detector", tmp_path / "official.pth", tmp_path / "d"), "safetensors", "docs/evaluation.md")
+    weights.write_bytes(b"short")
+    refused(run("convert-detector", weights, tmp_path / "d"), "official.safetensors")
+    assert not (tmp_path / "d").exists()

@@ -1,0 +1,211 @@
+"""The runner: drawing and scoring resume, are shared out, and never let a lacking picture move a mean."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apexflow.data.scenes import render, scenes
+from apexflow.errors import UserError
+from apexflow.evaluation import mini_geneval
+from apexflow.evaluation.geneval.prompt_set import PROMPTS_SHA256
+from apexflow.evaluation.geneval.prompt_set import prompts as geneval_prompts
+from apexflow.evaluation.runner import Settings, Shard, evaluate, score_folder
+from apexflow.evaluation.suite import prompts_sha256
+from apexflow.generator import Generator, load
+
+QUICK = Settings(steps=1, guidance=1.0, per_prompt=2, limit=24)
+COMPARED = ("tasks", "overall", "strict", "evaluations", "prompts_sha256", "weights", "times", "pictures")
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_model: Path) -> Generator:
+    return load(str(tiny_model), "cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "e"
+    evaluate(generator, QUICK, folder)
+    return folder
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(a[key] == b[key] for key in COMPARED) and a["diversity"] == pytest.approx(b["diversity"], rel=1e-3)
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    root = folder / "pictures"
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.png"))}
+
+
+def alike(a: Path, b: Path) -> bool:
+    """The same pictures, but for the last bit, which the other pictures of a batch may move."""
+    one, other = pictures(a), pictures(b)
+    pixels = [[np.asarray(Image.open(path), dtype=int) for path in found.values()] for found in (one, other)]
+    return one.keys() == other.keys() and all(abs(x - y).max() <= 1 for x, y in zip(*pixels, strict=True))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_after(calls: int, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = generator.generate_seeded, iter(range(calls))
+
+    def limited(*arguments: object, **named: object) -> list[Image.Image]:
+        if next(count, None) is None:
+            raise Interrupted
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(generator, "generate_seeded", limited)
+
+
+def test_the_layout_is_the_official_one(whole: Path) -> None:
+    names = list(pictures(whole))
+    assert len(names) == 48 and names[:3] == ["00000/samples/0000.png", "00000/samples/0001.png", names[2]]
+    metadata = json.loads((whole / "pictures" / "00000" / "metadata.jsonl").read_text())
+    assert metadata == mini_geneval.prompts()[0]
+    rows = [json.loads(line) for line in (whole / "results.jsonl").read_text().splitlines()]
+    assert [row["filename"] for row in rows] == names and {"tag", "prompt", "correct", "reason"} <= rows[0].keys()
+    assert not list(whole.rglob(".partial*"))
+
+
+def test_the_report_holds_what_moves_the_score(whole: Path) -> None:
+    report = report_of(whole)
+    assert (report["steps"], report["guidance"], report["seed"], report["size"]) == (1, 1.0, 0, 64)
+    assert report["evaluations"] == 1 and report["times"] == [1.0, 0.0] and not report["complete"]
+    assert {"torch", "transformers", "apexflow"} <= report["versions"].keys() and len(report["prompts_sha256"]) == 64
+
+
+def test_the_prompts_hash_is_that_of_the_official_file() -> None:
+    assert prompts_sha256(geneval_prompts()) == PROMPTS_SHA256
+
+
+def test_an_interrupted_evaluation_goes_on_as_if_nothing_had_happened(
+    generator: Generator, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupted_after(1, generator, patch)
+        with pytest.raises(Interrupted):
+            evaluate(generator, QUICK, tmp_path / "e")
+    assert len(pictures(tmp_path / "e")) == 32
+    assert same(evaluate(generator, QUICK, tmp_path / "e"), report_of(whole))
+    assert alike(tmp_path / "e", whole)
+    assert same(evaluate(generator, QUICK), report_of(whole))  # in memory, too
+
+
+def test_a_half_written_picture_does_not_count(generator: Generator, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "e")
+    torn, empty = (folder / "pictures" / "00000" / "samples" / name for name in ("0000.png", "0001.png"))
+    torn.write_bytes(torn.read_bytes()[:-30])
+    empty.write_bytes(b"")
+    assert same(evaluate(generator, QUICK, folder), report_of(whole))
+    assert alike(folder, whole)
+
+
+def test_half_a_row_and_the_row_of_another_picture_are_scored_again(
+    generator: Generator, whole: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "e")
+    rows = (folder / "results.jsonl").read_text().splitlines()
+    (folder / "results.jsonl").write_text("\n".join(rows[:20]) + "\n" + rows[20][:40])
+    assert same(evaluate(generator, QUICK, folder), report_of(whole))
+    assert (folder / "results.jsonl").read_text().splitlines() == rows
+    copied = score_folder(folder / "pictures", QUICK, tmp_path / "s")
+    shown = json.loads((folder / "pictures" / "00000" / "metadata.jsonl").read_text())
+    scene = next(s for s in scenes(400, 1) if mini_geneval.score_picture(render(s.things), shown)["correct"])
+    render(scene.things).save(folder / "pictures" / "00000" / "samples" / "0000.png")
+    assert score_folder(folder / "pictures", QUICK, tmp_path / "s")["images"] > copied["images"]
+
+
+def test_processes_share_the_drawing_and_the_last_one_scores(
+    generator: Generator, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    results = []
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        results.append(evaluate(generator, QUICK, tmp_path / "e", shard=Shard.from_environment()))
+        assert len(pictures(tmp_path / "e")) == 24 * len(results)
+    assert results[0]["pending"] == 24 and same(results[1], report_of(whole))
+    assert alike(tmp_path / "e", whole)
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UserError, match="RANK"):
+        Shard.from_environment()
+    with pytest.raises(UserError, match="--output"):
+        evaluate(generator, QUICK, shard=Shard(0, 2))
+
+
+def test_other_settings_need_another_folder(generator: Generator, whole: Path) -> None:
+    with pytest.raises(UserError, match="other seed"):
+        evaluate(generator, Settings(**{**vars(QUICK), "seed": 1}), whole)
+    with pytest.raises(UserError, match="other limit"):
+        score_folder(whole / "pictures", Settings(limit=3, per_prompt=2), whole)
+
+
+def foreign(root: Path, count: int = 12) -> list[dict]:
+    """True renders as another program would leave them: five digits, whole numbers for folders, a grid beside."""
+    prompts = mini_geneval.prompts()
+    pool = {}
+    for scene in scenes(3000, 5):
+        pool.setdefault(scene.caption, scene)
+    chosen = [index for index, metadata in enumerate(prompts) if metadata["prompt"] in pool][:count]
+    for index in chosen:
+        place = root / f"{index:05d}"
+        (place / "samples").mkdir(parents=True)
+        (place / "metadata.jsonl").write_text(json.dumps(prompts[index]))
+        (place / "grid.png").write_bytes(b"ignored")
+        render(pool[prompts[index]["prompt"]].things).save(place / "samples" / "00000.png")
+    return [prompts[index] for index in chosen]
+
+
+def test_a_folder_of_another_program_is_scored_and_what_lacks_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "theirs"
+    foreign(root)
+    once = Settings(per_prompt=1)
+    before = sorted(root.rglob("*"))
+    report = score_folder(root, once, tmp_path / "scores")
+    assert sorted(root.rglob("*")) == before
+    assert report["images"] == 1.0 and report["pictures"] == 12 and len(report["missing"]) == 553 - 12
+    places = sorted(root.iterdir())
+    (places[0] / "samples" / "00000.png").write_bytes(b"no picture")
+    (places[1] / "metadata.jsonl").write_text("{")
+    shutil.copy(places[2] / "samples" / "00000.png", places[2] / "samples" / "00001.png")
+    again = score_folder(root, once, tmp_path / "scores")
+    name = f"{places[0].name}/samples/00000.png"
+    assert list(again["failed"]) == [name] and "unreadable" in again["failed"][name]
+    assert again["extra"] == [places[1].name, f"{places[2].name}/samples/00001.png"]
+    assert (again["images"], again["pictures"], again["complete"]) == (1.0, 10, False)
+    assert len(again["missing"]) == 553 - 11
+
+
+def test_reworded_prompts_are_scored_and_change_the_hash(tmp_path: Path) -> None:
+    metadata = foreign(tmp_path / "theirs", 2)
+    plain = score_folder(tmp_path / "theirs", Settings(per_prompt=1))
+    place = sorted((tmp_path / "theirs").iterdir())[0]
+    (place / "metadata.jsonl").write_text(json.dumps(metadata[0] | {"prompt": "in other words"}))
+    reworded = score_folder(tmp_path / "theirs", Settings(per_prompt=1))
+    assert reworded["pictures"] == 2 and reworded["prompts_sha256"] != plain["prompts_sha256"]
+
+
+def test_folders_that_hold_nothing_to_score(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pictures folder"):
+        score_folder(tmp_path / "none", Settings())
+    with pytest.raises(UserError, match="layout"):
+        score_folder(tmp_path, Settings())
+    root = tmp_path / "theirs"
+    foreign(root, 1)
+    next(root.rglob("00000.png")).write_bytes(b"x")
+    with pytest.raises(UserError, match="could be scored"):
+        score_folder(root, Settings())
