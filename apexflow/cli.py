@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apexflow.errors import Stopped, UserError
+from apexflow.errors import Stopped, ToldElsewhere, UserError
 from apexflow.evaluation.command import convert_detector, evaluate
 
 app = typer.Typer(
@@ -155,7 +156,13 @@ def demo(
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result) if as_json else text)
+    if _speaks():
+        typer.echo(json.dumps(result) if as_json else text)
+
+
+def _speaks() -> bool:
+    """Whether this is the process that talks to the user: of those that torchrun started, the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _save_picture(picture: Any, path: Path) -> None:
@@ -169,18 +176,18 @@ def _save_picture(picture: Any, path: Path) -> None:
 
 def main() -> None:
     """Entry point: every mistake of the user is one line and exit code 2."""
-    warnings.showwarning = lambda message, *rest, **named: print(f"apexflow: warning: {message}", file=sys.stderr)
+    warnings.showwarning = _warn
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)  # the parser turns an unhandled Ctrl-C into a code
     except UserError as error:
-        _fail(str(error), 2)
+        _fail("" if isinstance(error, ToldElsewhere) else str(error), 2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Stopped as stop:
-        _fail(f"stopped: {stop}", 130)
+        _fail(f"stopped: {stop}" * _speaks(), 130)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 130)
     except MemoryError:
@@ -193,8 +200,14 @@ def main() -> None:
         raise
 
 
+def _warn(message: Warning | str, *rest: Any, **named: Any) -> None:
+    if _speaks():
+        print(f"apexflow: warning: {message}", file=sys.stderr)
+
+
 def _fail(message: str, code: int) -> None:
-    print(f"apexflow: error: {message}", file=sys.stderr)
+    if message:
+        print(f"apexflow: error: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -7,5 +7,9 @@ class UserError(Exception):
     """A mistake in the input, told in one line that names the thing and the mend; the command line exits with 2."""
 
 
+class ToldElsewhere(UserError):
+    """The same mistake in a process whose neighbour tells it: exits with 2 and says nothing."""
+
+
 class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""

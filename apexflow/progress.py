@@ -15,7 +15,10 @@ LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """A counted task with a note beside it (losses, say). `total` None means the end is not known."""
+    """A counted task with a note beside it (losses, say). `total` None means the end is not known.
+
+    Nothing is shown while `console.quiet`, as in all processes of a run but the first.
+    """
 
     def __init__(self, title: str, total: int | None = None, done: int = 0) -> None:
         self.title, self.total, self.done, self.note = title, total, done, ""
@@ -23,7 +26,7 @@ class Progress:
         self._started, self._first, self._printed = time.monotonic(), done, time.monotonic()
 
     def __enter__(self) -> Progress:
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             columns = [
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -45,6 +48,8 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
+        if console.quiet:
+            return
         self._printed = time.monotonic()
         rate = (self.done - self._first) / max(self._printed - self._started, 1e-9)
         left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate > 0 else ""

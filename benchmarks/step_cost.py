@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 from apexflow.training.config import Data, Recipe, Tuning
-from apexflow.training.loop import Run, start, training_step
+from apexflow.training.loop import start
+from apexflow.training.run import Run
+from apexflow.training.step import training_step
 
 METHODS = ("flow_matching", "apex")
 

@@ -1,57 +1,82 @@
-"""Checkpoints: folders of safetensors that appear whole or not at all, and are checked before they are trusted."""
+"""Checkpoints: folders of safetensors that appear whole or not at all, and are checked before they are trusted.
+
+torch.distributed.checkpoint writes and reads them: every process writes a share, sharded tensors as they lie, and a run of
+another number of processes reads just what it needs. Its safetensors format needs none of the pickled metadata of its own.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from apexflow.errors import UserError
+from apexflow.training.distributed import leads, together, world
 
-PARTS = ("trained", "average", "optimizer", "memory")
+FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
 
 
 @dataclass
 class Checkpoint:
-    """Tensors by part and name, and `state` (step, recipe, counters) as plain JSON."""
+    """Tensors by part ("trained", "average", "optimizer", "memory") and name, and `state` (step, counters) as plain JSON."""
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-N`, then delete all but the last `keep`. On a full disk the older checkpoints survive."""
+    """Write `folder/step-N`, then delete all but the last `keep`. On a full disk the older checkpoints survive.
+
+    All processes take part, each with its own tensors.
+    """
     final = folder / f"step-{checkpoint.state['step']:07d}"
     partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        sizes = {}
-        for part in PARTS:
-            tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.get(part, {}).items()}
-            save_file(tensors, partial / f"{part}.safetensors")
-            sizes[part] = (partial / f"{part}.safetensors").stat().st_size
-        (partial / "state.json").write_text(json.dumps(checkpoint.state | {"sizes": sizes}))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot save {final} ({error}): free some space; earlier checkpoints are untouched, resume from them"
-        ) from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    with _saving(final, partial):
+        if leads():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    with _saving(final, partial):
+        tensors = {f"{part}/{name}": t for part, named in checkpoint.tensors.items() for name, t in named.items()}
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save({name: t.detach() for name, t in tensors.items()}, storage_writer=writer, no_dist=world() == 1)
+    with _saving(final, partial):
+        if leads():
+            sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
+            (partial / "state.json").write_text(json.dumps(checkpoint.state | {"sizes": sizes}))
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def _saving(final: Path, partial: Path) -> Iterator[None]:
+    with together(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch notes that one process saves alone
+        try:
+            yield
+        except FAILURES as error:
+            if leads():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"cannot save {final} ({_reason(error)}): free some space; earlier checkpoints are untouched, "
+                "resume from them"
+            ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -59,50 +84,72 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; UserError if a file is missing, truncated or foreign."""
-    try:
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state`; UserError if a file is missing or truncated."""
+    with _reading(path):
         state = json.loads((path / "state.json").read_text())
-        sizes = state.pop("sizes")
-        tensors = {}
-        for part in PARTS:
-            file = path / f"{part}.safetensors"
-            if file.stat().st_size != sizes[part]:
-                raise OSError(f"{file.name} is truncated")
-            tensors[part] = load_file(file)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({error}): delete it to resume from the one before") from error
-    return Checkpoint(tensors, state)
+        for name, size in state.pop("sizes").items():
+            if (path / name).stat().st_size != size:
+                raise OSError(f"{name} is truncated")
+        return state
 
 
-def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
-    """Copy tensors by name; UserError unless names and shapes agree exactly."""
-    if missing := sorted(set(target) ^ set(source)):
-        raise UserError(f"{what} belongs to another model: {missing[0]} is not in both ({len(missing)} such tensors)")
-    for name, tensor in source.items():
-        if target[name].shape != tensor.shape:
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """What a checkpoint holds by "part/name": tensors of the right shape and dtype on the meta device."""
+    with _reading(path):
+        found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
+            for name, entry in found.items()
+        }
+
+
+def read_into(path: Path, targets: Mapping[str, Tensor], alone: bool = False) -> None:
+    """Fill tensors by "part/name" in place, sharded ones with their shard. All processes take part, unless `alone`."""
+    with _reading(path):
+        wanted = {name: t.detach() for name, t in targets.items()}
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone or world() == 1)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a whole checkpoint onto the CPU; UserError if a file is missing, truncated or foreign."""
+    state = read_state(path)
+    tensors = {name: torch.empty_like(t, device="cpu") for name, t in read_shapes(path).items()}
+    read_into(path, tensors, alone=True)
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("trained", "average", "optimizer", "memory")}
+    for full, tensor in tensors.items():
+        part, name = full.split("/", 1)
+        parts[part][name] = tensor
+    return Checkpoint(parts, state)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except FAILURES as error:
             raise UserError(
-                f"{what}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(target[name].shape)}"
+                f"checkpoint {path} is damaged ({_reason(error)}): delete it to resume from the one before"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; of a process's own error, where torch wraps it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_fit(targets: Mapping[str, Tensor], found: Mapping[str, Tensor], part: str, what: str) -> None:
+    """UserError unless a part's names and shapes agree exactly with `targets`."""
+    here = {f"{part}/{name}": t for name, t in targets.items()}
+    saved = {name: t for name, t in found.items() if name.startswith(f"{part}/")}
+    if missing := sorted(set(here) ^ set(saved)):
+        raise UserError(f"{what} belongs to another model: {missing[0]} is not in both ({len(missing)} such tensors)")
+    for name, tensor in saved.items():
+        if here[name].shape != tensor.shape:
+            raise UserError(
+                f"{what}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(here[name].shape)}"
             )
-        target[name].data.copy_(tensor)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Optimizer state under `parameter name/state name`."""
-    found = {}
-    for name, parameter in trained.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}/{key}"] = value
-    return found
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """The inverse of `optimizer_tensors`."""
-    for full, value in tensors.items():
-        name, key = full.rsplit("/", 1)
-        if name not in trained:
-            raise UserError(f"optimizer state belongs to another model: {name} is not trained here")
-        parameter = trained[name]
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

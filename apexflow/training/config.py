@@ -34,6 +34,7 @@ class Tuning:
     rank: int = 32
     alpha: int | None = None  # the rank when not given
     text_encoder: bool = False
+    checkpointing: bool | None = None  # compute activations again in backward; None: from half a billion parameters on
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Recipe:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # under torchrun; auto shards what would not fit a GPU
     checkpoint_every: int = 500
     keep: int = 2
     bad_steps: int = 20  # non-finite steps in a row before the run stops

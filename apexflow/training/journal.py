@@ -8,9 +8,15 @@ from pathlib import Path
 
 
 class Journal:
-    """One line of JSON a step. On resume, lines of steps that the checkpoint does not know are dropped."""
+    """One line of JSON a step. On resume, lines of steps that the checkpoint does not know are dropped.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    A `silent` one, for processes other than the first, writes nothing.
+    """
+
+    def __init__(self, folder: Path, step: int, silent: bool = False) -> None:
+        self.silent = silent
+        if silent:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
@@ -23,12 +29,16 @@ class Journal:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
+        if self.silent:
+            return
         self._file.write(json.dumps({"step": step} | numbers) + "\n")
         for name, value in numbers.items():
             if name != "seconds":
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        if self.silent:
+            return
         self._file.close()
         self._board.close()
 

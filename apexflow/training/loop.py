@@ -3,75 +3,52 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from apexflow.backbones import Backbone
-from apexflow.conditioning import Condition, replace_rows
-from apexflow.data.cache import CachedSet
+from apexflow.conditioning import Condition
 from apexflow.errors import Stopped, UserError
 from apexflow.evaluation.runner import Settings, evaluate, write_json
-from apexflow.generator import load, pick_device
-from apexflow.objectives import Batch, Networks
+from apexflow.generator import load
 from apexflow.progress import Progress, console
-from apexflow.randomness import RowRandom, mix
 from apexflow.report import write_report
-from apexflow.training.checkpoint import (
-    Checkpoint,
-    checkpoints,
-    copy_into,
-    load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
+from apexflow.training.distributed import gather, in_turn, joined, leads, own_device, own_rows, together
+from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind, shard
 from apexflow.training.journal import Journal
 from apexflow.training.prepare import prepare
 from apexflow.training.preview import save_preview
-from apexflow.training.roles import FullRoles, LoraRoles, make_roles, update_average
+from apexflow.training.roles import Place, Roles, leave, make_roles
+from apexflow.training.run import CHECKPOINTS, Run, Trainee, restore, save
 from apexflow.training.saving import save_model
-
-CHECKPOINTS = "checkpoints"
-
-
-@dataclass
-class Run:
-    """Everything that a step needs and a checkpoint keeps."""
-
-    recipe: Recipe
-    folder: Path
-    backbone: Backbone
-    data: CachedSet
-    objective: Any
-    roles: FullRoles | LoraRoles
-    networks: Networks
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    step: int = 0
-    bad: int = 0
-    seconds: float = 0.0
+from apexflow.training.step import training_step
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
-    """Carry out a recipe; the folder of the saved model.
+    """Carry out a recipe; the folder of the saved model. Started by torchrun, its processes share every batch.
 
     Raises UserError for bad input, an output that exists without `resume`, or a loss that stays non-finite. On Ctrl-C or
-    SIGTERM the run is saved and Stopped raised.
+    SIGTERM to any process the run is saved and Stopped raised.
     """
-    run = start(recipe, resume)
-    journal = Journal(run.folder, run.step)
+    with joined(own_device(recipe.device)):
+        run = start(recipe, resume)
+        steps(run)
+        return finish(run)
+
+
+def steps(run: Run) -> None:
+    """Train until the recipe's end or time limit, with previews and checkpoints on the way."""
+    recipe = run.recipe
+    journal = Journal(run.folder, run.step, silent=not leads())
     began, before = time.monotonic(), run.seconds
     with (
         interruptible() as stop,
@@ -79,148 +56,91 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     ):
         while run.step < recipe.steps and not _time_is_up(run):
             numbers = training_step(run)
-            run.seconds = before + time.monotonic() - began
+            heard = gather({"seconds": before + time.monotonic() - began, "stop": stop.asked})
+            run.seconds, stopped = heard[0]["seconds"], any(each["stop"] for each in heard)
             journal.write(run.step, numbers | {"seconds": run.seconds})
             progress.advance(note=_note(numbers))
             last = run.step == recipe.steps
             if run.step % recipe.preview.every == 0 or last:
-                save_preview(run.backbone, run.roles, recipe.preview, run.folder, run.step)
-            if run.step % recipe.checkpoint_every == 0 or last or stop.asked:
+                preview(run)
+            if run.step % recipe.checkpoint_every == 0 or last or stopped:
                 save(run)
-            if stop.asked:
+            if stopped:
                 journal.close()
                 raise Stopped(f"saved at step {run.step}; go on with the same command and --resume")
     if run.step % recipe.checkpoint_every != 0 and run.step != recipe.steps:
         save(run)  # the time limit ended the run between checkpoints
     journal.close()
-    return finish(run)
 
 
 def start(recipe: Recipe, resume: bool) -> Run:
     """Build a run from its recipe, and restore it from its last checkpoint with `resume`."""
-    folder = Path(recipe.output)
-    saved = checkpoints(folder / CHECKPOINTS)
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise UserError(f"output {folder} exists: pass --resume to go on with it, or choose another with output=FOLDER")
+    folder, device = Path(recipe.output), own_device(recipe.device)
+    with together():
+        own_rows(recipe.batch)
+        if leads() and folder.exists() and any(folder.iterdir()) and not resume:
+            raise UserError(
+                f"output {folder} exists: pass --resume to go on with it, or choose another with output=FOLDER"
+            )
     torch.manual_seed(recipe.seed)
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
-    device = torch.device(pick_device(recipe.device))
     objective = recipe.build_objective()
-    backbone, data = prepare(recipe, folder, device)
-    roles = make_roles(backbone, recipe.tuning, objective.needs)
+    backbone, data = in_turn(lambda: prepare(recipe, folder, device))
     with torch.no_grad():
         null = backbone.encode_prompts([""])
-    optimizer = torch.optim.AdamW(
-        list(roles.trained.values()),
-        lr=recipe.optimizer.learning_rate,
-        betas=recipe.optimizer.betas,
-        weight_decay=recipe.optimizer.weight_decay,
-    )
-    run = Run(recipe, folder, backbone, data, objective, roles, roles.networks(null), optimizer, device)
+    with together():
+        kind = parallel_kind(recipe, backbone.transformer, device)
+        roles = make_roles(backbone, recipe, objective.needs, _placing(kind, backbone, recipe, device))
+    engine = _engine(kind, backbone, roles, recipe, null)
+    trainee = Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))
+    run = Run(recipe, folder, backbone, data, objective, roles, engine, {"student": trainee}, device)
+    saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0]
     if resume and saved:
-        restore(run, saved[-1])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2))
+        restore(run, Path(saved[-1]))
+    if leads():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2))
     return run
 
 
-def training_step(run: Run) -> dict[str, float]:
-    """One optimizer step over a global batch, in micro-batches; the numbers to record. A non-finite step is skipped."""
-    recipe = run.recipe
-    terms: dict[str, float] = {}
-    for rows in torch.arange(recipe.batch).split(recipe.micro_batch or recipe.batch):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            losses = run.objective(run.networks, make_batch(run, rows), run.memory)
-        losses.total.backward()
-        for name, value in losses.terms.items():
-            terms[name] = terms.get(name, 0.0) + float(value)
-    parameters = list(run.roles.trained.values())
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip_norm))
-    rate = learning_rate(recipe, run.step)
-    if math.isfinite(norm) and all(math.isfinite(value) for value in terms.values()):
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-        update_average(run.roles, recipe.ema_decay, run.step)
-        run.bad = 0
-    else:
-        run.bad += 1
-        if run.bad >= recipe.bad_steps:
-            raise UserError(
-                f"the loss was not finite for {run.bad} steps in a row (step {run.step}): lower "
-                f"optimizer.learning_rate; the last checkpoint is in {run.folder / CHECKPOINTS}"
-            )
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    return terms | {"grad_norm": norm, "learning_rate": rate, "skipped": float(run.bad > 0)}
+def _placing(kind: str, backbone: Backbone, recipe: Recipe, device: torch.device) -> Place:
+    """What is done with each network of a run once it is complete."""
+    if kind != "fsdp":
+        return leave
+    backbone.transformer.to("cpu")  # further copies are made there; no GPU has room for all of them
+    half = recipe.precision == "bf16" and recipe.tuning.kind == "full"
+    return lambda network: shard(network, device, half)
 
 
-def make_batch(run: Run, rows: Tensor) -> Batch:
-    """The rows of this step's global batch: which pictures, their conditions and their random numbers."""
-    recipe = run.recipe
-    index = [data_row(run.step * recipe.batch + row, len(run.data), recipe.seed) for row in rows.tolist()]
-    random = RowRandom(recipe.seed, run.step, rows.tolist(), run.device)
-    dropped = RowRandom(mix(recipe.seed, 1), run.step, rows.tolist()).uniform() < recipe.caption_dropout
-    x = run.data.latents[index].float().to(run.device)
-    return Batch(x, _condition(run, index, dropped), random, rows.to(run.device), recipe.batch, run.step / recipe.steps)
+def _engine(kind: str, backbone: Backbone, roles: Roles, recipe: Recipe, null: Condition) -> Engine:
+    networks = roles.networks(null)
+    if kind == "fsdp":
+        return Sharded(networks)
+    if kind == "ddp":
+        partly_used = bool(backbone.without_gradient) or recipe.tuning.text_encoder
+        return Replicated(networks, roles.modules, partly_used)
+    return Engine(networks)
 
 
-def _condition(run: Run, index: list[int], dropped: Tensor) -> Condition:
-    """Conditions from the text encoder while it is trained, else from the cache; dropped captions become the null prompt."""
-    if run.data.embeds is None:
-        prompts = ["" if drop else run.data.captions[i] for i, drop in zip(index, dropped.tolist(), strict=True)]
-        return run.backbone.encode_prompts(prompts)
-    c = run.data.condition(index).to(run.device)
-    return c if run.networks.null is None else replace_rows(c, dropped.to(run.device), run.networks.null)
-
-
-def data_row(position: int, count: int, seed: int) -> int:
-    """Which picture stands at a position of the endless, shuffled stream of epochs."""
-    epoch, offset = divmod(position, count)
-    return int(epoch_order(epoch, count, seed)[offset])
-
-
-@lru_cache(maxsize=2)
-def epoch_order(epoch: int, count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 2, epoch)))
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then constant or a cosine to a fiftieth of the peak."""
+def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     settings = recipe.optimizer
-    rate = settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup, 1))
-    if settings.schedule == "cosine":
-        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / recipe.steps, 1.0)))
-    return rate
+    return torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+    )
 
 
-def save(run: Run) -> Path:
-    """Checkpoint a run: everything that the next step depends on."""
-    tensors: dict[str, dict[str, Tensor]] = {
-        "trained": dict(run.roles.trained),
-        "average": run.roles.average,
-        "optimizer": optimizer_tensors(run.optimizer, run.roles.trained),
-        "memory": run.memory,
-    }
-    state = {"step": run.step, "bad": run.bad, "seconds": run.seconds, "recipe": run.recipe.to_dict()}
-    return save_checkpoint(run.folder / CHECKPOINTS, Checkpoint(tensors, state), run.recipe.keep)
-
-
-def restore(run: Run, path: Path) -> None:
-    """Put a run back where a checkpoint left it; UserError if the checkpoint is damaged or of another model."""
-    checkpoint = load_checkpoint(path)
-    copy_into(run.roles.trained, checkpoint.tensors["trained"], str(path))
-    copy_into(run.roles.average, checkpoint.tensors["average"], str(path))
-    restore_optimizer(run.optimizer, run.roles.trained, checkpoint.tensors["optimizer"])
-    run.memory = {name: tensor.to(run.device) for name, tensor in checkpoint.tensors["memory"].items()}
-    run.step, run.bad, run.seconds = (checkpoint.state[key] for key in ("step", "bad", "seconds"))
-    console.print(f"resumed {path}")
+def preview(run: Run) -> None:
+    """A sample grid. Sharded networks need all processes for it, others one."""
+    if leads() or isinstance(run.engine, Sharded):
+        save_preview(run.backbone, run.roles, run.recipe.preview, run.folder, run.step)
 
 
 def finish(run: Run) -> Path:
     """Save the averaged student as a model folder, score it if the recipe says so, write the report; the folder's path."""
     card = {"steps": run.step, "seconds": round(run.seconds)}
     model = save_model(run.backbone, run.roles, run.recipe, run.folder, card)
+    if not leads():
+        return model
     scores = {}
     if run.recipe.suite:
         settings = Settings(suite=run.recipe.suite, per_prompt=1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +14,41 @@ from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Networks
-from apexflow.training.config import Tuning
+from apexflow.training.config import Recipe, Tuning
+from apexflow.training.engine import original_class, unsharded, whole
+
+Place = Callable[[nn.Module], None]  # shards a network, or leaves it where it is
+
+
+def leave(network: nn.Module) -> None:
+    """A network stays where it is and as it is."""
 
 
 class FullRoles:
     """Every weight is trained: the EMA and the teacher are further modules, made only when something calls them."""
 
-    def __init__(self, backbone: Backbone, needs: tuple[str, ...], text_encoder: bool) -> None:
+    def __init__(
+        self, backbone: Backbone, needs: tuple[str, ...], text_encoder: bool, frozen: torch.dtype, place: Place
+    ) -> None:
         self.backbone = backbone
         self._modules = {"transformer": backbone.transformer}
         if text_encoder:
             self._modules["text_encoder"] = backbone.text_encoder
-        self.teacher = frozen_copy(backbone.transformer) if "teacher" in needs else None
+        self.teacher = frozen_copy(backbone.transformer).to(frozen) if "teacher" in needs else None
         self._averages = {name: frozen_copy(module) for name, module in self._modules.items()}
         for module in self._modules.values():
             module.requires_grad_(True)
+        for module in (*self._modules.values(), *self._averages.values()):
+            place(module)
+        if self.teacher is not None:
+            place(self.teacher)
         self.trained = _named(self._modules)
         self.average = {name: p.data for name, p in _named(self._averages).items()}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that hold what is trained."""
+        return list(self._modules.values())
 
     def networks(self, null: Condition | None) -> Networks:
         """The fields that an objective may call."""
@@ -56,6 +73,11 @@ class FullRoles:
             for name, module in self._modules.items():
                 setattr(self.backbone, name, module)
 
+    def final(self) -> nn.Module:
+        """The averaged transformer with whole weights. All processes take part."""
+        self._averages["transformer"] = unsharded(self._averages["transformer"])
+        return self._averages["transformer"]
+
 
 class LoraRoles:
     """Adapters "default" (student) and "ema" (reference) on one frozen base; the base alone is the teacher.
@@ -64,12 +86,14 @@ class LoraRoles:
     with gradient checkpointing a student recomputed under another adapter silently loses its gradients.
     """
 
-    def __init__(self, backbone: Backbone, tuning: Tuning) -> None:
+    def __init__(
+        self, backbone: Backbone, tuning: Tuning, frozen: torch.dtype = torch.float32, place: Place = leave
+    ) -> None:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.backbone = backbone
-        transformer = backbone.transformer.requires_grad_(False)
+        transformer = backbone.transformer.requires_grad_(False).to(frozen)
         alpha = tuning.alpha or tuning.rank
         config = LoraConfig(
             r=tuning.rank, lora_alpha=alpha, target_modules=list(backbone.lora_targets), init_lora_weights="gaussian"
@@ -81,25 +105,29 @@ class LoraRoles:
         self._layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
         if not self._layers:
             raise UserError(f"LoRA found none of its targets {list(backbone.lora_targets)} in this model")
-        self.trained: dict[str, nn.Parameter] = {}
-        self.average: dict[str, Tensor] = {}
-        parameter: nn.Parameter
         for name, parameter in transformer.named_parameters():
-            if ".default." in name:
+            if ".lora_" in name:
                 parameter.data = parameter.data.float()  # adapters stay in float32 on a base of any precision
-                parameter.requires_grad_(True)
-                self.trained[name.replace(".default.", ".")] = parameter
-            elif ".ema." in name:
-                parameter.data = parameter.data.float()
-                self.average[name.replace(".ema.", ".")] = parameter.requires_grad_(False).data
-        for name, average in self.average.items():
-            average.copy_(self.trained[name].data)
+                parameter.requires_grad_(".default." in name)
+        tensors = dict(transformer.named_parameters())
+        for name, parameter in tensors.items():
+            if ".ema." in name:
+                parameter.data.copy_(tensors[name.replace(".ema.", ".default.")].data)
+        place(transformer)
+        named = dict(transformer.named_parameters())
+        self.trained = {name.replace(".default.", "."): p for name, p in named.items() if ".default." in name}
+        self.average = {name.replace(".ema.", "."): p.data for name, p in named.items() if ".ema." in name}
         self._activate("default")
 
     def _activate(self, name: str | None) -> None:
         for layer in self._layers:
             layer.__dict__["_disable_adapters"] = name is None
             layer.__dict__["_active_adapter"] = [name or "default"]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The module that holds the trained adapter."""
+        return [self.backbone.transformer]
 
     def networks(self, null: Condition | None) -> Networks:
         field = _field(self.backbone, self.backbone.transformer)
@@ -123,19 +151,31 @@ class LoraRoles:
         return answer
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
-        """A plain transformer with the averaged adapter added into its weights."""
+    def final(self) -> nn.Module:
+        """A plain transformer with the averaged adapter added into its weights. All processes take part."""
         transformer = self.backbone.transformer
-        tensors = {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}
+        self.average = {name: whole(tensor) for name, tensor in self.average.items()}
+        tensors = {
+            name.replace(".base_layer.", "."): whole(tensor)
+            for name, tensor in transformer.state_dict().items()
+            if ".lora_" not in name
+        }
         layers = {id(layer) for layer in self._layers}
         for name, module in transformer.named_modules():
             if id(module) in layers:
                 weight = tensors[f"{name}.weight"]
-                tensors[f"{name}.weight"] = (weight.float() + module.get_delta_weight("ema").float()).to(weight)
-        kind: Any = type(transformer)
-        plain = kind.from_config(transformer.config).to(next(transformer.parameters()))
+                tensors[f"{name}.weight"] = (weight.float() + self._delta(name, module.scaling["ema"], weight)).to(
+                    weight
+                )
+        plain = original_class(transformer).from_config(transformer.config)
+        plain = plain.to(next(iter(tensors.values())))
         plain.load_state_dict(tensors)
         return plain.eval().requires_grad_(False)
+
+    def _delta(self, name: str, scale: float, weight: Tensor) -> Tensor:
+        """What an adapter adds to a weight: B A for a matrix, and the same over the kernel for a convolution."""
+        A, B = (self.average[f"{name}.lora_{letter}.weight"] for letter in "AB")
+        return scale * (B.flatten(1) @ A.flatten(1)).view(weight.shape).to(weight.device)
 
     @contextmanager
     def shipped(self) -> Iterator[None]:
@@ -147,17 +187,35 @@ class LoraRoles:
             self._activate("default")
 
 
-def make_roles(backbone: Backbone, tuning: Tuning, needs: tuple[str, ...]) -> FullRoles | LoraRoles:
-    """The roles for a way of tuning; UserError for a combination that does not exist."""
+Roles = FullRoles | LoraRoles
+
+
+def make_roles(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], place: Place = leave) -> Roles:
+    """The roles for a recipe's way of tuning, `place` applied to each network once it is complete.
+
+    With precision bf16 what is frozen is kept in bfloat16, what is trained in float32. UserError for a combination that
+    does not exist.
+    """
+    tuning = recipe.tuning
+    frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    if checkpointed(tuning, backbone.transformer):
+        backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if tuning.kind == "lora":
         if tuning.text_encoder:
             raise UserError("tuning.text_encoder goes with tuning.kind=full only")
-        return LoraRoles(backbone, tuning)
-    return FullRoles(backbone, needs, tuning.text_encoder)
+        return LoraRoles(backbone, tuning, frozen, place)
+    return FullRoles(backbone, needs, tuning.text_encoder, frozen, place)
+
+
+def checkpointed(tuning: Tuning, transformer: nn.Module) -> bool:
+    """Whether activations are computed again in backward: as the recipe says, or from half a billion parameters on."""
+    if tuning.checkpointing is not None:
+        return tuning.checkpointing
+    return sum(p.numel() for p in transformer.parameters()) >= 500_000_000
 
 
 @torch.no_grad()
-def update_average(roles: FullRoles | LoraRoles, decay: float, step: int) -> None:
+def update_average(roles: Roles, decay: float, step: int) -> None:
     """Algorithm 1, line 24: theta-minus follows theta; the decay warms up so that early averages do not lag."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     names = list(roles.average)

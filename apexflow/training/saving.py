@@ -7,44 +7,50 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apexflow.backbones import Backbone
+from apexflow.backbones import Backbone, Settings
 from apexflow.errors import UserError
 from apexflow.export.lora import save_lora
 from apexflow.progress import console
 from apexflow.training.config import Recipe
-from apexflow.training.roles import FullRoles, LoraRoles
+from apexflow.training.distributed import leads, together
+from apexflow.training.roles import LoraRoles, Roles
 
 
-def save_model(
-    backbone: Backbone, roles: FullRoles | LoraRoles, recipe: Recipe, folder: Path, card: dict[str, Any]
-) -> Path:
-    """Write `folder/model` as a diffusers folder, whole or not at all; a LoRA is merged there, and alone in `folder/lora`."""
+def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, card: dict[str, Any]) -> Path:
+    """Write `folder/model` as a diffusers folder, whole or not at all; a LoRA is merged there, and alone in `folder/lora`.
+
+    All processes take part, one writes.
+    """
     settings = replace(
         backbone.settings,
         steps=recipe.sampling_steps or backbone.settings.steps,
         guidance=backbone.settings.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
         card={"recipe": recipe.to_dict()} | card,
     )
+    transformer = roles.final()
+    with together():
+        if leads():
+            with roles.shipped():
+                tuned, backbone.transformer = backbone.transformer, transformer
+                _write(backbone, settings, folder)
+                backbone.transformer = tuned
+            if isinstance(roles, LoraRoles):
+                _save_adapter(roles, folder / "lora")
+    return folder / "model"
+
+
+def _write(backbone: Backbone, settings: Settings, folder: Path) -> None:
     partial, final = folder / ".partial-model", folder / "model"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        if isinstance(roles, LoraRoles):
-            tuned, backbone.transformer = backbone.transformer, roles.merged()
-            backbone.save(partial, settings)
-            backbone.transformer = tuned
-        else:
-            with roles.shipped():
-                backbone.save(partial, settings)
+        partial.mkdir(parents=True)
+        backbone.save(partial, settings)
     except OSError as error:
         raise UserError(
             f"cannot save {final} ({error}): free some space and pass --resume; the checkpoint is whole"
         ) from error
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    if isinstance(roles, LoraRoles):
-        _save_adapter(roles, folder / "lora")
-    return final
 
 
 def _save_adapter(roles: LoraRoles, folder: Path) -> None:

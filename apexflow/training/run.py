@@ -1,0 +1,129 @@
+"""The state of a run: what a step reads and changes, and a checkpoint keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apexflow.backbones import Backbone
+from apexflow.data.cache import CachedSet
+from apexflow.errors import UserError
+from apexflow.objectives import Networks
+from apexflow.progress import console
+from apexflow.training.checkpoint import (
+    Checkpoint,
+    check_fit,
+    read_into,
+    read_shapes,
+    read_state,
+    save_checkpoint,
+)
+from apexflow.training.config import Recipe
+from apexflow.training.distributed import rank, together, world
+from apexflow.training.engine import Engine
+from apexflow.training.roles import Roles
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Trainee:
+    """A trained role: its parameters by name, and the optimizer that moves them."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass
+class Run:
+    """Everything that a step needs and a checkpoint keeps. `trainees` by role; names of parameters differ between them."""
+
+    recipe: Recipe
+    folder: Path
+    backbone: Backbone
+    data: CachedSet
+    objective: Any
+    roles: Roles
+    engine: Engine
+    trainees: dict[str, Trainee]
+    device: torch.device
+    memory: dict[str, Tensor] = field(default_factory=dict)  # this process's own
+    step: int = 0
+    bad: int = 0
+    seconds: float = 0.0
+
+    @property
+    def networks(self) -> Networks:
+        return self.engine.networks
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for trainee in self.trainees.values() for name, p in trainee.parameters.items()}
+
+
+def save(run: Run) -> Path:
+    """Checkpoint a run: everything that the next step depends on. All processes take part."""
+    tensors: dict[str, dict[str, Tensor]] = {
+        "trained": dict(run.trained),
+        "average": run.roles.average,
+        "optimizer": {f"{name}/{key}": value for name, p, state in _moments(run) for key, value in state.items()},
+        "memory": {f"{rank()}/{name}": tensor for name, tensor in run.memory.items()},
+    }
+    state = {"step": run.step, "bad": run.bad, "seconds": run.seconds, "world": world(), "recipe": run.recipe.to_dict()}
+    return save_checkpoint(run.folder / CHECKPOINTS, Checkpoint(tensors, state), run.recipe.keep)
+
+
+def _moments(run: Run) -> list[tuple[str, nn.Parameter, dict[str, Tensor]]]:
+    return [
+        (name, parameter, trainee.optimizer.state.get(parameter, {}))
+        for trainee in run.trainees.values()
+        for name, parameter in trainee.parameters.items()
+    ]
+
+
+def restore(run: Run, path: Path) -> None:
+    """Put a run back where a checkpoint left it, whatever number of processes wrote it.
+
+    UserError if the checkpoint is damaged or of another model.
+    """
+    with together():
+        state, found = read_state(path), read_shapes(path)
+        check_fit(run.trained, found, "trained", str(path))
+        check_fit(run.roles.average, found, "average", str(path))
+        targets = {f"trained/{name}": p.data for name, p in run.trained.items()}
+        targets |= {f"average/{name}": tensor for name, tensor in run.roles.average.items()}
+        targets |= _optimizer_targets(run, found, str(path))
+        targets |= _memory_targets(run, found, state["world"])
+    with together():
+        read_into(path, targets)
+    run.step, run.bad, run.seconds = (state[key] for key in ("step", "bad", "seconds"))
+    console.print(f"resumed {path}")
+
+
+def _optimizer_targets(run: Run, found: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Make room for the moments that a checkpoint holds, laid out like their parameters."""
+    states = {name: (trainee, p) for trainee in run.trainees.values() for name, p in trainee.parameters.items()}
+    targets = {}
+    for full, saved in found.items():
+        if not full.startswith("optimizer/"):
+            continue
+        name, key = full.removeprefix("optimizer/").rsplit("/", 1)
+        if name not in states:
+            raise UserError(f"{what}: optimizer state belongs to another model: {name} is not trained here")
+        trainee, parameter = states[name]
+        alike = saved.shape == parameter.shape
+        value = torch.empty_like(parameter.data, dtype=saved.dtype) if alike else torch.empty_like(saved, device="cpu")
+        trainee.optimizer.state[parameter][key] = targets[full] = value
+    return targets
+
+
+def _memory_targets(run: Run, found: dict[str, Tensor], saved_world: int) -> dict[str, Tensor]:
+    """Make room for an objective's memory. Another number of processes takes over what there is, in turn."""
+    prefix = f"memory/{rank() % saved_world}/"
+    names = {full: full.removeprefix(prefix) for full in found if full.startswith(prefix)}
+    run.memory = {name: torch.empty_like(found[full], device=run.device) for full, name in names.items()}
+    return {full: run.memory[name] for full, name in names.items()}

@@ -1,0 +1,118 @@
+"""One step: which rows, their losses and gradients, the optimizers, the average."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from apexflow.conditioning import Condition, replace_rows
+from apexflow.errors import UserError
+from apexflow.objectives import Batch
+from apexflow.randomness import RowRandom, mix
+from apexflow.training.config import Recipe
+from apexflow.training.distributed import own_rows, summed, together, world
+from apexflow.training.engine import sum_gradients
+from apexflow.training.roles import update_average
+from apexflow.training.run import CHECKPOINTS, Run, Trainee
+
+
+def training_step(run: Run) -> dict[str, float]:
+    """One step of every optimizer over a global batch; the numbers to record. A non-finite step is skipped."""
+    recipe = run.recipe
+    terms = summed(accumulate(run))
+    norms = {role: clip(trainee, recipe.optimizer.clip_norm) for role, trainee in run.trainees.items()}
+    rate = learning_rate(recipe, run.step)
+    if all(math.isfinite(value) for value in (*terms.values(), *norms.values())):
+        for trainee in run.trainees.values():
+            for group in trainee.optimizer.param_groups:
+                group["lr"] = rate
+            trainee.optimizer.step()
+        update_average(run.roles, recipe.ema_decay, run.step)
+        run.bad = 0
+    else:
+        run.bad += 1
+        if run.bad >= recipe.bad_steps:
+            raise UserError(
+                f"the loss was not finite for {run.bad} steps in a row (step {run.step}): lower "
+                f"optimizer.learning_rate; the last checkpoint is in {run.folder / CHECKPOINTS}"
+            )
+    for trainee in run.trainees.values():
+        trainee.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    grad_norms = {"grad_norm" if role == "student" else f"grad_norm_{role}": norm for role, norm in norms.items()}
+    return terms | grad_norms | {"learning_rate": rate, "skipped": float(run.bad > 0)}
+
+
+def accumulate(run: Run) -> dict[str, float]:
+    """Forward and backward over this process's rows in micro-batches; its part of the terms to show.
+
+    Afterwards every gradient is that of the global batch, in all processes.
+    """
+    recipe = run.recipe
+    rows = own_rows(recipe.batch)
+    parts = rows.split(recipe.micro_batch or len(rows))
+    terms: dict[str, float] = {}
+    for number, part in enumerate(parts):
+        with together():
+            batch = make_batch(run, part)
+        with run.engine.micro_batch(batch, last=number == len(parts) - 1):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                losses = run.objective(run.networks, batch, run.memory)
+                total = losses.total + run.engine.owed()
+            total.backward()
+        for name, value in losses.terms.items():
+            terms[name] = terms.get(name, 0.0) + float(value)
+    if world() > 1:
+        for role, trainee in run.trainees.items():
+            if role != "student":
+                sum_gradients(list(trainee.parameters.values()))
+    return terms
+
+
+def clip(trainee: Trainee, most: float) -> float:
+    """Scale gradients down to a norm of at most `most`; the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(list(trainee.parameters.values()), most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def make_batch(run: Run, rows: Tensor) -> Batch:
+    """The rows of this step's global batch: which pictures, their conditions and their random numbers."""
+    recipe = run.recipe
+    index = [data_row(run.step * recipe.batch + row, len(run.data), recipe.seed) for row in rows.tolist()]
+    random = RowRandom(recipe.seed, run.step, rows.tolist(), run.device)
+    dropped = RowRandom(mix(recipe.seed, 1), run.step, rows.tolist()).uniform() < recipe.caption_dropout
+    x = run.data.latents[index].float().to(run.device)
+    return Batch(x, _condition(run, index, dropped), random, rows.to(run.device), recipe.batch, run.step / recipe.steps)
+
+
+def _condition(run: Run, index: list[int], dropped: Tensor) -> Condition:
+    """Conditions from the text encoder while it is trained, else from the cache; dropped captions become the null prompt."""
+    if run.data.embeds is None:
+        prompts = ["" if drop else run.data.captions[i] for i, drop in zip(index, dropped.tolist(), strict=True)]
+        return run.backbone.encode_prompts(prompts)
+    c = run.data.condition(index).to(run.device)
+    return c if run.networks.null is None else replace_rows(c, dropped.to(run.device), run.networks.null)
+
+
+def data_row(position: int, count: int, seed: int) -> int:
+    """Which picture stands at a position of the endless, shuffled stream of epochs."""
+    epoch, offset = divmod(position, count)
+    return int(epoch_order(epoch, count, seed)[offset])
+
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 2, epoch)))
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then constant or a cosine to a fiftieth of the peak."""
+    settings = recipe.optimizer
+    rate = settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup, 1))
+    if settings.schedule == "cosine":
+        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / recipe.steps, 1.0)))
+    return rate
