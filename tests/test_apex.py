@@ -43,6 +43,7 @@ from apexflow.objectives.apex import (
 )
 from apexflow.objectives.flow_matching import FlowMatching
 from apexflow.objectives.times import TimeLaw
+from apexflow.sampler import sample, shift_times, time_grid
 from apexflow.transport import LINEAR, TRANSPORTS, Transport
 
 ALL = pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
@@ -346,7 +347,7 @@ def gradients(objective: Objective, roles: Roles, batch: Batch, networks: Networ
 def test_at_lambda_zero_the_path_gradient_is_twice_flow_matchings(transport: Transport, law: TimeLaw) -> None:
     # Error F - F_target = 2 (F - v) with F_target held: d ||error||^2 = 2 * 2 (F - v) dF, flow matching's 2 (F - v) dF.
     roles = make_roles()
-    path = APEX(endpoint_weight=0, lambda_max=0, reduction="mean", times=law, **PLAIN)  # type: ignore[arg-type]
+    path = APEX(endpoint_weight=0, share=0, lambda_max=0, reduction="mean", times=law, **PLAIN)  # type: ignore[arg-type]
     networks = roles.networks(transport=transport)
 
     def flat() -> Batch:  # vectors have one scale alone, so Eq. 14 with p = 0 is the plain squared error
@@ -371,7 +372,7 @@ def train(objective: Objective, start: GaussianField, steps: int = 200, rows: in
 
 @pytest.mark.parametrize("start", [([1.0, -0.5], 0.6), ([0.0, 0.5], 1.0)], ids=["good stays good", "poor turns good"])
 def test_training_on_the_path_at_lambda_zero_fits_the_gaussian(start: tuple[list[float], float]) -> None:
-    path = APEX(endpoint_weight=0, lambda_max=0, reduction="mean", **PLAIN)  # type: ignore[arg-type]
+    path = APEX(endpoint_weight=0, share=0, lambda_max=0, reduction="mean", **PLAIN)  # type: ignore[arg-type]
     fitted = train(path, GaussianField(*start))
     assert (fitted.mean.detach() - torch.tensor([1.0, -0.5])).abs().max() < 0.15
     assert abs(fitted.log_std.exp().item() - 0.6) < 0.1
@@ -400,7 +401,7 @@ def test_the_velocity_of_one_point_has_no_path_loss_at_any_lambda(lam: float, ve
 @pytest.mark.parametrize("reference", ["student", "reference"])
 def test_the_teachers_velocity_carries_the_second_point(guidance: float, reference: Any) -> None:
     roles = make_roles()
-    objective = APEX(endpoint_weight=0, guidance=guidance, reference=reference, path_velocity="teacher")
+    objective = APEX(endpoint_weight=0, guidance=guidance, reference=reference, path_velocity="teacher", path_steps=1)
     objective(roles.networks(), make_batch(), {})
     asked, second = roles.calls("student")[0], roles.calls(reference)[-1]
     null = make_condition(1, seed=99).expand(6)
@@ -409,6 +410,26 @@ def test_the_teachers_velocity_carries_the_second_point(guidance: float, referen
     expected = asked.x_t - step * (without + guidance * (teacher - without))
     torch.testing.assert_close(second.x_t, expected.detach())
     assert len(roles.calls("teacher")) == (1 if guidance == 1 else 2)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_teachers_steps_lie_on_the_models_own_grid(shift: float) -> None:
+    roles = make_roles()
+    objective = APEX(
+        endpoint_weight=0,
+        guidance=1,
+        share=1,
+        lambda_law="constant",
+        lambda_max=0,
+        path_velocity="teacher",
+        path_steps=4,
+    )
+    objective(roles.networks(time_shift=shift), make_batch(), {})
+    asked, end, times = roles.calls("student")[0], roles.calls("student")[1], shift_times(time_grid(4), shift)
+    for call, time in zip(roles.calls("teacher"), times, strict=False):
+        torch.testing.assert_close(call.t, time.float().expand(len(call.t)))
+    z = sample(lambda x_t, t: roles.teacher(x_t, t, asked.c).detach(), asked.x_t, times)
+    torch.testing.assert_close(end.x_t, z, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("reference", ["student", "reference"])

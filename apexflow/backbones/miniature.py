@@ -67,7 +67,7 @@ def build_miniature(words: Sequence[str], seed: int = 0, width: int = 192, depth
         downsample_block_type="pixel_unshuffle",
         scaling_factor=1.0,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     parts: list[Any] = [transformer, vae, text_encoder]
     for part in parts:
         part.eval()

@@ -30,7 +30,7 @@ class Networks:
 
     Only `student` builds a graph; `reference` (theta-minus) and `teacher` (frozen, pretrained) run without gradients.
     `null` is the one-row null condition of guidance. `round_time` rounds times to what the backbone really sees, so that
-    secants divide by the step that the network saw.
+    secants divide by the step that the network saw. `time_shift` is that of the grid on which the model is sampled.
     """
 
     student: Field
@@ -39,6 +39,7 @@ class Networks:
     null: Condition | None = None
     transport: Transport = LINEAR
     round_time: Callable[[Tensor], Tensor] = exact_time
+    time_shift: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate as resize
 from apexflow.conditioning import Condition, guide
 from apexflow.objectives import Batch, Field, Losses, Networks, share_of
 from apexflow.objectives.times import TimeLaw
+from apexflow.sampler import shift_times
 from apexflow.transport import LINEAR, Transport, expand
 
 
@@ -113,11 +114,12 @@ class APEX:
     pairing: "rows" re-noises the student's fresh one-step picture of the same row, and moves that row's prediction at t = 1;
         "printed" takes pictures from a buffer of recent generations, unrelated to the rows, as Algorithm 1 prints it.
     real: who answers for real data in Eq. (18): "teacher" (frozen), "reference" (EMA, Algorithm 1) or "student" (Eq. 18).
-    path_velocity: direction from x_t to x_lambda-t: "sample" (z - x, the paper) or "teacher" (the frozen field at x_t).
+    path_velocity: what leads from x_t to x_lambda-t: "sample" (z - x, the paper) or "teacher" (the frozen field).
+    path_steps: Euler steps that the teacher takes from x_t to x_lambda-t, on the grid that the model is sampled on.
     reference: theta-minus of Eq. (10): "reference" (EMA, the paper) or "student" (itself, one forward pass cheaper).
     guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper).
     lambda_law: lambda is "uniform" in [0, lambda_max], "ramp" (uniform up to a bound that grows over the run) or "constant".
-    share: part of the rows that are generated from at t = 1.
+    share: part of the rows that stand at t = 1 and are generated from; the others draw t from `times`.
     """
 
     path_weight: float = 1.0
@@ -131,6 +133,7 @@ class APEX:
     pairing: Literal["rows", "printed"] = "rows"
     real: Literal["teacher", "reference", "student"] = "teacher"
     path_velocity: Literal["sample", "teacher"] = "teacher"
+    path_steps: int = 4
     reference: Literal["reference", "student"] = "student"
     guidance: float = 2.5
     lambda_law: Literal["uniform", "ramp", "constant"] = "uniform"
@@ -148,6 +151,8 @@ class APEX:
     def __post_init__(self) -> None:
         if not 0 <= self.lambda_max <= 1:
             raise ValueError(f"lambda_max must lie in [0, 1], got {self.lambda_max}")
+        if self.path_steps < 1:
+            raise ValueError(f"path_steps must be at least 1, got {self.path_steps}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {self.share}")
         if min(self.path_weight, self.endpoint_weight) < 0 or self.path_weight + self.endpoint_weight == 0:
@@ -166,9 +171,7 @@ class APEX:
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1, lines 2-22, for one micro-batch."""
-        chosen = (
-            batch.chosen(self.share) if self.endpoint_weight > 0 else torch.zeros_like(batch.rows, dtype=torch.bool)
-        )
+        chosen = batch.chosen(self.share)
         used = chosen if self.path_weight == 0 else torch.ones_like(chosen)
         t = networks.round_time(self._times(batch, chosen))[used]
         x, c, picked = batch.x[used], batch.c[used], chosen[used]
@@ -182,7 +185,7 @@ class APEX:
             target = self._path_target(networks, batch, F, x, z, x_t, t, c)
             path = (self._beta(t) * self._norm(F - target)).sum() / batch.total
             total, terms["path"] = total + self.path_weight * path, path.detach()
-        if bool(picked.any()):
+        if self.endpoint_weight > 0 and bool(picked.any()):
             adversarial, shift = self._endpoint(
                 networks, batch, chosen, F[picked], x_t[picked], t[picked], c[picked], memory
             )
@@ -207,12 +210,21 @@ class APEX:
             if self.path_velocity == "sample":
                 x_lt = networks.transport.interpolate(x, z, lt)
             else:
-                x_lt = move(self._teach(networks, x_t, t, c), x_t, t, lt, networks.transport)
+                x_lt = self._travel(networks, x_t, t, lt, c)
             itself = self.reference == "student"
             network = networks.student if itself else networks.reference
             F_t = F.detach() if itself else network(x_t, t, c)
             F_lt = network(x_lt, lt, c)
             return secant_target(F_t, F_lt, x_t, x_lt, t, lt, networks.transport, self.clip)
+
+    def _travel(self, networks: Networks, x_t: Tensor, t: Tensor, lt: Tensor, c: Condition) -> Tensor:
+        """x_lambda-t: where the teacher's field takes x_t by time `lt`, in `path_steps` steps."""
+        begin, end = (shift_times(time, 1 / networks.time_shift) for time in (t, lt))
+        for leg in range(1, self.path_steps + 1):
+            even = begin + (end - begin) * (leg / self.path_steps)
+            later = lt if leg == self.path_steps else networks.round_time(shift_times(even, networks.time_shift))
+            x_t, t = move(self._teach(networks, x_t, t, c), x_t, t, later, networks.transport), later
+        return x_t
 
     def _lambda(self, batch: Batch) -> Tensor:
         """lambda of each row. Never quite 1: the secant divides by t - lambda t."""

@@ -60,6 +60,7 @@ class FullRoles:
             null=null,
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
+            time_shift=self.backbone.time_shift,
         )
 
     @contextmanager
@@ -138,6 +139,7 @@ class LoraRoles:
             null=null,
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
+            time_shift=self.backbone.time_shift,
         )
 
     def _as(self, name: str | None, field: Field) -> Field:
