@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +60,14 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 def fingerprint(*modules: nn.Module) -> str:
     """A short hash of weights, so that a cache made by another encoder is never taken for this one's."""
+    return hash_tensors(*(module.state_dict() for module in modules))
+
+
+def hash_tensors(*groups: Mapping[str, Tensor]) -> str:
+    """A short hash of named tensors."""
     digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
+    for group in groups:
+        for name, tensor in sorted(group.items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             # A few values of each tensor: sums would differ in the last bit with the number of threads.
             flat = tensor.detach().flatten()

@@ -70,6 +70,10 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="Reference statistics or pictures (mjhq).", rich_help_panel=SCORE)
     ] = None,
+    fid_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side at which FID looks at pictures (mjhq). Default: theirs.", rich_help_panel=SCORE),
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(help="http://host:port/v1, or the folder of a local model (dpg, wise).", rich_help_panel=SCORE),
@@ -84,7 +88,7 @@ def evaluate(
     from apexflow.evaluation.suite import Settings, Tools
 
     place = _device(device)
-    tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, place)
+    tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
     if images is not None:
         from apexflow.evaluation.runner import score_folder

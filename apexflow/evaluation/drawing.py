@@ -57,7 +57,7 @@ def draw(
         if not (pictures / name).is_file():
             (pictures / name).parent.mkdir(parents=True, exist_ok=True)
             write_text(pictures / name, text)
-    mine = suite.drawings(prompts, settings.per_prompt or suite.per_prompt)[shard.rank :: shard.world]
+    mine = suite.drawings(prompts)[shard.rank :: shard.world]
     todo = [drawing for drawing in mine if not is_whole(pictures / drawing.path)]
     size = settings.size or generator.backbone.default_size
     with Progress(f"{title}: drawing", len(mine), len(mine) - len(todo)) as progress:
@@ -69,10 +69,9 @@ def draw(
             progress.advance(len(group))
 
 
-def pending(suite: Suite, settings: Settings, prompts: Sequence[Prompt], folder: Path) -> int:
+def pending(suite: Suite, prompts: Sequence[Prompt], folder: Path) -> int:
     """How many of the suite's pictures are still to be drawn, by whichever process."""
-    drawings = suite.drawings(prompts, settings.per_prompt or suite.per_prompt)
-    return sum(not is_whole(folder / "pictures" / drawing.path) for drawing in drawings)
+    return sum(not is_whole(folder / "pictures" / drawing.path) for drawing in suite.drawings(prompts))
 
 
 def _groups(drawings: Sequence[Drawing], batch: int) -> Iterator[Sequence[Drawing]]:

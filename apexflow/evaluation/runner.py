@@ -53,22 +53,20 @@ def evaluate(
             )
         with tempfile.TemporaryDirectory() as scratch:
             return evaluate(generator, settings, Path(scratch) / "evaluation", name, tools)
-    suite = make_suite(settings.suite, tools or Tools())
-    settings = _checked(settings, suite)
+    suite = _suite(settings, tools)
     if with_scores:
         suite.check()
     prompts, all_prompts = suite.choose(settings.limit)
-    generation = _generation(generator, settings, prompts)
+    generation = _generation(generator, replace(settings, per_prompt=suite.per_prompt), prompts)
     _claim(folder, "generation.json", generation)
     draw(generator, settings, suite, prompts, folder, name, shard)
-    left = pending(suite, settings, prompts, folder)
+    left = pending(suite, prompts, folder)
     if left or not with_scores:
         return {"suite": settings.suite, "name": name, "folder": str(folder), "pending": left}
     with _alone(folder):
         drawn = {"name": name, "evaluations": read_json(folder / EVALUATIONS, "the evaluation")} | generation
         if suite.measures_diversity:
-            drawings = suite.drawings(prompts, settings.per_prompt or 1)
-            drawn["diversity"] = diversity(generator, folder, drawings, settings.per_prompt or 1)
+            drawn["diversity"] = diversity(generator, folder, suite.drawings(prompts), suite.per_prompt)
         return _score(suite, settings, prompts, all_prompts, folder / "pictures", folder, drawn)
 
 
@@ -81,8 +79,7 @@ def score_folder(
     if folder is None:
         with tempfile.TemporaryDirectory() as scratch:
             return score_folder(images, settings, Path(scratch) / "scores", name, tools)
-    suite = make_suite(settings.suite, tools or Tools())
-    settings = _checked(settings, suite)
+    suite = _suite(settings, tools)
     suite.check()
     prompts, all_prompts = suite.choose(settings.limit)
     drawn: dict[str, Any] = {}
@@ -93,11 +90,12 @@ def score_folder(
     return _score(suite, settings, prompts, all_prompts, images, folder, {"name": name} | drawn)
 
 
-def _checked(settings: Settings, suite: Suite) -> Settings:
-    """The settings with the suite's own number of pictures a prompt filled in."""
-    if (settings.per_prompt is not None and settings.per_prompt < 1) or (settings.limit or 1) < 1:
+def _suite(settings: Settings, tools: Tools | None) -> Suite:
+    if (settings.per_prompt is not None and settings.per_prompt < 1) or (
+        settings.limit is not None and settings.limit < 1
+    ):
         raise UserError("per_prompt and limit must be at least 1")
-    return replace(settings, per_prompt=settings.per_prompt or suite.per_prompt)
+    return make_suite(settings.suite, tools or Tools(), settings.per_prompt)
 
 
 def _score(
@@ -109,13 +107,12 @@ def _score(
     folder: Path,
     drawn: dict[str, Any],
 ) -> dict[str, Any]:
-    per_prompt = settings.per_prompt or suite.per_prompt
-    found = suite.find(images, prompts, per_prompt)
+    found = suite.find(images, prompts)
     if not found.pictures:
         raise UserError(
             f"{images} holds no picture of the suite {settings.suite}: docs/evaluation.md shows the layout it needs"
         )
-    scoring = {"suite": settings.suite, "limit": settings.limit, "per_prompt": per_prompt} | suite.settings()
+    scoring = {"suite": settings.suite, "limit": settings.limit, "per_prompt": suite.per_prompt} | suite.settings()
     own = images == folder / "pictures"
     _claim(folder, "scoring.json", scoring | ({} if own else {"pictures": str(images.resolve())}))
     scored = score(suite, found, folder, drawn["name"])
@@ -123,7 +120,7 @@ def _score(
     unique = {str(picture.metadata): picture.metadata for picture in found.pictures}
     seen = [prompt.metadata for prompt in prompts] if _same(prompts, unique) else list(unique.values())
     report |= {"prompts_sha256": prompts_sha256(seen), "scoring": scoring, "versions": versions()}
-    report |= {"suite": settings.suite, "per_prompt": per_prompt}
+    report |= {"suite": settings.suite, "per_prompt": suite.per_prompt}
     write_json(folder / "report.json", report)
     return report
 

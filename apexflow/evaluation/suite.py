@@ -45,6 +45,7 @@ class Tools:
     judge: str | Ask | None = None  # an OpenAI-compatible address, a folder, or a callable
     judge_model: str | None = None
     protocol: str | None = None
+    fid_size: int | None = None  # side in pixels at which FID looks at pictures; None: theirs
     device: str = "cpu"
 
 
@@ -87,23 +88,28 @@ class Found:
 class Suite(ABC):
     """A benchmark. Each is one file in `evaluation/suites/` with the same shape: prompts, score, aggregate."""
 
-    per_prompt: ClassVar[int] = 4
+    pictures_a_prompt: ClassVar[int] = 4  # officially
+    allowed: ClassVar[tuple[int, ...]] = ()  # other numbers do not fit the layout; empty: any does
     spread_limit: ClassVar[bool] = True  # a limited run takes prompts from everywhere, or the first ones
     measures_diversity: ClassVar[bool] = False
 
-    def __init__(self, tools: Tools) -> None:
+    def __init__(self, tools: Tools, per_prompt: int | None = None) -> None:
         self.tools = tools
+        self.per_prompt = self.pictures_a_prompt if per_prompt is None else per_prompt
+        if self.allowed and self.per_prompt not in self.allowed:
+            numbers = " or ".join(map(str, self.allowed))
+            raise UserError(f"{self.per_prompt} pictures a prompt do not fit this suite: take {numbers}")
 
     @abstractmethod
     def prompts(self) -> list[dict[str, Any]]:
         """The metadata of every prompt, each with its text under "prompt"."""
 
     @abstractmethod
-    def drawings(self, prompts: Sequence[Prompt], per_prompt: int) -> list[Drawing]:
+    def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
         """The picture files of the official folder layout."""
 
     @abstractmethod
-    def find(self, folder: Path, prompts: Sequence[Prompt], per_prompt: int) -> Found:
+    def find(self, folder: Path, prompts: Sequence[Prompt]) -> Found:
         """What of the prompts' pictures lies in a folder, whoever drew them."""
 
     @abstractmethod

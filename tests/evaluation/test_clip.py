@@ -8,30 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from apexflow.errors import UserError
 from apexflow.evaluation.clip import Clip, preprocess, tokenize, truncate
 from apexflow.evaluation.geneval import COLORS, ColorClassifier
-
-WORDS = [
-    "<|startoftext|>",
-    "<|endoftext|>",
-    *"abcdefghijklmnopqrstuvwxyz",
-    *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz-"),
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("clip")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1}
-    vision = {**sizes, "image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(path)
-    CLIPTokenizer(vocab={word: index for index, word in enumerate(WORDS)}, merges=[]).save_pretrained(path)
-    return path
 
 
 def test_truncation_keeps_the_end_token() -> None:
@@ -55,8 +36,8 @@ def test_preprocess_takes_the_centre() -> None:
         preprocess(wide.crop((0, 0, 0, 0)))
 
 
-def test_score_reads_the_text_at_its_end(folder: Path) -> None:
-    clip = Clip.load(folder)
+def test_score_reads_the_text_at_its_end(clip_folder: Path) -> None:
+    clip = Clip.load(clip_folder)
     images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 33, 3), dtype=np.uint8)) for i in range(2)]
     score = clip.score(images, ["red cat", "a dog"])
     cosine = (clip.encode_images(images) * clip.encode_texts(["red cat", "a dog"])).sum(-1)
@@ -69,8 +50,8 @@ def test_score_reads_the_text_at_its_end(folder: Path) -> None:
         clip.score(images, ["red cat"])
 
 
-def test_colours_of_kept_objects(folder: Path) -> None:
-    classifier = ColorClassifier(Clip.load(folder))
+def test_colours_of_kept_objects(clip_folder: Path) -> None:
+    classifier = ColorClassifier(Clip.load(clip_folder))
     weights = classifier.weights("dog")
     assert weights.shape == (10, 8) and torch.allclose(weights.norm(dim=1), torch.ones(10))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
@@ -84,10 +65,10 @@ def test_colours_of_kept_objects(folder: Path) -> None:
     assert alone == classifier.classify("dog", [image.crop((5, 5, 20, 20))])  # its own mask fills its own box
 
 
-def test_folder_mistakes(folder: Path, tmp_path: Path) -> None:
+def test_folder_mistakes(clip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no CLIP folder"):
         Clip.load(tmp_path / "absent")
-    model = CLIPModel.from_pretrained(folder)
+    model = CLIPModel.from_pretrained(clip_folder)
     model.config.text_config.hidden_act = "gelu"
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="quick_gelu"):

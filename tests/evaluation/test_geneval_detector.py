@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate, unfold
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers import Mask2FormerForUniversalSegmentation
 
 from apexflow.errors import UserError
 from apexflow.evaluation import geneval
@@ -225,33 +225,22 @@ def test_preprocess_sizes_padding_and_colours() -> None:
     assert (pixels[:, :, :444, :1333] != 0).all()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    backbone = SwinConfig(image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4)
-    backbone.out_features = ["stage1", "stage2", "stage3", "stage4"]
-    sizes = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "num_attention_heads": 2, "num_queries": 5}
-    layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 16, "dim_feedforward": 16}
-    config = Mask2FormerConfig(backbone_config=backbone, num_labels=80, **sizes, **layers)
-    folder = tmp_path_factory.mktemp("detector")
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
-    return folder
-
-
-def test_detector_from_a_local_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detector_from_a_local_folder(detector_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("apexflow.evaluation.geneval.detector.SHORT_SIDE", "apexflow.evaluation.geneval.detector.LONG_SIDE"):
         monkeypatch.setattr(module, 96)
-    detector = Mask2FormerDetector.load(tiny)
+    detector = Mask2FormerDetector.load(detector_folder)
     assert "not comparable" in detector.source
     detections, masks = detector.detect(Image.new("RGB", (48, 30), "green"))
     assert sum(map(len, detections.values())) == 100
     assert all(masks[name].shape == (len(rows), 30, 48) for name, rows in detections.items())
 
 
-def test_detector_folder_mistakes(tiny: Path, tmp_path: Path) -> None:
+def test_detector_folder_mistakes(detector_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no detector folder"):
         Mask2FormerDetector.load(tmp_path / "absent")
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(tiny, num_labels=133, ignore_mismatched_sizes=True)
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(
+        detector_folder, num_labels=133, ignore_mismatched_sizes=True
+    )
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="133 labels"):
         Mask2FormerDetector.load(tmp_path)

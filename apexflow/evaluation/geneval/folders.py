@@ -22,14 +22,14 @@ class GenEvalFolders(Suite):
     def notes(self, prompts: Sequence[Prompt]) -> dict[str, str]:
         return {f"{prompt.index:05d}/metadata.jsonl": json.dumps(dict(prompt.metadata)) for prompt in prompts}
 
-    def drawings(self, prompts: Sequence[Prompt], per_prompt: int) -> list[Drawing]:
+    def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
         return [
-            Drawing(f"{p.index:05d}/samples/{copy:04d}.png", p.text, (p.index * per_prompt + copy,))
+            Drawing(f"{p.index:05d}/samples/{copy:04d}.png", p.text, (p.index * self.per_prompt + copy,))
             for p in prompts
-            for copy in range(per_prompt)
+            for copy in range(self.per_prompt)
         ]
 
-    def find(self, folder: Path, prompts: Sequence[Prompt], per_prompt: int) -> Found:
+    def find(self, folder: Path, prompts: Sequence[Prompt]) -> Found:
         found = Found()
         waiting = {prompt.index: prompt for prompt in prompts}
         for place in sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()):
@@ -41,11 +41,11 @@ class GenEvalFolders(Suite):
             del waiting[prompt.index]
             samples = sorted(path for path in (place / "samples").glob("*") if SAMPLE.match(path.name))
             names = [path.relative_to(folder).as_posix() for path in samples]
-            taken = list(zip(names, samples, strict=True))[:per_prompt]
+            taken = list(zip(names, samples, strict=True))[: self.per_prompt]
             found.pictures += [Picture(name, path, metadata) for name, path in taken]
-            found.extra += names[per_prompt:]
-            found.missing += [f"{place.name}/samples/{copy:04d}.png" for copy in range(len(samples), per_prompt)]
-        found.missing += [drawing.path for drawing in self.drawings(list(waiting.values()), per_prompt)]
+            found.extra += names[self.per_prompt :]
+            found.missing += [f"{place.name}/samples/{copy:04d}.png" for copy in range(len(samples), self.per_prompt)]
+        found.missing += [drawing.path for drawing in self.drawings(list(waiting.values()))]
         return found
 
 

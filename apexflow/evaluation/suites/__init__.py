@@ -6,18 +6,24 @@ from collections.abc import Callable
 
 from apexflow.errors import UserError
 from apexflow.evaluation.suite import Suite, Tools
+from apexflow.evaluation.suites.dpg import DpgBench
 from apexflow.evaluation.suites.geneval import GenEval
 from apexflow.evaluation.suites.mini_geneval import MiniGenEval, MiniGenEvalHeldOut
+from apexflow.evaluation.suites.mjhq import Mjhq
+from apexflow.evaluation.suites.wise import Wise
 
-SUITES: dict[str, Callable[[Tools], Suite]] = {
+SUITES: dict[str, Callable[[Tools, int | None], Suite]] = {
     "mini-geneval": MiniGenEval,
     "mini-geneval-held-out": MiniGenEvalHeldOut,
     "geneval": GenEval,
+    "dpg": DpgBench,
+    "wise": Wise,
+    "mjhq": Mjhq,
 }
 
 
-def make_suite(name: str, tools: Tools) -> Suite:
+def make_suite(name: str, tools: Tools, per_prompt: int | None = None) -> Suite:
     """UserError for a name that is not in the table."""
     if name not in SUITES:
         raise UserError(f"unknown suite {name!r}; suites: {', '.join(SUITES)}")
-    return SUITES[name](tools)
+    return SUITES[name](tools, per_prompt)

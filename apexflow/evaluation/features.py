@@ -1,0 +1,122 @@
+"""Inception features of many pictures, kept on disk chunk by chunk, and the statistics of a set of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from apexflow.errors import UserError
+from apexflow.evaluation.fid import Array, RunningStatistics
+from apexflow.evaluation.files import Unreadable, open_picture, read_ahead, stamp
+from apexflow.evaluation.inception import Inception, prepare
+
+CHUNK = 512  # pictures to a file: what an interruption can cost
+BATCH = 32
+
+
+class FeatureStore:
+    """Features in safetensors files of a folder, under the key of each picture."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, features: Mapping[str, torch.Tensor]) -> None:
+        """{key: (D,)} of some pictures, whole or not at all."""
+        if not features:
+            return
+        name = hashlib.sha256("\n".join(features).encode()).hexdigest()[:16]
+        partial = self.folder / f".{name}.partial"
+        save_file({"features": torch.stack(list(features.values()))}, partial, {"keys": json.dumps(list(features))})
+        os.replace(partial, self.folder / f"{name}.safetensors")
+
+    def keys(self) -> set[str]:
+        return {key for path in self._files() for key in _keys(path)}
+
+    def chunks(self, wanted: Iterable[str]) -> Iterator[NDArray[np.float32]]:
+        """The features of the wanted keys, each once."""
+        left = set(wanted)
+        for path in self._files():
+            keys = _keys(path)
+            rows = [row for row, key in enumerate(keys) if key in left]
+            left -= set(keys)
+            if rows:
+                yield load_file(path)["features"][rows].numpy()
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"))
+
+
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["keys"])
+
+
+def statistics(store: FeatureStore, keys: Iterable[str]) -> tuple[Array, Array, int]:
+    """Mean, covariance and number of the stored features of some pictures."""
+    running: RunningStatistics | None = None
+    for chunk in store.chunks(keys):
+        running = running or RunningStatistics(chunk.shape[1])
+        running.add(chunk)
+    if running is None:
+        raise UserError("FID has no picture to look at: all are missing or unreadable")
+    return *running.result(), running.count
+
+
+def picture_key(path: Path, name: str) -> str:
+    """A picture that is written again gets other features."""
+    return f"{name}@{stamp(path)}"
+
+
+def extract(
+    network: Inception | None, paths: Sequence[Path], protocol: str, size: int
+) -> Iterator[tuple[Path, Image.Image | Unreadable, torch.Tensor | None]]:
+    """Each picture, as read and as features (D,); an unreadable one, and each where there is no network, comes without."""
+
+    def read(path: Path) -> tuple[Image.Image, torch.Tensor | None]:
+        image = open_picture(path)
+        return image, None if network is None else prepare(image, protocol, size)
+
+    waiting: list[tuple[Path, Image.Image, torch.Tensor]] = []
+    for path, found in read_ahead(paths, read, threads=8):
+        if isinstance(found, Unreadable):
+            yield path, found, None
+        elif network is None or found[1] is None:
+            yield path, found[0], None
+        else:
+            waiting.append((path, found[0], found[1]))
+            if len(waiting) == BATCH:
+                yield from _through(network, waiting)
+                waiting = []
+    if network is not None and waiting:
+        yield from _through(network, waiting)
+
+
+def _through(
+    network: Inception, batch: Sequence[tuple[Path, Image.Image, torch.Tensor]]
+) -> Iterator[tuple[Path, Image.Image, torch.Tensor]]:
+    features = network.features(torch.stack([prepared for _, _, prepared in batch]))
+    for (path, image, _), row in zip(batch, features, strict=True):
+        yield path, image, row
+
+
+def read_statistics(path: Path) -> tuple[Array, Array]:
+    """mu (D,) and sigma (D, D) from a .npz (as Sana's and pytorch-fid's scripts write it) or .safetensors file."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors = {name: tensor.double().numpy() for name, tensor in load_file(path).items()}
+            return tensors["mu"], tensors["sigma"]
+        with np.load(path) as arrays:  # plain arrays only: NumPy refuses objects
+            return np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"cannot read mu and sigma from {path}: {error}") from None
