@@ -88,8 +88,9 @@ class Generator:
         self, prompts: Sequence[str], z: Tensor, times: Tensor, guidance: float, kappa: float, rho: float, order: int
     ) -> Tensor:
         backbone = self.backbone
-        c = backbone.encode_prompts(prompts)
-        null = backbone.encode_prompts([""]).expand(len(prompts)) if guidance != 1 else None
+        # While training, the encoders do not stand on the transformer's device.
+        c = backbone.encode_prompts(prompts).to(backbone.device)
+        null = backbone.encode_prompts([""]).expand(len(prompts)).to(backbone.device) if guidance != 1 else None
         self.evaluations = 0
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:

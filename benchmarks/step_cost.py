@@ -33,7 +33,7 @@ METHODS = ("flow_matching", "apex")
 
 
 def begin(method: str, kind: str, model: str, batch: int, folder: Path) -> Run:
-    data = Data(count=256, cache=str(folder / "cache"))
+    data = Data(source="scenes", count=256, cache=str(folder / "cache"))
     recipe = Recipe(
         output=str(folder / f"{method}-{kind}"),
         method=method,

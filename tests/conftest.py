@@ -11,8 +11,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
 from apexflow.backbones.miniature import build_miniature
-from apexflow.data.captioned import write_scenes
 from apexflow.data.scenes import scenes, vocabulary
+from apexflow.data.shards import write_scenes
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -77,7 +77,17 @@ def test_scenes_evaluate_and_train_speak_json(run: Run, tiny_model: Path, recipe
 
 
 def test_help_of_every_command(run: Run) -> None:
-    for command in ([], ["train"], ["generate"], ["evaluate"], ["export"], ["demo"], ["data"], ["data", "scenes"]):
+    for command in (
+        [],
+        ["train"],
+        ["generate"],
+        ["evaluate"],
+        ["export"],
+        ["demo"],
+        ["cache"],
+        ["data"],
+        ["data", "scenes"],
+    ):
         code, out, _ = run(*command, "--help")
         assert code == 0 and "Usage" in out
 
@@ -190,7 +200,7 @@ def test_a_shard_with_one_bad_record_is_used_without_it(run: Run, recipe_file: P
                 tar.addfile(member, io.BytesIO(content))
     assert run(*with_data(recipe_file, folder))[0] == 0
     record = json.loads((tmp_path / "run" / "cache" / "cache.json").read_text())
-    assert record["rows"] == 39 and list(record["skipped"].values()) == ["corrupt picture"]
+    assert record["rows"] == 39 and record["skipped"] == {"a.tar:0": "corrupt picture"}
 
 
 def test_a_cache_of_other_data_or_a_damaged_cache_is_refused(
@@ -202,8 +212,29 @@ def test_a_cache_of_other_data_or_a_damaged_cache_is_refused(
     other = fill(tmp_path / "own", dict.fromkeys(names, picture_bytes()), dict.fromkeys(names, "a red square"))
     again = (f"data.cache={cache}", f"output={tmp_path / 'again'}")
     refused(run(*with_data(recipe_file, other), *again), "cache", "source")
-    (cache / "tensors.safetensors").write_bytes(b"short")
-    refused(run("train", recipe_file, "steps=1", *again), "cache", "damaged")
+    refused(run("train", recipe_file, "steps=1", f"data.source={cache}", "data.size=32", *again[1:]), "size 64", "32")
+
+
+def test_cache_makes_reads_and_verifies(run: Run, recipe_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+    names = [str(i) for i in range(6)]
+    own = fill(tmp_path / "own", dict.fromkeys(names, picture_bytes()), dict.fromkeys(names[1:], "a red square"))
+    folder = tmp_path / "kept"
+    command = ("cache", own, "-o", folder, "--model", tiny_model)
+    refused(run(*command), "1 of 6", "0.png", "caption missing")
+    code, out, _ = run(*command, "--skip-limit", 0.5, "--json")
+    made = json.loads(out)
+    assert code == 0 and made["rows"] == 5 and made["complete"] and list(made["skipped"]) == [str(own / "0.png")]
+    code, out, _ = run(*command, "--skip-limit", 0.5)
+    assert code == 0 and "0.png: caption missing" in out and f"data.source={folder}" in out
+    code, out, _ = run("cache", folder, "--verify", "--json")
+    assert code == 0 and json.loads(out)["rows"] == 5
+    assert run("train", recipe_file, "steps=1", f"data.source={folder}")[0] == 0
+    (folder / "null.safetensors").unlink()
+    refused(run("cache", folder, "--verify"), "null.safetensors", "run the same command again")
+    refused(run(*command, "--skip-limit", 0.5, "--size", 32), "size", "other settings")
+    refused(run("cache", own), "-o")
+    refused(run("cache", folder, "-o", tmp_path / "twice"), "is a finished cache")
+    refused(run("cache", own, "-o", tmp_path / "odd", "--model", tiny_model, "--size", 50), "50", "multiples")
 
 
 # -- Models ------------------------------------------------------------------------------------------------------------

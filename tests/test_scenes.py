@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apexflow.data.captioned import Skipped, read_captioned, write_scenes
+from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.scenes import (
     COLORS,
     HELD_OUT,
@@ -21,6 +21,7 @@ from apexflow.data.scenes import (
     scenes,
     vocabulary,
 )
+from apexflow.data.shards import write_scenes
 from apexflow.evaluation import detector
 from apexflow.evaluation.mini_geneval import TASKS, aggregate, held_out_prompts, prompts, score_picture
 

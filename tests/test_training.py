@@ -155,7 +155,7 @@ def test_lora_leaves_the_base_untouched_to_the_bit(recipe_file: Path, tiny_model
 
 def test_lora_roles_are_three_models_on_one_base(recipe_file: Path) -> None:
     run = start(load_recipe(recipe_file, ["tuning.kind=lora", "tuning.rank=4", "ema_decay=0.5"]), resume=False)
-    x, c = run.data.latents[:2].float(), run.data.condition([0, 1])
+    x, c = run.data.latents([0, 1]), run.data.condition([0, 1])
     t = torch.tensor([0.3, 1.0])
     with torch.no_grad():
         base = run.networks.teacher(x, t, c)
@@ -177,7 +177,7 @@ def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str
         training_step(run)
     folder = loop.finish(run)
     assert (folder.parent / "lora" / "pytorch_lora_weights.safetensors").is_file() == (kind == "lora")
-    x, t, c = run.data.latents[:2].float(), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
+    x, t, c = run.data.latents([0, 1]), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
     loaded = load_backbone(str(folder))
     with torch.no_grad():
         expected = run.networks.reference(x, t, c)
@@ -214,7 +214,8 @@ def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(
 ) -> None:
     run = start(load_recipe(recipe_file, ["bad_steps=3"]), resume=False)
     before = {name: p.detach().clone() for name, p in run.roles.trained.items()}
-    run.data.latents[:] = float("nan")
+    shape = run.data.index["latent_shape"]
+    monkeypatch.setattr(run.data, "latents", lambda rows: torch.full((len(rows), *shape), float("nan")))
     assert training_step(run)["skipped"] == 1
     training_step(run)
     assert_same(before, {name: p.detach() for name, p in run.roles.trained.items()})

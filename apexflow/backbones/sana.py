@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.parts import compute_dtype, load_part, load_scheduler, save_folder, scheduler_shift
-from apexflow.backbones.text import tokenize, unknown_words
+from apexflow.backbones.text import device_of, tokenize, unknown_words
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.transport import LINEAR, Transport
@@ -88,7 +88,7 @@ class Sana:
         texts = [prefix + prompt.strip().lower() if prompt.strip() else "" for prompt in prompts]
         limit = self.settings.max_tokens
         length = len(self.tokenizer.encode(prefix)) + limit - 2 if prefix else limit
-        ids, mask = (part.to(self.device) for part in tokenize(self.tokenizer, texts, length))
+        ids, mask = (part.to(device_of(self.text_encoder)) for part in tokenize(self.tokenizer, texts, length))
         embeds = self.text_encoder(ids, attention_mask=mask)[0]
         if embeds.shape[1] > limit:
             keep = [0, *range(length - limit + 1, embeds.shape[1])]
@@ -109,13 +109,13 @@ class Sana:
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), scaled by the autoencoder's factor."""
-        dtype = next(self.vae.parameters()).dtype
-        return self.vae.encode(images.to(self.device, dtype)).latent.float() * self.vae.config.scaling_factor
+        images = images.to(next(self.vae.parameters()))
+        return self.vae.encode(images).latent.float() * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pictures (B, 3, H, W), clamped to [-1, 1], in float32."""
-        dtype = next(self.vae.parameters()).dtype
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype)).sample.float().clamp(-1, 1)
+        latents = (latents / self.vae.config.scaling_factor).to(next(self.vae.parameters()))
+        return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
     @property
     def default_size(self) -> int:

@@ -1,161 +1,221 @@
-"""Latents and text embeddings computed once, so that neither autoencoder nor text encoder runs while training."""
+"""Reading a cache: latents and text embeddings in shards, of which only the rows that are asked for come into memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
-from apexflow.data.captioned import Captioned, Skipped, read_captioned
+from apexflow.data.order import batch_rows
 from apexflow.errors import UserError
-from apexflow.progress import Progress
+
+INDEX = "cache.json"
+NULL = "null.safetensors"
+AGAIN = "run the same command again, which makes the missing part only"
 
 
 @dataclass(frozen=True)
-class CachedSet:
-    """Latents (N, C, h, w) with captions, and the text embeddings (valid tokens only) unless the text encoder is trained."""
+class Shard:
+    """One open shard: `file` maps the tensors into memory, `starts` (n + 1,) says where each caption's tokens begin."""
 
-    latents: Tensor
-    captions: list[str]
-    embeds: Tensor | None = None  # (tokens of all captions, D)
-    starts: Tensor | None = None  # (N + 1,)
-    pooled: Tensor | None = None  # (N, P)
+    file: Any
+    starts: Tensor | None
+    buckets: list[tuple[str, int, int]]  # name, first row, end
+
+
+class CachedSet:
+    """A finished cache. Rows are numbered over all shards; within a shard they stand bucket by bucket."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index and see that every shard is there and whole in size; UserError names the one that is not."""
+        self.folder = folder
+        self.index = read_index(folder)
+        try:
+            self._shards: list[dict[str, Any]] = self.index["shards"]
+            sizes = {folder / entry["file"]: entry["bytes"] for entry in self._shards}
+            self._ends = list(accumulate(sum(count for _, count in entry["buckets"]) for entry in self._shards))
+            self.buckets = self._find_buckets()
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"cache {folder} is damaged ({INDEX} lacks {error}): delete {INDEX} and {AGAIN}") from error
+        for path, size in sizes.items():
+            if not path.is_file() or path.stat().st_size != size:
+                raise UserError(f"cache {folder} is damaged ({path.name} is missing or truncated): {AGAIN}")
+        self._open = lru_cache(maxsize=256)(self._open_shard)
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def has_text(self) -> bool:
+        """Whether embeddings are kept, not captions alone."""
+        return bool(self.index["made_by"]["text"])
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether latents are kept; a list of prompts has none."""
+        return bool(self.index["pictures"])
+
+    def batch_rows(self, step: int, rows: Sequence[int], batch: int, seed: int) -> list[int]:
+        """The rows of this set that stand at `rows` of a step's global batch: all of one bucket, so of one shape."""
+        spans = list(self.buckets.values())
+        bucket, positions = batch_rows([sum(count for _, count in s) for s in spans], step, rows, batch, seed)
+        ends = list(accumulate(count for _, count in spans[bucket]))
+        found = []
+        for position in positions:
+            span = bisect_right(ends, position)
+            first, count = spans[bucket][span]
+            found.append(first + position - (ends[span] - count))
+        return found
+
+    def latents(self, rows: Sequence[int]) -> Tensor:
+        """Latents (B, C, h, w) in float32 of rows of one bucket; zeros for a list of prompts, which has no pictures."""
+        if not self.has_pictures:
+            return torch.zeros(len(rows), *self.index["latent_shape"])
+        return torch.stack([self._latent(row) for row in rows]).float()
 
     def condition(self, rows: Sequence[int]) -> Condition:
-        """Embeddings of some captions, padded to the longest of them."""
-        if self.embeds is None or self.starts is None:
+        """Embeddings of some captions in float32, padded to the longest of them; without a mask where none is padded."""
+        if not self.has_text:
             raise ValueError("this set was cached without text embeddings")
-        spans = [self.embeds[self.starts[r] : self.starts[r + 1]].float() for r in rows]
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(s)) for s in spans], batch_first=True)
-        pooled = None if self.pooled is None else self.pooled[list(rows)].float()
-        return Condition(nn.utils.rnn.pad_sequence(spans, batch_first=True), mask, pooled)
+        parts = [self._text(row) for row in rows]
+        return _condition([embeds for embeds, _ in parts], [pooled for _, pooled in parts if pooled is not None])
+
+    def null(self) -> Condition | None:
+        """The condition of the empty prompt, (1, L, D); None when only captions are kept."""
+        if not self.has_text:
+            return None
+        with _opened(self.folder / NULL) as file:
+            pooled = [file.get_tensor("pooled")[0]] if "pooled" in file.keys() else []  # noqa: SIM118 no mapping
+            return _condition([file.get_tensor("embeds")], pooled)
+
+    def captions(self, rows: Iterable[int]) -> list[str]:
+        """The captions of some rows."""
+        places = [self._locate(row) for row in rows]
+        return [self._captions(shard)[local] for shard, local in places]
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        shard = bisect_right(self._ends, row)
+        return shard, row - (self._ends[shard - 1] if shard else 0)
+
+    def _latent(self, row: int) -> Tensor:
+        number, local = self._locate(row)
+        shard = self._open(number)
+        name, first = next((name, first) for name, first, end in shard.buckets if local < end)
+        return shard.file.get_slice(f"latents.{name}")[local - first]
+
+    def _text(self, row: int) -> tuple[Tensor, Tensor | None]:
+        number, local = self._locate(row)
+        shard = self._open(number)
+        assert shard.starts is not None
+        start, end = int(shard.starts[local]), int(shard.starts[local + 1])
+        pooled = shard.file.get_slice("pooled")[local] if "pooled" in shard.file.keys() else None  # noqa: SIM118 no mapping
+        return shard.file.get_slice("embeds")[start:end], pooled
+
+    def _open_shard(self, number: int) -> Shard:
+        entry = self._shards[number]
+        file = _opened(self.folder / entry["file"])
+        ends = list(accumulate(count for _, count in entry["buckets"]))
+        buckets = [(name, end - count, end) for (name, count), end in zip(entry["buckets"], ends, strict=True)]
+        return Shard(file, file.get_tensor("starts") if self.has_text else None, buckets)
+
+    @lru_cache(maxsize=8)  # noqa: B019 sets live as long as a run
+    def _captions(self, number: int) -> list[str]:
+        return [caption for _, caption in _read_json(self.folder / sidecar(number))["rows"]]
+
+    def _find_buckets(self) -> dict[str, list[tuple[int, int]]]:
+        """By name, the runs (first row, count) that a bucket has over the shards."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        row = 0
+        for entry in self._shards:
+            for name, count in entry["buckets"]:
+                found.setdefault(name, []).append((row, count))
+                row += count
+        return dict(sorted(found.items()))
 
 
-def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Centre crop to the aspect of `size` (height, width), resize, (3, H, W) in [-1, 1]."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    if scale != 1:
-        new = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        image = image.resize(new, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+def _condition(spans: list[Tensor], pooled: list[Tensor]) -> Condition:
+    lengths = {len(span) for span in spans}
+    mask = None
+    if len(lengths) > 1:
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(span)) for span in spans], batch_first=True)
+    embeds = nn.utils.rnn.pad_sequence([span.float() for span in spans], batch_first=True)
+    return Condition(embeds, mask, torch.stack(pooled).float() if pooled else None)
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """A short hash of weights, so that a cache made by another encoder is never taken for this one's."""
-    return hash_tensors(*(module.state_dict() for module in modules))
+def sidecar(number: int) -> str:
+    """The JSON beside a shard: its captions, checksum and what was skipped. It is written last, so it vouches for the shard."""
+    return f"shard-{number:06d}.json"
 
 
-def hash_tensors(*groups: Mapping[str, Tensor]) -> str:
-    """A short hash of named tensors."""
-    digest = hashlib.sha256()
-    for group in groups:
-        for name, tensor in sorted(group.items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            # A few values of each tensor: sums would differ in the last bit with the number of threads.
-            flat = tensor.detach().flatten()
-            digest.update(flat[:: max(len(flat) // 1024, 1)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds a finished cache."""
+    return (folder / INDEX).is_file()
 
 
-def cache_set(
-    source: Path,
-    backbone: Backbone,
-    folder: Path,
-    size: tuple[int, int],
-    with_text: bool,
-    skip_limit: float = 0.05,
-    batch: int = 64,
-) -> CachedSet:
-    """The cached form of a captioned set, made on first use in `folder` and read back afterwards.
-
-    Raises UserError for unreadable data, or when the folder holds a cache that was made otherwise.
-    """
-    modules = (backbone.vae, backbone.text_encoder) if with_text else (backbone.vae,)
-    made_by = {"source": str(source), "size": list(size), "text": with_text, "encoders": fingerprint(*modules)}
-    if (folder / "cache.json").is_file():
-        return load_cache(folder, made_by)
-    skipped = Skipped()
-    latents, captions, conditions = [], [], []
-    with Progress(f"caching {source.name}") as progress:
-        for group in _groups(read_captioned(source, skipped), batch):
-            images = torch.stack([to_tensor(item.image, size) for item in group])
-            with torch.no_grad():
-                latents.append(backbone.encode_images(images).half().cpu())
-                if with_text:
-                    conditions.append(backbone.encode_prompts([item.caption for item in group]).to("cpu"))
-            captions += [item.caption for item in group]
-            progress.advance(len(group))
-    skipped.check(skip_limit, source)
-    cached = CachedSet(torch.cat(latents), captions, *_flatten(conditions))
-    _save(cached, folder, made_by, skipped)
-    return cached
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a finished cache says of itself; UserError if it cannot be read."""
+    return _read_json(folder / INDEX)
 
 
-def _groups(records: Iterator[Captioned], size: int) -> Iterator[list[Captioned]]:
-    group: list[Captioned] = []
-    for record in records:
-        group.append(record)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _flatten(conditions: list[Condition]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Valid tokens of all captions end to end, where each caption starts, and the pooled embeddings."""
-    if not conditions:
-        return None, None, None
-    spans = []
-    for c in conditions:
-        for row in range(len(c)):
-            spans.append(c.embeds[row] if c.mask is None else c.embeds[row][c.mask[row].bool()])
-    starts = torch.tensor([0, *[len(s) for s in spans]]).cumsum(0)
-    pooled = [c.pooled for c in conditions if c.pooled is not None]
-    return torch.cat(spans), starts, torch.cat(pooled) if pooled else None
-
-
-def _save(cached: CachedSet, folder: Path, made_by: dict, skipped: Skipped) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: getattr(cached, name) for name in ("latents", "embeds", "starts", "pooled")}
-    partial = folder / "tensors.safetensors.partial"
-    save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, partial)
-    os.replace(partial, folder / "tensors.safetensors")
-    (folder / "captions.json").write_text(json.dumps(cached.captions))
-    record = {"made_by": made_by, "rows": len(cached), "skipped": skipped.reasons}
-    (folder / "cache.json.partial").write_text(json.dumps(record, indent=1))
-    os.replace(folder / "cache.json.partial", folder / "cache.json")  # last: its presence says that the rest is whole
-
-
-def load_cache(folder: Path, made_by: dict | None = None) -> CachedSet:
-    """Read a cache back; UserError if it is damaged or was made with other settings than `made_by`."""
-    try:
-        record = json.loads((folder / "cache.json").read_text())
-        tensors = load_file(folder / "tensors.safetensors")
-        captions = json.loads((folder / "captions.json").read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cache {folder} is damaged ({error}): delete the folder, it will be made again") from error
-    differs = [k for k, v in (made_by or {}).items() if record["made_by"].get(k) != v]
-    if differs:
+def check_made_by(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """UserError if a cache was made by another model, from other data or with other settings than `expected`."""
+    differs = [key for key, value in expected.items() if found.get(key) != value]
+    by_model = [key for key in ("autoencoder", "text encoder") if key in differs]
+    if by_model:
         raise UserError(
-            f"cache {folder} was made with another {' and '.join(differs)}: delete the folder or name another"
+            f"cache {folder} was made with another model's {' and '.join(by_model)}: name that model, or make a cache for "
+            "this one in another folder (apexflow cache)"
         )
-    return CachedSet(captions=captions, **tensors)
+    if differs:
+        told = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differs)
+        raise UserError(f"cache {folder} was made with other settings ({told}): delete the folder or name another")
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every byte of a finished cache against its checksums; UserError names the first shard that differs."""
+    cached = CachedSet(folder)
+    files = [(entry["file"], entry["sha256"]) for entry in cached.index["shards"]]
+    files += [(NULL, cached.index["null"])] if cached.has_text else []
+    for name, expected in files:
+        if not (folder / name).is_file() or checksum(folder / name) != expected:
+            raise UserError(f"cache {folder} is damaged ({name} differs from its checksum): delete {name} and {AGAIN}")
+    return {"cache": str(folder), "shards": len(cached.index["shards"]), "rows": len(cached)}
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cache {path.parent} is damaged ({path.name}: {error}): delete {path.name} and {AGAIN}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cache {path.parent} is damaged ({path.name}: {error}): delete {path.name} and {AGAIN}"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"cache {path.parent} is damaged ({path.name}): delete {path.name} and {AGAIN}")
+    return content

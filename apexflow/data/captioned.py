@@ -1,162 +1,116 @@
-"""Captioned pictures on disk: webdataset tars or a folder of pictures with same-name .txt files. One format for all sets."""
+"""Captioned pictures, whatever they are kept in: what a record is, which caption it gets, and which records are left out."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
-import tarfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from apexflow.data.scenes import Scene, render
 from apexflow.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# Where a caption is looked for: the .txt beside a picture first. input_prompt is ShareGPT-4o-Image's.
+CAPTIONS = ("txt", "caption", "prompt", "text", "input_prompt")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record, not read yet: `load` gives the picture's bytes (None in a list of prompts) and its fields of text."""
+
+    key: str
+    load: Callable[[], tuple[bytes | None, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """One picture (RGB) with its caption; `key` names it in messages."""
+    """One caption with its picture (RGB; None in a list of prompts); `key` names it in messages."""
 
     key: str
-    image: Image.Image
     caption: str
+    image: Image.Image | None
 
 
 @dataclass
 class Skipped:
-    """Records that could not be used, each with the reason, and how many were looked at."""
+    """Records that could not be used, each with the reason, of how many; and files that broke off, of how many."""
 
     seen: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
+    files: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
 
     def check(self, limit: float, source: Path) -> None:
-        """UserError when nothing could be read, or when more than the share `limit` was skipped."""
-        first = next(iter(self.reasons.items()), None)
-        example = f"; first: {first[0]}: {first[1]}" if first else ""
+        """UserError when nothing could be read, or when more than the share `limit` of records or files was skipped."""
+        faults = [f"{name}: {reason}" for name, reason in (self.broken | self.reasons).items()]
+        example = f"; first: {faults[0]}" if faults else ""
         if len(self.reasons) >= self.seen:
-            raise UserError(f"{source} holds no usable captioned picture ({self.seen} looked at){example}")
-        if len(self.reasons) > limit * self.seen:
-            raise UserError(
-                f"{len(self.reasons)} of {self.seen} records of {source} cannot be used (more than {limit:.0%}){example}"
-            )
+            raise UserError(f"{source} holds no usable caption ({self.seen} records looked at){example}")
+        for bad, total, what in ((len(self.broken), self.files, "files"), (len(self.reasons), self.seen, "records")):
+            if bad > limit * total:
+                raise UserError(
+                    f"{bad} of {total} {what} of {source} cannot be used, more than the share {limit:g}{example}; mend or "
+                    "remove them, or raise the skip limit"
+                )
 
 
-def read_captioned(source: Path, skipped: Skipped) -> Iterator[Captioned]:
-    """Every usable record of a folder or tar, in name order; what is not usable goes to `skipped`.
-
-    Raises UserError when the source is missing, holds neither tars nor pictures, or a tar is truncated or no tar.
-    """
-    if not source.exists():
-        raise UserError(
-            f"data {str(source)!r} not found: give a folder of pictures with .txt captions, or webdataset .tar shards"
-        )
-    tars = [source] if source.suffix == ".tar" else sorted(source.glob("*.tar"))
-    pictures = [] if tars else sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)
-    if not tars and not pictures:
-        raise UserError(
-            f"data folder {source} is empty: it holds neither .tar shards nor pictures ({', '.join(PICTURES)})"
-        )
-    samples = (s for tar in tars for s in _tar_samples(tar)) if tars else (_file_sample(p) for p in pictures)
-    for key, picture, caption in samples:
-        skipped.seen += 1
-        reason = _fault(picture, caption)
-        image = None if reason else _decode(picture)
-        if image is None:
-            skipped.reasons[key] = reason or "corrupt picture"
-        else:
-            yield Captioned(key, image, (caption or "").strip())
-
-
-def _fault(picture: bytes, caption: str | None) -> str:
+def read_sample(sample: Sample, captions: Sequence[str] = ()) -> Captioned | str:
+    """The record, or why it cannot be used. `captions`: the fields that captions are taken from; see `pick_caption`."""
+    try:
+        picture, fields = sample.load()
+    except (OSError, ValueError, EOFError) as error:
+        return f"unreadable ({error})"
+    caption = pick_caption(fields, captions, sample.key)
     if caption is None:
-        return "caption missing"
-    if not caption.strip():
+        return "caption missing" + (f" (no field {' or '.join(sorted(set(captions)))})" if captions else "")
+    if not caption:
         return "caption empty"
-    return "" if picture else "picture missing"
+    if picture is None:
+        return Captioned(sample.key, caption, None)
+    image = _decode(picture)
+    return Captioned(sample.key, caption, image) if image else ("corrupt picture" if picture else "picture missing")
+
+
+def pick_caption(fields: Mapping[str, Any], wanted: Sequence[str], key: str) -> str | None:
+    """One of the captions in the `wanted` fields (by default the usual names), "" if all are empty, None without any.
+
+    Where several are filled, the record's key decides between them, so that a set is always read alike; naming a field
+    twice gives it twice the weight.
+    """
+    # Columns that end in _cn are FLUX-Reason-6M's Chinese twins.
+    several = sorted(name for name in fields if name.startswith("caption") and not name.endswith("_cn"))
+    names = list(wanted) or next(([name] for name in CAPTIONS if name in fields), several)
+    found = [fields[name].strip() for name in names if isinstance(fields.get(name), str)]
+    filled = [caption for caption in found if caption]
+    if not filled:
+        return "" if found else None
+    return filled[zlib.crc32(key.encode()) % len(filled)]
 
 
 def _decode(picture: bytes) -> Image.Image | None:
     try:
         return Image.open(io.BytesIO(picture)).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
         return None
 
 
-def _file_sample(path: Path) -> tuple[str, bytes, str | None]:
-    text = path.with_suffix(".txt")
-    caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
-    return str(path), path.read_bytes(), caption
+def read_captioned(source: Path, skipped: Skipped, captions: Sequence[str] = ()) -> Iterator[Captioned]:
+    """Every usable record of a set of any kind, in its own order; what is not usable goes to `skipped`.
 
+    Raises UserError when the source is missing or of no known kind.
+    """
+    from apexflow.data.readers import recognise
 
-def _tar_samples(path: Path) -> Iterator[tuple[str, bytes, str | None]]:
-    """Consecutive members of one stem are one record, as webdataset has it."""
-    current = ""
-    parts: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                stem, suffix = os.path.splitext(member.name)
-                if stem != current and parts:
-                    yield _record(path, current, parts)
-                    parts = {}
-                current = stem
-                parts[suffix.lower()] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"shard {path} is corrupt or truncated ({error}): write or fetch it again") from error
-    if parts:
-        yield _record(path, current, parts)
-
-
-def _record(path: Path, stem: str, parts: dict[str, bytes]) -> tuple[str, bytes, str | None]:
-    picture = next((parts[s] for s in PICTURES if s in parts), b"")
-    caption = parts[".txt"].decode("utf-8", errors="replace") if ".txt" in parts else _json_caption(parts.get(".json"))
-    return f"{path.name}:{stem}", picture, caption
-
-
-def _json_caption(raw: bytes | None) -> str | None:
-    try:
-        record = json.loads(raw or b"null")
-    except ValueError:
-        return None
-    named = [record.get(k) for k in ("caption", "prompt", "text")] if isinstance(record, dict) else []
-    return next((value for value in named if isinstance(value, str)), None)
-
-
-def write_scenes(scenes: Iterable[Scene], folder: Path, per_shard: int = 5000) -> int:
-    """Write scenes as webdataset shards (.png, .txt, .json metadata), each shard appearing whole or not at all; the count."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shard: list[Scene] = []
-    written = 0
-    for scene in scenes:
-        shard.append(scene)
-        if len(shard) == per_shard:
-            written += _write_shard(shard, folder, written)
-            shard = []
-    return written + (_write_shard(shard, folder, written) if shard else 0)
-
-
-def _write_shard(shard: list[Scene], folder: Path, start: int) -> int:
-    path = folder / f"scenes-{start:07d}.tar"
-    partial = path.with_suffix(".tar.partial")
-    with tarfile.open(partial, "w") as tar:
-        for index, scene in enumerate(shard, start):
-            picture = io.BytesIO()
-            render(scene.things).save(picture, "PNG")
-            _add(tar, f"{index:07d}.png", picture.getvalue())
-            _add(tar, f"{index:07d}.txt", scene.caption.encode())
-            _add(tar, f"{index:07d}.json", json.dumps(scene.metadata).encode())
-    os.replace(partial, path)
-    return len(shard)
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # no time or owner: the same scenes give the same bytes
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
+    origin = recognise(source)
+    skipped.files = len(origin.files) if origin.kind.many_to_a_file else 0
+    for sample in origin.samples(skipped.broken):
+        skipped.seen += 1
+        record = read_sample(sample, captions)
+        if isinstance(record, str):
+            skipped.reasons[sample.key] = record
+        else:
+            yield record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from apexflow.data.cache import to_tensor
-from apexflow.errors import UserError
+from apexflow.data.pictures import to_tensor
+from apexflow.data.workers import worker
 from apexflow.evaluation.files import is_whole, open_picture, save_picture, write_json, write_text
 from apexflow.evaluation.suite import Drawing, Prompt, Settings, Suite
 from apexflow.generator import MAX_BATCH, Generator
@@ -31,13 +30,7 @@ class Shard:
     @classmethod
     def from_environment(cls) -> Shard:
         """What torchrun says (RANK, WORLD_SIZE), or everything."""
-        try:
-            shard = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-        except ValueError:
-            raise UserError("RANK and WORLD_SIZE must be whole numbers, as torchrun sets them") from None
-        if not 0 <= shard.rank < shard.world:
-            raise UserError(f"RANK {shard.rank} does not lie below WORLD_SIZE {shard.world}")
-        return shard
+        return cls(*worker())
 
 
 def draw(

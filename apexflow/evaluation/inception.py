@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, max_pool2d, relu
 
-from apexflow.data.cache import hash_tensors
+from apexflow.data.fingerprint import hash_tensors
 from apexflow.errors import UserError
 from apexflow.evaluation.fid import clean_resize, sana_resize
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from apexflow.data.cache import fingerprint
+from apexflow.data.fingerprint import fingerprint
 from apexflow.errors import UserError
 from apexflow.evaluation.judge import Message
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from apexflow.data.cache import fingerprint
+from apexflow.data.fingerprint import fingerprint
 from apexflow.errors import UserError
 from apexflow.evaluation.drawing import EVALUATIONS, Shard, diversity, draw, pending
 from apexflow.evaluation.files import read_json, write_json

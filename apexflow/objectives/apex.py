@@ -169,6 +169,12 @@ class APEX:
         )
         return ("teacher",) * teacher + ("reference",) * reference
 
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether any row starts from a picture x; not where all that are used stand at t = 1, which is z alone."""
+        from_noise = self.pairing == "rows" and self.endpoint_weight > 0 and (self.share == 1 or self.path_weight == 0)
+        return not from_noise or (self.path_velocity == "sample" and self.path_weight > 0)
+
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1, lines 2-22, for one micro-batch."""
         chosen = batch.chosen(self.share)

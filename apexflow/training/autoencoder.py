@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apexflow.data.cache import to_tensor
 from apexflow.data.captioned import Skipped, read_captioned
+from apexflow.data.pictures import to_bytes
+from apexflow.errors import UserError
 from apexflow.progress import Progress
 
 
@@ -55,7 +56,9 @@ def load_images(source: Path, size: tuple[int, int], count: int) -> Tensor:
     """The first pictures of a set as uint8 (N, 3, H, W)."""
     skipped, images = Skipped(), []
     for item in read_captioned(source, skipped):
-        images.append(((to_tensor(item.image, size) + 1) * 127.5).round().byte())
+        if item.image is None:
+            raise UserError(f"{source} holds prompts alone: an autoencoder is fitted on pictures")
+        images.append(to_bytes(item.image, size))
         if len(images) == count:
             break
     skipped.check(0.5, source)

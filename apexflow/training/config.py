@@ -17,12 +17,22 @@ from apexflow.objectives import objectives
 
 @dataclass(frozen=True)
 class Data:
-    """Where captioned pictures come from: "scenes" (drawn, `count` from `seed`) or a path. `cache` keeps latents."""
+    """Where captioned pictures come from, and how they are cached; see docs/data.md.
 
-    source: str = "scenes"
+    source: "scenes" (drawn, `count` from `seed`), a path to a set of any kind, or a finished cache. When it is not given: the
+        finished cache that `cache` names, else scenes.
+    cache: the folder that keeps latents and embeddings; by default inside the output.
+    size: side in pixels (by default the model's own). buckets: keep aspect ratios. captions: the fields that hold them.
+    skip_limit: the share of unusable records or files that is borne.
+    """
+
+    source: str | None = None
     count: int = 20000
     seed: int = 1
     cache: str | None = None
+    size: int | None = None
+    buckets: bool = False
+    captions: tuple[str, ...] = ()
     skip_limit: float = 0.05
 
 

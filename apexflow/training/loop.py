@@ -25,7 +25,7 @@ from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, in_turn, joined, leads, own_device, own_rows, together
 from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind, shard
 from apexflow.training.journal import Journal
-from apexflow.training.prepare import prepare
+from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Place, Roles, leave, make_roles
 from apexflow.training.run import CHECKPOINTS, Run, Trainee, restore, save
@@ -86,8 +86,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
     objective = recipe.build_objective()
     backbone, data = in_turn(lambda: prepare(recipe, folder, device))
-    with torch.no_grad():
-        null = backbone.encode_prompts([""])
+    null = null_condition(recipe, backbone, data).to(device)
     with together():
         kind = parallel_kind(recipe, backbone.transformer, device)
         roles = make_roles(backbone, recipe, objective.needs, _placing(kind, backbone, recipe, device))

@@ -5,35 +5,89 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from apexflow.backbones import Backbone, load_backbone
-from apexflow.data.cache import CachedSet, cache_set
-from apexflow.data.captioned import write_scenes
+from apexflow.backbones import Backbone, load_backbone, resolve
+from apexflow.conditioning import Condition
+from apexflow.data.cache import CachedSet, check_made_by, is_cache
+from apexflow.data.caching import CacheSettings, encoders_on, make_cache
+from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
+from apexflow.data.readers import recognise
 from apexflow.data.scenes import Scene, scenes, vocabulary
+from apexflow.data.shards import write_scenes
+from apexflow.errors import UserError
 from apexflow.progress import Progress
-from apexflow.training.config import Recipe
+from apexflow.training.config import Data, Recipe
 
 CACHE_HOME = Path("runs") / "cache"
 
 
 def prepare(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Backbone, CachedSet]:
-    """Load (or, for "miniature", build) the model, and cache the data in its latents."""
-    source = captioned_source(recipe)
-    model = recipe.model if recipe.model != "miniature" else str(miniature(recipe, folder, source))
-    backbone = load_backbone(model, device)
-    size = (backbone.default_size, backbone.default_size)
-    with_text = not recipe.tuning.text_encoder
-    cache = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
-    return backbone, cache_set(source, backbone, cache, size, with_text, recipe.data.skip_limit)
+    """Load (or, for "miniature", build) the model, and cache the data in its latents, unless a finished cache is named.
+
+    Autoencoder and text encoder stand on `device` only while the cache is made, the text encoder also when it is trained.
+    """
+    finished = finished_cache(recipe.data)
+    source = finished or captioned_source(recipe)
+    check_pictures(recipe, CachedSet(source).has_pictures if finished else recognise(source).kind.pictures)
+    model = resolve(recipe.model if recipe.model != "miniature" else str(miniature(recipe, folder, source)))
+    backbone = load_backbone(str(model), "cpu")
+    settings = cache_settings(recipe)
+    if finished is None:
+        cache = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
+        with encoders_on(backbone, device):
+            make_cache(source, backbone, model, cache, settings)
+        data = CachedSet(cache)
+    else:
+        data = CachedSet(finished)
+        check_made_by(finished, data.index["made_by"], _expected(recipe.data, settings, backbone, model))
+    for module in (backbone.transformer, *([backbone.text_encoder] if recipe.tuning.text_encoder else [])):
+        module.to(device)
+    return backbone, data
+
+
+@torch.no_grad()
+def null_condition(recipe: Recipe, backbone: Backbone, data: CachedSet) -> Condition:
+    """The condition of the empty prompt: from the cache, unless the text encoder is trained."""
+    cached = None if recipe.tuning.text_encoder else data.null()
+    return cached or backbone.encode_prompts([""])
+
+
+def finished_cache(data: Data) -> Path | None:
+    """The finished cache that `source` names, or `cache` where no source is given."""
+    named = data.source or data.cache
+    return Path(named) if named and is_cache(Path(named)) else None
+
+
+def cache_settings(recipe: Recipe) -> CacheSettings:
+    data = recipe.data
+    return CacheSettings(data.size, data.buckets, not recipe.tuning.text_encoder, data.captions, data.skip_limit)
+
+
+def _expected(data: Data, settings: CacheSettings, backbone: Backbone, model: Path) -> dict[str, Any]:
+    """What a finished cache must have been made with: the model, and whatever the recipe says of the data."""
+    said = {"size": data.size, "buckets": data.buckets or None, "captions": list(data.captions) or None}
+    by_text = {"text": True, "text encoder": text_fingerprint(model, backbone.settings)} if settings.text else {}
+    return {"autoencoder": autoencoder_fingerprint(model)} | by_text | {k: v for k, v in said.items() if v is not None}
+
+
+def check_pictures(recipe: Recipe, pictures: bool) -> None:
+    """UserError when the data are prompts alone and the method reads pictures."""
+    if not pictures and getattr(recipe.build_objective(), "needs_pictures", True):
+        raise UserError(
+            f"{recipe.data.source or recipe.data.cache} holds prompts alone, and {recipe.method} with these settings starts "
+            "from pictures: draw them with `apexflow synthesize`, or use a method that starts from noise alone "
+            "(apex with objective.path_weight=0 or objective.share=1)"
+        )
 
 
 def captioned_source(recipe: Recipe) -> Path:
-    """The folder of captioned pictures; scenes are drawn into a shared folder on first use."""
+    """The set that a recipe names; scenes are drawn into a shared folder on first use."""
     data = recipe.data
-    if data.source != "scenes":
-        return Path(data.source)
+    if data.source not in (None, "scenes"):
+        return Path(str(data.source))
     folder = CACHE_HOME / f"scenes-{data.count}-seed{data.seed}"
     if not folder.is_dir():
         partial = folder.with_name(folder.name + ".partial")

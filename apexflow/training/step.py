@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -82,31 +81,22 @@ def clip(trainee: Trainee, most: float) -> float:
 def make_batch(run: Run, rows: Tensor) -> Batch:
     """The rows of this step's global batch: which pictures, their conditions and their random numbers."""
     recipe = run.recipe
-    index = [data_row(run.step * recipe.batch + row, len(run.data), recipe.seed) for row in rows.tolist()]
+    index = run.data.batch_rows(run.step, rows.tolist(), recipe.batch, recipe.seed)
     random = RowRandom(recipe.seed, run.step, rows.tolist(), run.device)
     dropped = RowRandom(mix(recipe.seed, 1), run.step, rows.tolist()).uniform() < recipe.caption_dropout
-    x = run.data.latents[index].float().to(run.device)
+    x = run.data.latents(index).to(run.device)
     return Batch(x, _condition(run, index, dropped), random, rows.to(run.device), recipe.batch, run.step / recipe.steps)
 
 
 def _condition(run: Run, index: list[int], dropped: Tensor) -> Condition:
     """Conditions from the text encoder while it is trained, else from the cache; dropped captions become the null prompt."""
-    if run.data.embeds is None:
-        prompts = ["" if drop else run.data.captions[i] for i, drop in zip(index, dropped.tolist(), strict=True)]
-        return run.backbone.encode_prompts(prompts)
+    if run.recipe.tuning.text_encoder:
+        captions = run.data.captions(index)
+        return run.backbone.encode_prompts(
+            ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+        )
     c = run.data.condition(index).to(run.device)
     return c if run.networks.null is None else replace_rows(c, dropped.to(run.device), run.networks.null)
-
-
-def data_row(position: int, count: int, seed: int) -> int:
-    """Which picture stands at a position of the endless, shuffled stream of epochs."""
-    epoch, offset = divmod(position, count)
-    return int(epoch_order(epoch, count, seed)[offset])
-
-
-@lru_cache(maxsize=2)
-def epoch_order(epoch: int, count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 2, epoch)))
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

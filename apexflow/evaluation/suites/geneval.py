@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from apexflow.data.cache import fingerprint
+from apexflow.data.fingerprint import fingerprint
 from apexflow.errors import UserError
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.files import Unreadable, open_picture, read_ahead

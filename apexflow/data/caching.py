@@ -1,0 +1,308 @@
+"""Making a cache: captioned pictures to shards of latents and text embeddings, so that no encoder runs while training.
+
+A shard holds what one window of consecutive records gave, and is whole once its JSON stands beside it. So a cache goes on after
+any kill, several processes may share the work, and the result is the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from apexflow.backbones import Backbone
+from apexflow.conditioning import Condition
+from apexflow.data.buckets import Size, bucket_sizes, nearest
+from apexflow.data.cache import INDEX, NULL, check_made_by, checksum, is_cache, read_index, sidecar
+from apexflow.data.captioned import Captioned, Sample, Skipped, read_sample
+from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
+from apexflow.data.pictures import centred, to_bytes
+from apexflow.data.readers import Source, recognise
+from apexflow.data.shards import groups
+from apexflow.errors import UserError
+from apexflow.progress import Progress
+
+WINDOW = 512  # records a shard
+PIXELS = 2**22  # encoded at once: 16 pictures of 512 x 512
+PROMPTS = 64  # encoded at once
+CLAIM = "made-by.json"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """size: side in pixels (None: the model's own). buckets: keep aspect ratios, else crop to the square in the middle.
+
+    text: keep embeddings, else captions alone (for a run that trains the text encoder). captions: see `pick_caption`.
+    """
+
+    size: int | None = None
+    buckets: bool = False
+    text: bool = True
+    captions: tuple[str, ...] = ()
+    skip_limit: float = 0.05
+
+
+def make_cache(
+    source: Path,
+    backbone: Backbone,
+    model: Path,
+    folder: Path,
+    settings: CacheSettings,
+    rank: int = 0,
+    world: int = 1,
+) -> bool:
+    """Cache a set in `folder`, going on where an earlier call stopped; whether it is finished (other ranks may be at work).
+
+    model: the folder that `backbone` was loaded from. Raises UserError for unreadable data, too many unusable records, or
+    when the folder holds a cache that was made otherwise.
+    """
+    origin = recognise(source)
+    job = Job(origin, backbone, folder, settings)
+    made_by = job.made_by(model)
+    if is_cache(folder):
+        check_made_by(folder, read_index(folder)["made_by"], made_by)
+        if job.is_whole():
+            return True
+    claim(folder, made_by)
+    total, count = Skipped(files=len(origin.files) if origin.kind.many_to_a_file else 0), 0
+    with Progress(f"caching {source.name}") as progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for count, window in enumerate(groups(origin.samples(total.broken), WINDOW), 1):
+            number = count - 1
+            if number % world == rank:
+                if not job.has_shard(number):
+                    job.write_shard(number, job.encode(window, pool.map))
+                job.add_skipped(number, total)
+                job.check(Skipped(total.seen, total.reasons))
+            progress.advance(len(window))
+    return job.finish(count, total.files, total.broken, made_by)
+
+
+@dataclass
+class Window:
+    """What the records of one shard gave: latents and texts by bucket, in order, and what was skipped."""
+
+    latents: dict[str, list[Tensor]] = field(default_factory=dict)
+    texts: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # key, caption
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+@dataclass
+class Job:
+    """One set on its way into one folder."""
+
+    origin: Source
+    backbone: Backbone
+    folder: Path
+    settings: CacheSettings
+
+    def __post_init__(self) -> None:
+        side = self.settings.size or self.backbone.default_size
+        self.latent_shape = self.backbone.latent_shape((side, side))
+        square = [(side, side)]
+        self.sizes: list[Size] = bucket_sizes(self.backbone, side) if self.settings.buckets else square
+
+    def made_by(self, model: Path) -> dict[str, Any]:
+        """Everything that a row of the cache depends on."""
+        return {
+            "source": self.origin.identity(),
+            "size": self.settings.size or self.backbone.default_size,
+            "buckets": self.settings.buckets,
+            "captions": list(self.settings.captions),
+            "text": self.settings.text,
+            "autoencoder": autoencoder_fingerprint(model),
+            "text encoder": text_fingerprint(model, self.backbone.settings) if self.settings.text else None,
+        }
+
+    def has_shard(self, number: int) -> bool:
+        """Whether a shard is whole: its JSON, which is written last, names its size."""
+        beside = self.folder / sidecar(number)
+        tensors = beside.with_suffix(".safetensors")
+        try:
+            return tensors.stat().st_size == json.loads(beside.read_text())["bytes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def is_whole(self) -> bool:
+        """Whether a cache that has an index still has all its files."""
+        null = self.folder / NULL
+        shards = read_index(self.folder)["shards"]
+        return all(self.has_shard(n) for n in range(len(shards))) and (null.is_file() or not self.settings.text)
+
+    def encode(self, window: list[Sample], apply: Callable[..., Iterator[Any]]) -> Window:
+        """Decode, crop and encode the records of a window; `apply` is a map, which may run in several threads."""
+        result, waiting = Window(), dict[Size, list[Tensor]]()
+        for group in groups(window, 64):
+            for sample, record in zip(group, apply(self._prepare, group), strict=True):
+                result.skipped.seen += 1
+                if isinstance(record, str):
+                    result.skipped.reasons[sample.key] = record
+                    continue
+                caption, size, pixels = record
+                result.texts.setdefault(_name(size), []).append((sample.key, caption))
+                if pixels is not None:
+                    waiting.setdefault(size, []).append(pixels)
+                    if len(waiting[size]) * size[0] * size[1] >= min(PIXELS, 64 * size[0] * size[1]):
+                        self._flush(result, size, waiting.pop(size))
+        for size, pictures in waiting.items():
+            self._flush(result, size, pictures)
+        return result
+
+    def _prepare(self, sample: Sample) -> str | tuple[str, Size, Tensor | None]:
+        record: Captioned | str = read_sample(sample, self.settings.captions)
+        if isinstance(record, str):
+            return record
+        if record.image is None:
+            return record.caption, self.sizes[0], None
+        size = nearest(self.sizes, record.image.height, record.image.width)
+        return record.caption, size, to_bytes(record.image, size)
+
+    @torch.no_grad()
+    def _flush(self, result: Window, size: Size, pictures: list[Tensor]) -> None:
+        latents = self.backbone.encode_images(centred(torch.stack(pictures)))
+        result.latents.setdefault(_name(size), []).append(latents.half().cpu())
+
+    def write_shard(self, number: int, window: Window) -> None:
+        """Write the tensors, then the JSON that vouches for them."""
+        names = sorted(window.texts)
+        rows = [row for name in names for row in window.texts[name]]
+        tensors = {f"latents.{name}": torch.cat(parts) for name, parts in window.latents.items()}
+        if self.settings.text and rows:
+            tensors |= self._embed([caption for _, caption in rows])
+        path = self.folder / sidecar(number)
+        tensor_path = path.with_suffix(".safetensors")
+        write_tensors(tensor_path, tensors)
+        record = {
+            "rows": rows,
+            "buckets": [(name, len(window.texts[name])) for name in names],
+            "file": tensor_path.name,
+            "bytes": tensor_path.stat().st_size,
+            "sha256": checksum(tensor_path),
+            "seen": window.skipped.seen,
+            "skipped": window.skipped.reasons,
+        }
+        write_record(path, record)
+
+    @torch.no_grad()
+    def _embed(self, captions: list[str]) -> dict[str, Tensor]:
+        conditions = [self.backbone.encode_prompts(group).to("cpu") for group in groups(captions, PROMPTS)]
+        return flatten(conditions)
+
+    def add_skipped(self, number: int, total: Skipped) -> dict[str, Any]:
+        """Count in what a shard skipped; its record."""
+        record = json.loads((self.folder / sidecar(number)).read_text())
+        total.seen += record["seen"]
+        total.reasons |= record["skipped"]
+        return record
+
+    def check(self, skipped: Skipped) -> None:
+        """UserError when too much was skipped; the shards that skipped are then forgotten, so that mended data are read anew."""
+        try:
+            skipped.check(self.settings.skip_limit, self.origin.path)
+        except UserError:
+            kept = 0
+            for path in self.folder.glob("shard-*.json"):
+                if json.loads(path.read_text())["skipped"]:
+                    path.unlink()
+                    path.with_suffix(".safetensors").unlink()
+                else:
+                    kept += 1
+            if not kept:
+                shutil.rmtree(self.folder)
+            raise
+
+    def finish(self, count: int, files: int, broken: dict[str, str], made_by: dict[str, Any]) -> bool:
+        """Check what was skipped and write the index over all shards, once every one of them is there."""
+        if not all(self.has_shard(number) for number in range(count)):
+            return False
+        total = Skipped(files=files, broken=broken)
+        shards = [self.add_skipped(number, total) for number in range(count)]
+        self.check(total)
+        null = None
+        if self.settings.text:
+            write_tensors(self.folder / NULL, {k: v for k, v in self._embed([""]).items() if k != "starts"})
+            null = checksum(self.folder / NULL)
+        record = {
+            "made_by": made_by,
+            "made_from": str(self.origin.path),
+            "rows": sum(len(shard["rows"]) for shard in shards),
+            "pictures": self.origin.kind.pictures,
+            "latent_shape": self.latent_shape,
+            "seen": total.seen,
+            "skipped": total.reasons,
+            "broken": total.broken,
+            "null": null,
+            "shards": [{key: shard[key] for key in ("file", "bytes", "sha256", "buckets")} for shard in shards],
+        }
+        write_record(self.folder / INDEX, record)  # last: its presence says that the rest is whole
+        for left_over in self.folder.glob("*.partial"):
+            left_over.unlink(missing_ok=True)
+        return True
+
+
+def _name(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def flatten(conditions: list[Condition]) -> dict[str, Tensor]:
+    """`embeds`: the valid tokens of all captions end to end; `starts`: where each caption begins; `pooled` where there is one."""
+    spans = []
+    for c in conditions:
+        spans += [c.embeds[row] if c.mask is None else c.embeds[row][c.mask[row].bool()] for row in range(len(c))]
+    starts = torch.tensor([0, *[len(span) for span in spans]]).cumsum(0)
+    pooled = [c.pooled for c in conditions if c.pooled is not None]
+    return {"embeds": torch.cat(spans), "starts": starts} | ({"pooled": torch.cat(pooled)} if pooled else {})
+
+
+def claim(folder: Path, made_by: dict[str, Any]) -> None:
+    """Take a folder for one cache; UserError if it holds another one, or anything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / CLAIM
+    if marker.is_file():
+        check_made_by(folder, json.loads(marker.read_text()), made_by)
+    elif any(path for path in folder.iterdir() if not path.name.endswith(".partial")):
+        raise UserError(f"output {folder} exists and holds no cache: choose another folder")
+    else:
+        write_record(marker, made_by)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors whole or not at all; UserError when the disk is full."""
+    _write(path, lambda partial: save_file({name: t.contiguous() for name, t in tensors.items()}, partial))
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all; UserError when the disk is full."""
+    _write(path, lambda partial: partial.write_text(json.dumps(content)))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except Exception as error:  # safetensors wraps a full disk in an error of its own
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}): free some space; the same command then goes on") from error
+
+
+@contextmanager
+def encoders_on(backbone: Backbone, device: torch.device) -> Iterator[None]:
+    """Within, autoencoder and text encoder stand on `device`; afterwards they make room there again."""
+    modules = (backbone.vae, backbone.text_encoder)
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")

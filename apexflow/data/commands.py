@@ -1,0 +1,28 @@
+"""What `apexflow cache` does: loads the model, caches this process's share, and sums up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apexflow.backbones import load_backbone, resolve
+from apexflow.data.cache import read_index
+from apexflow.data.caching import CacheSettings, encoders_on, make_cache
+from apexflow.data.workers import worker, worker_device
+
+
+def cache_command(source: Path, folder: Path, model: str, settings: CacheSettings, device: str) -> dict[str, Any]:
+    """What `apexflow cache` does, its share of it under torchrun; a summary with what was skipped."""
+    place = worker_device(device)
+    home = resolve(model)
+    backbone = load_backbone(model, "cpu", torch.bfloat16 if place.type == "cuda" else torch.float32)
+    backbone.vae.float()  # small, and its errors would stay in the data
+    with encoders_on(backbone, place):
+        complete = make_cache(source, backbone, home, folder, settings, *worker())
+    if not complete:
+        return {"cache": str(folder), "complete": False}
+    index = read_index(folder)
+    shown = {key: index[key] for key in ("rows", "seen", "skipped", "broken")}
+    return {"cache": str(folder), "complete": True} | shown

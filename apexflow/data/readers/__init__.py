@@ -1,0 +1,85 @@
+"""The kinds of sets that can be read: one table, and the recogniser that finds which kind a path is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from apexflow.data.captioned import Sample
+from apexflow.errors import UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of set.
+
+    claims: the files that make up the set if `path` is of this kind, in reading order, else none.
+    samples: the records of those files; a file that cannot be read to its end is noted in the mapping, with the reason.
+    """
+
+    name: str
+    claims: Callable[[Path], list[Path]]
+    samples: Callable[[list[Path], dict[str, str]], Iterator[Sample]]
+    pictures: bool = True
+    many_to_a_file: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recognised set."""
+
+    path: Path
+    kind: Kind
+    files: list[Path]
+
+    def samples(self, broken: dict[str, str]) -> Iterator[Sample]:
+        """Records in a fixed order; reading past one without loading it is cheap."""
+        return self.kind.samples(self.files, broken)
+
+    def identity(self) -> str:
+        """A short hash of the names and sizes of the files: the same set elsewhere on the disk is the same set."""
+        digest = hashlib.sha256()
+        home = self.path if self.path.is_dir() else self.path.parent
+        for file in self.files:
+            digest.update(f"{file.relative_to(home).as_posix()}:{file.stat().st_size}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def kinds() -> Mapping[str, Kind]:
+    """The table: one line each."""
+    from apexflow.data.readers import folders, parquet, prompts, sharegpt, tars
+
+    return {
+        "folder": Kind("pictures with same-name .txt", folders.claim_pairs, folders.pairs, many_to_a_file=False),
+        "imagefolder": Kind("pictures with metadata.jsonl", folders.claim_metadata, folders.rows, many_to_a_file=False),
+        "webdataset": Kind("webdataset .tar shards", tars.claim, tars.samples),
+        "sharegpt": Kind("ShareGPT-4o-Image: text_to_image.json and tars", sharegpt.claim, sharegpt.samples),
+        "parquet": Kind(".parquet with picture bytes", parquet.claim, parquet.samples),
+        "prompts": Kind("prompts alone, a .txt or .jsonl file", prompts.claim, prompts.samples, pictures=False),
+    }
+
+
+def recognise(path: Path) -> Source:
+    """Which kind of set `path` is; UserError if it is missing, of no known kind, or could be read in two ways."""
+    known = "; ".join(kind.name for kind in kinds().values())
+    if not path.exists():
+        raise UserError(f"data {str(path)!r} not found: give the path of a set of captioned pictures ({known})")
+    if (path / "cache.json").is_file():
+        raise UserError(f"{path} is a finished cache, not pictures: train on it with data.source={path}")
+    found = [Source(path, kind, files) for kind in kinds().values() if (files := kind.claims(path))]
+    if not found:
+        empty = path.is_dir() and not any(path.iterdir())
+        what = "is empty" if empty else "holds no kind of data that apexflow reads"
+        raise UserError(f"data {path} {what}; it reads: {known}")
+    if len(found) > 1:
+        ways = " or as ".join(source.kind.name for source in found)
+        raise UserError(f"data {path} could be read as {ways}: keep one kind in a folder, or name the file itself")
+    return found[0]
+
+
+def files_of(path: Path, *suffixes: str) -> list[Path]:
+    """`path` itself or the files below it that have one of the suffixes, sorted by name."""
+    candidates = [path] if path.is_file() else path.rglob("*")
+    return sorted(file for file in candidates if file.suffix.lower() in suffixes and file.is_file())

@@ -1,0 +1,53 @@
+"""Folders of pictures: captions in same-name .txt files, or in one metadata.jsonl as imagefolder has it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from apexflow.data.captioned import PICTURES, Sample
+from apexflow.data.readers import files_of
+
+METADATA = "metadata.jsonl"
+
+
+def claim_pairs(path: Path) -> list[Path]:
+    """The pictures of a folder, unless a metadata.jsonl alone describes them."""
+    pictures = files_of(path, *PICTURES) if path.is_dir() else []
+    described = bool(claim_metadata(path))
+    return [] if described and not any(picture.with_suffix(".txt").is_file() for picture in pictures) else pictures
+
+
+def pairs(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+    for path in files:
+        yield Sample(str(path), partial(_pair, path))
+
+
+def _pair(picture: Path) -> tuple[bytes, Mapping[str, Any]]:
+    text = picture.with_suffix(".txt")
+    fields = {"txt": text.read_text(encoding="utf-8", errors="replace")} if text.is_file() else {}
+    return picture.read_bytes(), fields
+
+
+def claim_metadata(path: Path) -> list[Path]:
+    """The metadata.jsonl files of a folder, at its top or in the folders of its splits."""
+    return sorted([*path.glob(METADATA), *path.glob(f"*/{METADATA}")])
+
+
+def rows(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+    """One JSON object a line: `file_name` beside the file, and the caption under any of the usual names."""
+    for path in files:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Sample(f"{path}:{number}", partial(_row, path, line))
+
+
+def _row(path: Path, line: str) -> tuple[bytes, Mapping[str, Any]]:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise ValueError("no JSON object with file_name")
+    return (path.parent / row["file_name"]).read_bytes(), row

@@ -1,0 +1,34 @@
+"""Prompts alone: a text file with one a line, or JSON lines (a string, or an object with the caption under a usual name)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from apexflow.data.captioned import Sample
+
+
+def claim(path: Path) -> list[Path]:
+    return [path] if path.is_file() and path.suffix.lower() in (".txt", ".jsonl") else []
+
+
+def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+    """One record a line; blank lines are none."""
+    for path in files:
+        as_json = path.suffix.lower() == ".jsonl"
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Sample(f"{path.name}:{number}", partial(_load, line, as_json))
+
+
+def _load(line: str, as_json: bool) -> tuple[None, Mapping[str, Any]]:
+    content = json.loads(line) if as_json else line
+    if isinstance(content, str):
+        return None, {"txt": content}
+    if not isinstance(content, dict):
+        raise ValueError("neither text nor a JSON object")
+    return None, content

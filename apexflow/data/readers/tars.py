@@ -1,0 +1,85 @@
+"""webdataset shards: consecutive members of one name are one record (.jpg, .png or .webp with .txt or .json)."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apexflow.data.captioned import PICTURES, Sample
+from apexflow.data.readers import files_of
+
+# The list beside ShareGPT-4o-Image's tars; its twin, text_and_image_to_image.json, is for editing.
+MANIFEST = "text_to_image.json"
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a member's bytes lie, so that they can be read after the walk has gone on."""
+
+    path: Path
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def claim(path: Path) -> list[Path]:
+    """The tars of a folder, unless a manifest beside them says that they are ShareGPT-4o-Image's."""
+    return [] if (path / MANIFEST).is_file() else files_of(path, ".tar")
+
+
+def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+    for path in files:
+        current, parts = "", dict[str, Member]()
+        for member in members(path, broken):
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if key != current and parts:
+                yield _sample(path, current, parts)
+                parts = {}
+            current = key
+            parts["." + suffix.lower()] = member
+        if parts:
+            yield _sample(path, current, parts)
+
+
+def members(path: Path, broken: dict[str, str]) -> Iterator[Member]:
+    """The files of a tar up to where it breaks off, which is noted in `broken`."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    yield Member(path, member.name, member.offset_data, member.size)
+            # tarfile takes a header that is cut or damaged for the end; a whole tar ends with blocks of zeros.
+            if Member(path, "", tar.offset, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("no end mark")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        broken[str(path)] = f"corrupt or truncated ({error})"
+
+
+def _sample(path: Path, key: str, parts: dict[str, Member]) -> Sample:
+    def load() -> tuple[bytes, Mapping[str, Any]]:
+        picture = next((parts[suffix].read() for suffix in PICTURES if suffix in parts), b"")
+        fields = json_fields(parts[".json"].read()) if ".json" in parts else {}
+        text = {"txt": parts[".txt"].read().decode("utf-8", errors="replace")} if ".txt" in parts else {}
+        return picture, fields | text
+
+    return Sample(f"{path.name}:{key}", load)
+
+
+def json_fields(raw: bytes) -> dict[str, Any]:
+    """A JSON object, or nothing."""
+    try:
+        record = json.loads(raw)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,274 @@
+"""Every kind of set that is read: recognised by its path alone, read whole, and what is unusable named and counted."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from apexflow.data.captioned import Skipped, pick_caption, read_captioned
+from apexflow.data.readers import kinds, recognise
+from apexflow.errors import UserError
+
+COLORS = ("red", "green", "blue", "white")
+
+
+def picture(color: str, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10), color).save(buffer, form)
+    return buffer.getvalue()
+
+
+def tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return path
+
+
+def parquet(path: Path, columns: Mapping[str, list]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(dict(columns)), path, row_group_size=2)
+    return path
+
+
+# -- One writer for each kind: four pictures of one colour, captioned by it ---------------------------------------------
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    for index, color in enumerate(COLORS):
+        (path / f"{index}.jpg").write_bytes(picture(color, "JPEG"))
+        (path / f"{index}.txt").write_text(f" {color}\n")
+    return path
+
+
+def imagefolder(path: Path) -> Path:
+    (path / "train").mkdir(parents=True)
+    rows = [{"file_name": f"{color}.webp", "text": color} for color in COLORS]
+    for color in COLORS:
+        (path / "train" / f"{color}.webp").write_bytes(picture(color, "WEBP"))
+    (path / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def webdataset(path: Path) -> Path:
+    tar(path / "a-0.tar", {"x.y/0.jpg": picture("red", "JPEG"), "x.y/0.txt": b"red", "x.y/0.seg.png": b"other"})
+    text = json.dumps({"caption": "green"}).encode()
+    tar(path / "a-1.tar", {"1.webp": picture("green", "WEBP"), "1.json": text, "2.png": picture("blue")})
+    members = {"3.txt": b"blue", "3.PNG": picture("blue"), "4.png": picture("white"), "4.txt": b"white"}
+    tar(path / "a-2.tar", members)
+    return path
+
+
+def sharegpt(path: Path) -> Path:
+    for part in range(2):
+        tar(
+            path / f"text_to_image_part_{part}.tar",
+            {f"image/{i}.png": picture(COLORS[i]) for i in range(2 * part, 2 * part + 2)},
+        )
+    rows = [{"input_prompt": color, "output_image": f"image/{i}.png"} for i, color in enumerate(COLORS)]
+    (path / "text_to_image.json").write_text(json.dumps(rows))
+    return path
+
+
+def parquets(path: Path) -> Path:
+    pictures = [{"bytes": picture(color), "path": None} for color in COLORS]
+    parquet(path / "data" / "0.parquet", {"id": ["a", "b", "c", "d"], "image": pictures, "caption": list(COLORS)})
+    return path
+
+
+def prompts(path: Path) -> Path:
+    file = path.with_suffix(".txt")
+    file.write_text("\n\n".join(COLORS) + "\n")
+    return file
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "folder": folder,
+    "imagefolder": imagefolder,
+    "webdataset": webdataset,
+    "sharegpt": sharegpt,
+    "parquet": parquets,
+    "prompts": prompts,
+}
+
+
+def test_every_kind_has_a_case() -> None:
+    assert set(WRITERS) == set(kinds())
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_set_is_recognised_and_read_whole(kind: str, tmp_path: Path) -> None:
+    path = WRITERS[kind](tmp_path / "set")
+    source = recognise(path)
+    assert source.kind == kinds()[kind]
+    skipped = Skipped()
+    records = list(read_captioned(path, skipped))
+    assert [r.caption for r in records] == list(COLORS)
+    assert set(skipped.reasons.values()) <= {"caption missing"}  # the webdataset case has a picture without a caption
+    if kind == "prompts":
+        assert all(r.image is None for r in records)
+        return
+    for record in records:
+        assert record.image is not None and record.image.size == (20, 10)
+        reference = Image.new("RGB", (1, 1), record.caption).getpixel((0, 0))
+        assert max(abs(a - b) for a, b in zip(record.image.getpixel((5, 5)), reference, strict=True)) < 12
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_identity_follows_content_not_place(kind: str, tmp_path: Path) -> None:
+    first = recognise(WRITERS[kind](tmp_path / "set"))
+    (tmp_path / "elsewhere").mkdir()
+    moved = recognise(first.path.rename(tmp_path / "elsewhere" / first.path.name))
+    assert first.kind == moved.kind
+    identity = moved.identity()
+    assert identity == recognise(moved.path).identity()
+    with moved.files[-1].open("ab") as file:
+        file.write(b"\n")
+    assert recognise(moved.path).identity() != identity
+
+
+def test_json_lines_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a star", "tag": "x"}\n"a ring"\n{"tag": "x"}\nnonsense\n[1]\n')
+    skipped = Skipped()
+    assert [r.caption for r in read_captioned(path, skipped)] == ["a star", "a ring"]
+    assert list(skipped.reasons) == ["p.jsonl:3", "p.jsonl:4", "p.jsonl:5"] and skipped.seen == 5
+
+
+# -- Captions ----------------------------------------------------------------------------------------------------------
+
+
+def test_which_caption_a_record_gets() -> None:
+    assert pick_caption({"caption": "b", "txt": " a "}, (), "k") == "a"
+    assert pick_caption({"other": "b"}, (), "k") is None
+    assert pick_caption({"other": "b"}, ("other",), "k") == "b"
+    assert pick_caption({"caption": " "}, (), "k") == ""
+    several = {"caption_detail": "long", "caption_original": "short", "caption_text": " ", "caption_detail_cn": "zh"}
+    drawn = [pick_caption(several, (), str(key)) for key in range(400)]
+    assert set(drawn) == {"long", "short"} and 140 < drawn.count("long") < 260
+    assert drawn == [pick_caption(several, (), str(key)) for key in range(400)]
+    weighted = ("caption_detail", "caption_detail", "caption_detail", "caption_original")
+    assert 260 < [pick_caption(several, weighted, str(key)) for key in range(400)].count("long") < 340
+
+
+def test_several_caption_columns_of_parquet(tmp_path: Path) -> None:
+    """As FLUX-Reason-6M: only caption_detail is always there."""
+    columns = {
+        "image": [{"bytes": picture("red"), "path": None}] * 3,
+        "caption_detail": ["d0", "d1", "d2"],
+        "caption_text": [None, "", None],
+        "caption_detail_cn": ["zh"] * 3,
+        "score": [1.0, 2.0, 3.0],
+    }
+    path = parquet(tmp_path / "part.parquet", columns)
+    assert [r.caption for r in read_captioned(path, Skipped())] == ["d0", "d1", "d2"]
+    skipped = Skipped()
+    assert not list(read_captioned(path, skipped, ("caption_text",)))
+    assert list(skipped.reasons.values()) == [
+        "caption missing (no field caption_text)",
+        "caption empty",
+        "caption missing (no field caption_text)",
+    ]
+
+
+# -- What cannot be used -----------------------------------------------------------------------------------------------
+
+
+def test_records_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "good.png", "text": "a star"},
+        {"file_name": "none.png", "text": "a star"},
+        {"file_name": "good.png", "text": " "},
+        {"file_name": "good.png"},
+        {"text": "a star"},
+        {"file_name": "bad.png", "text": "a star"},
+    ]
+    (tmp_path / "good.png").write_bytes(picture("red"))
+    (tmp_path / "bad.png").write_bytes(picture("red")[:50])
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    skipped = Skipped()
+    assert len(list(read_captioned(tmp_path, skipped))) == 1
+    reasons = {key.rpartition(":")[2]: reason for key, reason in skipped.reasons.items()}
+    assert reasons.pop("2").startswith("unreadable (") and reasons.pop("7").startswith("unreadable (")
+    assert reasons == {
+        "3": "caption empty",
+        "4": "caption missing",
+        "5": "unreadable (no JSON object with file_name)",
+        "6": "corrupt picture",
+    }
+    with pytest.raises(UserError, match=r"6 of 7 records .* first: .*metadata.jsonl:2: unreadable"):
+        skipped.check(0.5, tmp_path)
+    skipped.check(0.9, tmp_path)
+
+
+@pytest.mark.parametrize(("suffix", "length"), [("tar", 800), ("tar", 1100), ("tar", 2048), ("parquet", 700)])
+def test_a_broken_file_among_many_is_named_and_counted(suffix: str, length: int, tmp_path: Path) -> None:
+    for number in range(4):
+        name = tmp_path / f"{number}.{suffix}"
+        if suffix == "tar":
+            tar(name, {"0.png": picture("red"), "0.txt": b"red", "1.png": picture("red"), "1.txt": b"red"})
+        else:
+            parquet(name, {"image": [picture("red")] * 2, "caption": ["red"] * 2})
+    broken = tmp_path / f"2.{suffix}"
+    broken.write_bytes(broken.read_bytes()[:length])
+    skipped = Skipped()
+    assert len(list(read_captioned(tmp_path, skipped))) in (6, 7)
+    assert list(skipped.broken) == [str(broken)] and skipped.files == 4
+    skipped.check(0.3, tmp_path)
+    with pytest.raises(UserError, match=rf"1 of 4 files .*2\.{suffix}: corrupt or truncated"):
+        skipped.check(0.2, tmp_path)
+
+
+def test_a_damaged_manifest_and_lost_pictures_are_named(tmp_path: Path) -> None:
+    path = sharegpt(tmp_path / "set")
+    (path / "text_to_image_part_1.tar").unlink()
+    skipped = Skipped()
+    assert len(list(read_captioned(path, skipped))) == 2
+    assert skipped.reasons == {"image/2.png": "picture missing", "image/3.png": "picture missing"}
+    (path / "text_to_image.json").write_text('{"a": 1}')
+    skipped = Skipped()
+    assert not list(read_captioned(path, skipped))
+    with pytest.raises(UserError, match=r"text_to_image\.json: no JSON list"):
+        skipped.check(1, path)
+
+
+def test_a_path_of_no_kind_or_of_two_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        recognise(tmp_path / "none")
+    with pytest.raises(UserError, match=r"is empty; it reads: pictures with same-name \.txt; "):
+        recognise(tmp_path)
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(UserError, match="holds no kind of data that apexflow reads"):
+        recognise(tmp_path)
+    both = folder(tmp_path / "both")
+    tar(both / "a.tar", {"0.png": picture("red"), "0.txt": b"red"})
+    with pytest.raises(UserError, match=r"could be read as pictures with same-name \.txt or as webdataset"):
+        recognise(both)
+    assert recognise(both / "a.tar").kind == kinds()["webdataset"]
+    (tmp_path / "cached").mkdir()
+    (tmp_path / "cached" / "cache.json").write_text("{}")
+    with pytest.raises(UserError, match="is a finished cache"):
+        recognise(tmp_path / "cached")
+
+
+def test_parquet_without_pyarrow_or_without_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parquet(tmp_path / "words.parquet", {"caption": ["a"]})
+    with pytest.raises(UserError, match="no column of picture bytes; its columns: caption"):
+        list(read_captioned(path, Skipped()))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'apexflow\[parquet\]'"):
+        list(read_captioned(path, Skipped()))
