@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from apexflow.backbones import Backbone, load_backbone
+from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import guide
 from apexflow.errors import UserError
 from apexflow.randomness import RowRandom
@@ -93,13 +94,17 @@ class Generator:
         null = backbone.encode_prompts([""]).expand(len(prompts)).to(backbone.device) if guidance != 1 else None
         self.evaluations = 0
 
-        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        network = backbone.transformer
+        jumps = second_time_of(network) is not None
+
+        def velocity(x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
             self.evaluations += 1 if null is None else 2
-            F = backbone.velocity(backbone.transformer, x_t, t, c)
-            return F if null is None else guide(F, backbone.velocity(backbone.transformer, x_t, t, null), guidance)
+            with going_to(network, s):
+                F = backbone.velocity(network, x_t, t, c)
+                return F if null is None else guide(F, backbone.velocity(network, x_t, t, null), guidance)
 
         generator = torch.Generator(device=z.device).manual_seed(0) if rho > 0 else None
-        return sample(velocity, z, times, kappa, rho, order, backbone.transport, generator)
+        return sample(velocity, z, times, kappa, rho, order, backbone.transport, generator, jumps)
 
 
 def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:

@@ -6,6 +6,7 @@ A sampler sees a velocity `F(x_t, t)` with the condition already bound, and noth
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def shift_times(times: Tensor, factor: float) -> Tensor:
 
 
 def sample(
-    velocity: Velocity,
+    velocity: Callable[..., Tensor],
     z: Tensor,
     times: Tensor,
     kappa: float = 0.0,
@@ -57,12 +58,14 @@ def sample(
     order: int = 1,
     transport: Transport = LINEAR,
     generator: torch.Generator | None = None,
+    jumps: bool = False,
 ) -> Tensor:
     """Algorithm 2: data of the shape of the noise `z` (B, ...), by one evaluation of `velocity(x_t, t)` a step.
 
     times: descending (steps + 1,), as from `time_grid`; kappa: extrapolation ratio of Eq. (21); rho in [0, 1]: the share of
     fresh noise in the noise estimate, variance preserved (Appendix E); order 2: Heun's correction, which evaluates once more
-    on every step but the last (so `2 steps - 1` evaluations). Raises ValueError on a bad grid or ratio.
+    on every step but the last (so `2 steps - 1` evaluations); jumps: `velocity(x_t, t, s)` takes a second time, to which the
+    step leads: the next of the grid, or 0 where fresh noise follows. Raises ValueError on a bad grid or ratio.
     """
     if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
         raise ValueError("times must be a strictly descending vector of at least two times")
@@ -70,11 +73,14 @@ def sample(
         raise ValueError("times must lie in [0, 1]: divide a scheduler's timesteps by their number")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
+    if jumps and (order == 2 or kappa > 0):
+        raise ValueError("a model with a second time jumps along the path: use order 1 and kappa 0")
     if not 0 <= rho <= 1 or kappa < 0:
         raise ValueError(f"rho must lie in [0, 1] and kappa be at least 0, got rho={rho}, kappa={kappa}")
     x_t, previous = z, None
     for t, t_next in itertools.pairwise(times):
-        x_hat, z_hat = _predict(velocity, x_t, t, transport)
+        ask = _jumping(velocity, t_next if rho == 0 else torch.zeros_like(t_next)) if jumps else velocity
+        x_hat, z_hat = _predict(ask, x_t, t, transport)
         raw = x_hat
         if previous is not None and kappa > 0:
             x_hat = extrapolate(x_hat, previous, kappa)
@@ -102,6 +108,10 @@ def _predict(velocity: Velocity, x_t: Tensor, t: Tensor, transport: Transport) -
     rows = t.to(x_t.device).expand(x_t.shape[0])
     F = velocity(x_t, rows)
     return transport.endpoint(F, x_t, rows), transport.noise(F, x_t, rows)
+
+
+def _jumping(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], s: Tensor) -> Velocity:
+    return lambda x_t, t: velocity(x_t, t, s.to(x_t.device).expand(x_t.shape[0]))
 
 
 def _at(transport: Transport, x_hat: Tensor, z_hat: Tensor, t: Tensor) -> Tensor:

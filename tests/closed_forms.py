@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from apexflow.conditioning import Condition, Velocity
 from apexflow.objectives import Batch, Field, Networks
 from apexflow.randomness import RowRandom
+from apexflow.training.roles import held
 from apexflow.transport import LINEAR, Transport, expand
 
 
@@ -82,6 +84,18 @@ class LinearField(nn.Module):
         return self.linear(heard).reshape(x_t.shape)
 
 
+class JumpField(LinearField):
+    """A linear field that hears a second time, too."""
+
+    def __init__(self, size: int, width: int, seed: int) -> None:
+        super().__init__(size, width, seed)
+        self.second = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(seed + 50)) / 4)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
+        F = super().forward(x_t, t, c)
+        return F if s is None else F + (s[:, None].to(x_t) * self.second).reshape(x_t.shape)
+
+
 @dataclass
 class Call:
     """What a role was asked, what it answered, and whether a graph was built."""
@@ -91,6 +105,7 @@ class Call:
     c: Condition
     F: Tensor
     graph: bool
+    s: Tensor | None = None
 
 
 @dataclass
@@ -100,9 +115,9 @@ class Recorder:
     inner: Field
     calls: list[Call] = field(default_factory=list)
 
-    def __call__(self, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
-        F = self.inner(x_t, t, c)
-        self.calls.append(Call(x_t.detach(), t, c, F.detach(), torch.is_grad_enabled()))
+    def __call__(self, x_t: Tensor, t: Tensor, c: Condition, *second: Tensor) -> Tensor:
+        F = self.inner(x_t, t, c, *second)
+        self.calls.append(Call(x_t.detach(), t, c, F.detach(), torch.is_grad_enabled(), *second))
         return F
 
 
@@ -118,7 +133,9 @@ class Roles:
         self.recorders = {name: Recorder(getattr(self, name)) for name in ("student", "reference", "teacher")}
 
     def networks(self, **options: object) -> Networks:
-        return Networks(**self.recorders, null=make_condition(1, seed=99), **options)  # type: ignore[arg-type]
+        recorders: Any = self.recorders
+        frozen = {name: held(field, getattr(self, name).parameters()) for name, field in recorders.items()}
+        return Networks(**recorders, null=make_condition(1, seed=99), frozen=frozen, **options)  # type: ignore[arg-type]
 
     def calls(self, name: str) -> list[Call]:
         return self.recorders[name].calls
@@ -130,10 +147,11 @@ class Roles:
 SHAPE, WIDTH = (1, 4, 4), 3
 
 
-def make_roles() -> Roles:
-    """Three different linear fields for data of SHAPE and conditions of WIDTH."""
+def make_roles(objective: Any = None) -> Roles:
+    """Three different linear fields for data of SHAPE and conditions of WIDTH, and what else an objective declares."""
     size = int(np.prod(SHAPE))
-    return Roles(*[LinearField(size, WIDTH, seed) for seed in (1, 2, 3)])
+    kind = JumpField if "second_time" in getattr(objective, "needs", ()) else LinearField
+    return Roles(*[kind(size, WIDTH, seed) for seed in (1, 2, 3)])
 
 
 def make_condition(rows: int, seed: int = 0) -> Condition:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from apexflow.backbones import second_time
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.transport import Transport
@@ -185,7 +186,9 @@ def load_backbone(path_or_id: str, device: str | torch.device = "cpu", dtype: to
     if pipeline not in table:
         raise UserError(f"{folder} is a {pipeline}; apexflow serves {', '.join(table)}")
     refuse_pickles(folder)
-    return table[pipeline].load(folder, torch.device(device), dtype)
+    backbone = table[pipeline].load(folder, torch.device(device), dtype)
+    second_time.load(backbone.transformer, folder)
+    return backbone
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -40,6 +40,7 @@ def save_lora(roles: LoraRoles, folder: Path, dtype: torch.dtype = torch.float32
     tensors = {
         key: (value * scale if ".lora_B." in key else value).to("cpu", dtype).contiguous()
         for key, value in roles.average.items()
+        if ".lora_" in key  # a second time is none: at s = 0, where stock pipelines ask, it adds nothing
     }
     folder = Path(folder)
     partial, final = folder / ".partial-lora", folder / FILE

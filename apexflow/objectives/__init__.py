@@ -5,9 +5,9 @@ Objectives are pure: no optimizer, no logging, no device handling. What they may
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from apexflow.conditioning import Condition
 from apexflow.randomness import RowRandom
 from apexflow.transport import LINEAR, Transport
 
-Field = Callable[[Tensor, Tensor, Condition], Tensor]
+# `F(x_t, t, c)`; for a method that needs a second time also `F(x_t, t, c, s)`: the mean direction on the way from t to s, of
+# which `move` to s is the flow's own jump. s = t asks for the velocity, s = 0 (or none) for the jump to data.
+Field = Callable[..., Tensor]
 
 
 def exact_time(t: Tensor) -> Tensor:
@@ -26,9 +28,11 @@ def exact_time(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Networks:
-    """The roles that an objective may call as `F(x_t, t, c)`.
+    """The roles that an objective may call as `F(x_t, t, c)`, with a second time as `F(x_t, t, c, s)`.
 
-    Only `student` builds a graph; `reference` (theta-minus) and `teacher` (frozen, pretrained) run without gradients.
+    `student` builds a graph; `reference` (theta-minus) and `teacher` (frozen, pretrained) are run without gradients.
+    `further` are the networks that the method declares, trained too. `frozen` are all of them by name with their weights
+    held: gradients pass through to the input, and reach no weight.
     `null` is the one-row null condition of guidance. `round_time` rounds times to what the backbone really sees, so that
     secants divide by the step that the network saw. `time_shift` is that of the grid on which the model is sampled.
     """
@@ -40,14 +44,16 @@ class Networks:
     transport: Transport = LINEAR
     round_time: Callable[[Tensor], Tensor] = exact_time
     time_shift: float = 1.0
+    further: Mapping[str, Field] = field(default_factory=dict)
+    frozen: Mapping[str, Field] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows of one micro-batch: data `x` (B, ...), condition `c`, their numbers `rows` (B,) within the global batch of `total`.
 
-    `progress` in [0, 1] is how far the run has come. What a row is used for and its random numbers depend on its number
-    alone, so micro-batches, accumulation and several processes change nothing.
+    `progress` in [0, 1] is how far the run has come, and `turn` how many steps it has taken. What a row is used for and its
+    random numbers depend on its number alone, so micro-batches, accumulation and several processes change nothing.
     """
 
     x: Tensor
@@ -56,6 +62,7 @@ class Batch:
     rows: Tensor
     total: int
     progress: float = 0.0
+    turn: int = 0
 
     def chosen(self, share: float) -> Tensor:
         """Boolean (B,): the rows that belong to a `share` of the global batch, spread evenly and at least one of `total`."""
@@ -74,15 +81,47 @@ def share_of(total: int, share: float) -> int:
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is what to differentiate; `terms` are detached scalars to show. Both are this micro-batch's part of a sum over
-    the global batch, so adding them up over micro-batches gives the losses of the step."""
+    """`total` is the student's loss, `further` those of the further networks, and `terms` are detached scalars to show. All are
+    this micro-batch's part of a sum over the global batch, so adding them up over micro-batches gives the losses of the step.
+
+    A role without a graph in its loss is not stepped: so a method says whose turn it is.
+    """
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    further: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def everything(self) -> Tensor:
+        """What to differentiate: every role's loss reaches the weights of that role alone."""
+        return sum(self.further.values(), self.total)
+
+
+@dataclass(frozen=True)
+class Further:
+    """A network that a method trains beside the student, as data: what it is, and how its optimizer differs.
+
+    kind "field": starts as the pretrained model and answers like it. kind "judge": small heads on the features that the
+    role `on` ("teacher" or a further field, which then learns from the judge's loss as well) computes at `depths`, shares of
+    its blocks; it answers logits (B, N), one for each head and token. `rate` is its learning rate over the student's.
+    """
+
+    name: str
+    kind: Literal["field", "judge"] = "field"
+    on: str = "teacher"
+    depths: tuple[float, ...] = (0.5,)
+    rate: float = 1.0
+    betas: tuple[float, float] | None = None
+
+
+def further_of(objective: Any) -> tuple[Further, ...]:
+    """The further networks that a method declares in its attribute `further`; most have none."""
+    return getattr(objective, "further", ())
 
 
 class Objective(Protocol):
-    """A training method. `needs` names the roles it calls beside the student: "reference" (EMA) and "teacher"."""
+    """A training method. `needs` names the roles it calls beside the student, "reference" (EMA) and "teacher", and says
+    "second_time" where it asks with a second time."""
 
     @property
     def needs(self) -> tuple[str, ...]: ...
@@ -99,10 +138,14 @@ def objectives() -> dict[str, Any]:
     """The table of methods by the name that a recipe gives: one line each."""
     from apexflow.objectives.apex import APEX
     from apexflow.objectives.cm import CM
+    from apexflow.objectives.ctm import CTM
     from apexflow.objectives.flow_matching import FlowMatching
     from apexflow.objectives.lcm import LCM
+    from apexflow.objectives.meanflow import MeanFlow
     from apexflow.objectives.pcm import PCM
+    from apexflow.objectives.rcgm import RCGM
     from apexflow.objectives.scm import SCM
+    from apexflow.objectives.twinflow import TwinFlow
     from apexflow.objectives.ucgm import UCGM
 
     return {
@@ -113,4 +156,8 @@ def objectives() -> dict[str, Any]:
         "ucgm": UCGM,
         "lcm": LCM,
         "pcm": PCM,
+        "ctm": CTM,
+        "meanflow": MeanFlow,
+        "rcgm": RCGM,
+        "twinflow": TwinFlow,
     }

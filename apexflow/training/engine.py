@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from apexflow.backbones import second_time
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Batch, Field, Networks
@@ -61,8 +62,8 @@ class Replicated(Engine):
         self._plain = networks.student
         super().__init__(replace(networks, student=self._student))
 
-    def _student(self, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
-        return self._ddp(x_t, t, c) if torch.is_grad_enabled() else self._plain(x_t, t, c)
+    def _student(self, x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
+        return self._ddp(x_t, t, c, s) if torch.is_grad_enabled() else self._plain(x_t, t, c, s)
 
     @contextmanager
     def micro_batch(self, batch: Batch, last: bool) -> Iterator[None]:
@@ -77,8 +78,8 @@ class _Shell(nn.Module):
         super().__init__()
         self.trained, self._field = nn.ModuleList(modules), field
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
-        return self._field(x_t, t, c)
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
+        return self._field(x_t, t, c, s)
 
 
 def _sum(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -103,12 +104,13 @@ class Sharded(Engine):
         self._batch: Batch | None = None
         self._owed: list[Tensor] = []
         student, reference, teacher = (self._wrap(index) for index in range(3))
-        super().__init__(replace(networks, student=student, reference=reference, teacher=teacher))
+        frozen = {"student": _refuse_held, "reference": reference, "teacher": teacher}
+        super().__init__(replace(networks, student=student, reference=reference, teacher=teacher, frozen=frozen))
 
     def _wrap(self, index: int) -> Field:
-        def answer(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
             self._wait_for(2 * index + torch.is_grad_enabled())
-            return self._raw[index](x_t, t, c)
+            return self._raw[index](x_t, t, c, s)
 
         return answer
 
@@ -143,6 +145,10 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
+
+
+def _refuse_held(*asked: Any) -> Tensor:
+    raise UserError("this method holds the student's weights still in a pass, which sharding cannot: set parallel=ddp")
 
 
 def shard(module: nn.Module, device: torch.device, half: bool) -> None:
@@ -183,6 +189,8 @@ def unsharded(module: nn.Module) -> nn.Module:
         return module
     tensors = {name: whole(tensor) for name, tensor in module.state_dict().items()}
     plain = original_class(module).from_config(module.config)
+    if second_time.second_time_of(module) is not None:
+        second_time.attach(plain)
     plain.load_state_dict(tensors)
     return plain.eval().requires_grad_(False)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from apexflow.backbones import Backbone
+from apexflow.backbones import Backbone, second_time
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Networks
@@ -61,7 +61,12 @@ class FullRoles:
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
+            frozen=self._frozen(teacher),
         )
+
+    def _frozen(self, teacher: nn.Module) -> dict[str, Field]:
+        modules = {"student": self.backbone.transformer, "reference": self._averages["transformer"], "teacher": teacher}
+        return {name: held(_field(self.backbone, module), module.parameters()) for name, module in modules.items()}
 
     @contextmanager
     def shipped(self) -> Iterator[None]:
@@ -107,7 +112,7 @@ class LoraRoles:
         if not self._layers:
             raise UserError(f"LoRA found none of its targets {list(backbone.lora_targets)} in this model")
         for name, parameter in transformer.named_parameters():
-            if ".lora_" in name:
+            if ".lora_" in name or second_time.NAME in name:
                 parameter.data = parameter.data.float()  # adapters stay in float32 on a base of any precision
                 parameter.requires_grad_(".default." in name)
         tensors = dict(transformer.named_parameters())
@@ -124,6 +129,8 @@ class LoraRoles:
         for layer in self._layers:
             layer.__dict__["_disable_adapters"] = name is None
             layer.__dict__["_active_adapter"] = [name or "default"]
+        if (second := second_time.second_time_of(self.backbone.transformer)) is not None:
+            second.active = name
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -132,21 +139,24 @@ class LoraRoles:
 
     def networks(self, null: Condition | None) -> Networks:
         field = _field(self.backbone, self.backbone.transformer)
+        reference, teacher = self._as("ema", field), self._as(None, field)
         return Networks(
             student=field,
-            reference=self._as("ema", field),
-            teacher=self._as(None, field),
+            reference=reference,
+            teacher=teacher,
             null=null,
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
+            frozen={"student": held(field, self.trained.values()), "reference": reference, "teacher": teacher},
         )
 
     def _as(self, name: str | None, field: Field) -> Field:
-        def answer(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
             self._activate(name)
             try:
-                return field(x_t, t, c)
+                with not_recomputed(self.backbone.transformer):
+                    return field(x_t, t, c, s)
             finally:
                 self._activate("default")
 
@@ -157,11 +167,9 @@ class LoraRoles:
         """A plain transformer with the averaged adapter added into its weights. All processes take part."""
         transformer = self.backbone.transformer
         self.average = {name: whole(tensor) for name, tensor in self.average.items()}
-        tensors = {
-            name.replace(".base_layer.", "."): whole(tensor)
-            for name, tensor in transformer.state_dict().items()
-            if ".lora_" not in name
-        }
+        with second_time.without(transformer) as second:
+            state = transformer.state_dict()
+        tensors = {k.replace(".base_layer.", "."): whole(v) for k, v in state.items() if ".lora_" not in k}
         layers = {id(layer) for layer in self._layers}
         for name, module in transformer.named_modules():
             if id(module) in layers:
@@ -172,6 +180,10 @@ class LoraRoles:
         plain = original_class(transformer).from_config(transformer.config)
         plain = plain.to(next(iter(tensors.values())))
         plain.load_state_dict(tensors)
+        if second is not None:
+            prefix = f"{second_time.NAME}.embedders."
+            averaged = {n.removeprefix(prefix): t for n, t in self.average.items() if n.startswith(prefix)}
+            second_time.attach(plain).embedders["default"].load_state_dict(averaged)
         return plain.eval().requires_grad_(False)
 
     def _delta(self, name: str, scale: float, weight: Tensor) -> Tensor:
@@ -202,9 +214,13 @@ def make_roles(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], place
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if checkpointed(tuning, backbone.transformer):
         backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    if tuning.kind == "lora" and tuning.text_encoder:
+        raise UserError("tuning.text_encoder goes with tuning.kind=full only")
+    if "second_time" in needs:
+        second_time.attach(backbone.transformer, ("default", "ema") if tuning.kind == "lora" else ("default",))
+    else:
+        second_time.detach(backbone.transformer)  # what it has left to say, this method never asks
     if tuning.kind == "lora":
-        if tuning.text_encoder:
-            raise UserError("tuning.text_encoder goes with tuning.kind=full only")
         return LoraRoles(backbone, tuning, frozen, place)
     return FullRoles(backbone, needs, tuning.text_encoder, frozen, place)
 
@@ -228,9 +244,42 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
+@contextmanager
+def not_recomputed(network: nn.Module) -> Iterator[None]:
+    """Within, no activation is left to be computed again in backward, when another adapter will be active."""
+    parts = [part for part in network.modules() if getattr(part, "gradient_checkpointing", False)]
+    for part in parts:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
+
+
+def held(field: Field, parameters: Iterable[nn.Parameter]) -> Field:
+    """The same field with its weights out of the graph: gradients pass through it to what it is asked."""
+    watched = [parameter for parameter in parameters if parameter.requires_grad]
+
+    def answer(*asked: Tensor | Condition) -> Tensor:
+        for parameter in watched:
+            parameter.requires_grad_(False)
+        try:
+            return field(*asked)
+        finally:
+            for parameter in watched:
+                parameter.requires_grad_(True)
+
+    return answer
+
+
 def _named(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
 
 
 def _field(backbone: Backbone, network: nn.Module) -> Field:
-    return lambda x_t, t, c: backbone.velocity(network, x_t, t, c)
+    def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
+        with second_time.going_to(network, s):
+            return backbone.velocity(network, x_t, t, c)
+
+    return answer

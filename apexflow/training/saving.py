@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apexflow.backbones import Backbone, Settings
+from apexflow.backbones import Backbone, Settings, second_time
 from apexflow.errors import UserError
 from apexflow.export.lora import save_lora
 from apexflow.progress import console
@@ -44,13 +44,21 @@ def _write(backbone: Backbone, settings: Settings, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        backbone.save(partial, settings)
+        _save_parts(backbone, partial, settings)
     except OSError as error:
         raise UserError(
             f"cannot save {final} ({error}): free some space and pass --resume; the checkpoint is whole"
         ) from error
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+
+
+def _save_parts(backbone: Backbone, folder: Path, settings: Settings) -> None:
+    """The diffusers folder, and beside it a second time, which stock diffusers neither knows nor needs."""
+    with second_time.without(backbone.transformer) as second:
+        backbone.save(folder, settings)
+    if second is not None:
+        second_time.save(second, folder)
 
 
 def _save_adapter(roles: LoraRoles, folder: Path) -> None:

@@ -1,0 +1,46 @@
+"""The total derivative of a prediction along a path: exact by forward-mode differentiation, or a central difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from apexflow.errors import UserError
+from apexflow.transport import Transport, expand
+
+Kind = Literal["jvp", "difference"]
+
+
+def derivative(
+    answer: Callable[[Tensor], Tensor], t: Tensor, kind: Kind, epsilon: float, round_time: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`d answer(t) / d t`, in the shape of the answer (B, ...), for times t (B,).
+
+    "jvp" is exact, and UserError where an operator of the network has no forward-mode derivative. "difference" asks twice,
+    `epsilon` to either side and within [0, 1], at times as the network sees them; its error is of second order.
+    """
+    if kind == "jvp":
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+                tangent: Any = torch.func.jvp(answer, (t,), (torch.ones_like(t),))[1]
+        except (NotImplementedError, RuntimeError) as error:
+            raise UserError(
+                f"derivative jvp is not possible on this model ({str(error).splitlines()[0][:120]}): take "
+                "objective.derivative=difference"
+            ) from error
+        return tangent
+    later, earlier = round_time((t + epsilon).clamp_max(1)), round_time((t - epsilon).clamp_min(0))
+    above, below = answer(later), answer(earlier)
+    return (above - below) / expand((later - earlier).clamp_min(1e-6), above)
+
+
+def speed(t: Tensor, transport: Transport) -> Tensor:
+    """(B,): how fast `x_t` moves with t for a unit of the prediction F at fixed x_t; 1 for linear transport."""
+    one = torch.ones_like(t)
+    alpha, d_alpha = torch.func.jvp(transport.alpha, (t,), (one,))
+    gamma, d_gamma = torch.func.jvp(transport.gamma, (t,), (one,))
+    return (d_gamma * alpha - d_alpha * gamma) / transport.determinant(t)

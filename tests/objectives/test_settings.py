@@ -1,0 +1,108 @@
+"""What every method says of itself: sampler, ranges, roles needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from closed_forms import gaussian_velocity, make_batch, make_roles
+from exact_fields import (
+    MEAN,
+    STD,
+)
+
+from apexflow.objectives import objectives
+from apexflow.objectives.cm import CM
+from apexflow.objectives.ctm import CTM
+from apexflow.objectives.lcm import LCM
+from apexflow.objectives.meanflow import MeanFlow
+from apexflow.objectives.pcm import PCM
+from apexflow.objectives.rcgm import RCGM
+from apexflow.objectives.scm import SCM
+from apexflow.objectives.twinflow import TwinFlow
+from apexflow.objectives.ucgm import UCGM
+from apexflow.sampler import sample, time_grid
+
+
+@pytest.mark.parametrize("method", objectives().values(), ids=objectives().keys())
+def test_every_method_recommends_sampler_settings(method: Any) -> None:
+    assert {"kappa", "rho"} <= set(method.sampler) <= {"kappa", "rho", "order"}
+    ends = sample(gaussian_velocity(MEAN, STD), torch.zeros(2, 1), time_grid(3).float(), **method.sampler)
+    assert ends.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "named"),
+    [
+        (CM, {"intervals": (20, 10)}, "intervals"),
+        (CM, {"intervals": (0, 10)}, "intervals"),
+        (CM, {"rho": 0.0}, "rho"),
+        (CM, {"huber": 0.0}, "huber"),
+        (CM, {"order": 3}, "order"),
+        (SCM, {"epsilon": 0.0}, "epsilon"),
+        (SCM, {"warmup": 1.5}, "warmup"),
+        (SCM, {"c": 0.0}, "c must"),
+        (UCGM, {"lam": 1.1}, "lam"),
+        (UCGM, {"threshold": -0.1}, "threshold"),
+        (UCGM, {"zeta": -1.0}, "zeta"),
+        (UCGM, {"zeta": 1.0, "enhance": "self"}, "zeta"),
+        (UCGM, {"theta": (0.0, 1.0)}, "theta"),
+        (UCGM, {"epsilon": 0.5}, "epsilon"),
+        (UCGM, {"clip": 0.0}, "clip"),
+        (LCM, {"skip": 0}, "skip"),
+        (LCM, {"skip": 1001}, "skip"),
+        (LCM, {"huber": 0.0}, "huber"),
+        (PCM, {"phases": 0}, "phases"),
+        (PCM, {"phases": 1001}, "phases"),
+        (PCM, {"skip": 0}, "skip"),
+        (PCM, {"shift": 0.0}, "shift"),
+        (CTM, {"intervals": 0}, "intervals"),
+        (CTM, {"huber": 0.0}, "huber"),
+        (MeanFlow, {"share": 1.5}, "share"),
+        (MeanFlow, {"epsilon": 0.0}, "epsilon"),
+        (MeanFlow, {"c": 0.0}, "c above"),
+        (RCGM, {"order": 0}, "order"),
+        (RCGM, {"stride": 0.0}, "stride"),
+        (RCGM, {"clip": 0.0}, "clip"),
+        (TwinFlow, {"short": 0.0}, "short"),
+        (TwinFlow, {"clip": 0.0}, "clip"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(method: Any, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        method(**options)
+
+
+@pytest.mark.parametrize(
+    ("objective", "needs"),
+    [
+        (CM(), ("teacher",)),
+        (CM(mode="training"), ()),
+        (CM(mode="training", target="reference"), ("reference",)),
+        (SCM(mode="training"), ()),
+        (UCGM(zeta=0), ()),
+        (UCGM(zeta=0.5, enhance="self"), ("reference",)),
+        (LCM(target="student"), ("teacher",)),
+        (PCM(target="student"), ("teacher",)),
+    ],
+    ids=repr,
+)
+def test_needs_follow_the_options(objective: Any, needs: tuple[str, ...]) -> None:
+    roles = make_roles()
+    objective(roles.networks(), make_batch(), {}).total.backward()
+    assert objective.needs == needs
+    assert tuple(name for name in ("teacher", "reference") if roles.calls(name)) == needs
+    assert all(part is not None and part.any() for part in roles.gradients("student"))
+
+
+@pytest.mark.parametrize("objective", [CM(guidance=3), SCM(guidance=3), UCGM(guidance=3), LCM(), PCM()], ids=repr)
+def test_a_guided_teacher_needs_a_null_condition(objective: Any) -> None:
+    roles = make_roles()
+    objective(roles.networks(), make_batch(), {})
+    asked = {call.c.embeds.sum().item() for call in roles.calls("teacher")}
+    assert len(asked) == 2
+    with pytest.raises(ValueError, match="null"):
+        objective(replace(roles.networks(), null=None), make_batch(), {})
