@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +248,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 @contextmanager
 def not_recomputed(network: nn.Module) -> Iterator[None]:
     """Within, no activation is left to be computed again in backward, when another adapter will be active."""
-    parts = [part for part in network.modules() if getattr(part, "gradient_checkpointing", False)]
+    parts: list[Any] = [part for part in network.modules() if getattr(part, "gradient_checkpointing", False)]
     for part in parts:
         part.gradient_checkpointing = False
     try:
