@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-DOCUMENTS = ("README.md", "docs/paper.md", "docs/log.md")
+DOCUMENTS = ("README.md", "docs/paper.md", "docs/log.md", "docs/evaluation.md")
 
 
 def source(result: dict[str, Any], file: str) -> str:
@@ -76,10 +76,21 @@ def ablation(result: dict[str, Any]) -> str:
     return f"{settings}.\n\n{markdown(rows)}"
 
 
+def scoring(result: dict[str, Any]) -> str:
+    names = {
+        "fid_square_root_2048": "FID of two sets of 2048 features",
+        "mini_geneval": "mini-GenEval, 553 x 4 pictures",
+    }
+    rows = [["scoring alone", "processor time"]]
+    rows += [[title, f"{result[name]['processor_seconds']:.1f} s"] for name, title in names.items()]
+    return markdown(rows)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scores": ("scores.json", scores),
     "speed": ("speed.json", speed),
     "step-cost": ("step-cost.json", step_cost),
+    "scoring": ("scoring.json", scoring),
     "weights": ("ablate-weights.json", ablation),
     "shift": ("ablate-shift.json", ablation),
     "readings": ("ablate-readings.json", ablation),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from apexflow.backbones.parts import quiet
 from apexflow.data.fingerprint import fingerprint
 from apexflow.errors import UserError
 from apexflow.evaluation.drawing import EVALUATIONS, Shard, diversity, draw, pending
@@ -107,6 +108,7 @@ def _score(
     folder: Path,
     drawn: dict[str, Any],
 ) -> dict[str, Any]:
+    quiet()
     found = suite.find(images, prompts)
     if not found.pictures:
         raise UserError(
