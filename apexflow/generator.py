@@ -65,13 +65,14 @@ class Generator:
         """As `generate`, with a (seed, index) pair for each picture."""
         settings = self.backbone.settings
         guidance = settings.guidance if guidance is None else guidance
+        check_sampling(kappa, rho, order)
         times = self.times(steps)
         shape = self.backbone.latent_shape(_square(self.backbone.default_size if size is None else size))
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), MAX_BATCH):
             part = slice(start, start + MAX_BATCH)
             z = noise(seeds[part], shape).to(self.backbone.device)
-            latents = self._sample(prompts[part], z, times, guidance, kappa, rho, order)
+            latents = self._sample(prompts[part], z, times, guidance, kappa, rho, order, seeds[part])
             pictures += to_pictures(self.backbone.decode(latents))
         return pictures
 
@@ -86,7 +87,15 @@ class Generator:
         return shift_times(time_grid(steps), self.backbone.time_shift)
 
     def _sample(
-        self, prompts: Sequence[str], z: Tensor, times: Tensor, guidance: float, kappa: float, rho: float, order: int
+        self,
+        prompts: Sequence[str],
+        z: Tensor,
+        times: Tensor,
+        guidance: float,
+        kappa: float,
+        rho: float,
+        order: int,
+        seeds: Sequence[tuple[int, int]],
     ) -> Tensor:
         backbone = self.backbone
         # While training, the encoders do not stand on the transformer's device.
@@ -103,13 +112,23 @@ class Generator:
                 F = backbone.velocity(network, x_t, t, c)
                 return F if null is None else guide(F, backbone.velocity(network, x_t, t, null), guidance)
 
-        generator = torch.Generator(device=z.device).manual_seed(0) if rho > 0 else None
-        return sample(velocity, z, times, kappa, rho, order, backbone.transport, generator, jumps)
+        fresh = RowRandom.of_pictures(seeds, 1, z.device)  # a picture's own, as its first noise is
+        return sample(velocity, z, times, kappa, rho, order, backbone.transport, fresh, jumps)
 
 
 def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape), row i from seeds[i] alone, drawn on the CPU so that every device gives the same picture."""
-    return torch.cat([RowRandom(seed, 0, [index]).normal(shape) for seed, index in seeds])
+    return RowRandom.of_pictures(seeds, 0).normal(shape)
+
+
+def check_sampling(kappa: float, rho: float, order: int) -> None:
+    """UserError for settings that the sampler does not take."""
+    if not 0 <= rho <= 1:
+        raise UserError(f"rho is {rho}: the share of fresh noise lies in 0 to 1")
+    if kappa < 0:
+        raise UserError(f"kappa is {kappa}: the extrapolation ratio is at least 0")
+    if order not in (1, 2):
+        raise UserError(f"order is {order}: take 1, or 2 for Heun's correction")
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

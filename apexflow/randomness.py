@@ -19,6 +19,15 @@ class RowRandom:
         self._generators = [torch.Generator().manual_seed(mix(seed, step, row)) for row in rows]
         self._device = torch.device(device)
 
+    @classmethod
+    def of_pictures(
+        cls, seeds: Sequence[tuple[int, int]], stream: int, device: torch.device | str = "cpu"
+    ) -> RowRandom:
+        """Rows that belong to pictures, each with its own (seed, index); streams of one picture are unrelated."""
+        rows = cls(0, stream, [], device)
+        rows._generators = [torch.Generator().manual_seed(mix(seed, stream, index)) for seed, index in seeds]
+        return rows
+
     def normal(self, shape: Sequence[int], where: Tensor | None = None) -> Tensor:
         """Standard normal (B, *shape), or (n, *shape) for the n rows that the boolean `where` (B,) marks."""
         drawn = [torch.randn(tuple(shape), generator=g) for g in self._rows(where)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Velocity
+from apexflow.randomness import RowRandom
 from apexflow.transport import LINEAR, Transport
 
 
@@ -57,7 +58,7 @@ def sample(
     rho: float = 0.0,
     order: int = 1,
     transport: Transport = LINEAR,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | RowRandom | None = None,
     jumps: bool = False,
 ) -> Tensor:
     """Algorithm 2: data of the shape of the noise `z` (B, ...), by one evaluation of `velocity(x_t, t)` a step.
@@ -98,9 +99,12 @@ def extrapolate(x_hat: Tensor, previous: Tensor, kappa: float) -> Tensor:
     return x_hat + kappa * (x_hat - previous)
 
 
-def refresh(z_hat: Tensor, rho: float, generator: torch.Generator | None) -> Tensor:
+def refresh(z_hat: Tensor, rho: float, generator: torch.Generator | RowRandom | None) -> Tensor:
     """Appendix E's bounded noise ratio: `sqrt(1 - rho) z_hat + sqrt(rho) noise`; rho = 1 is fresh noise alone."""
-    noise = torch.randn(z_hat.shape, generator=generator, dtype=z_hat.dtype, device=z_hat.device)
+    if isinstance(generator, RowRandom):
+        noise = generator.normal(z_hat.shape[1:]).to(z_hat)
+    else:
+        noise = torch.randn(z_hat.shape, generator=generator, dtype=z_hat.dtype, device=z_hat.device)
     return (1 - rho) ** 0.5 * z_hat + rho**0.5 * noise
 
 

@@ -25,7 +25,7 @@ from apexflow.evaluation.files import read_json, write_json
 from apexflow.evaluation.scoring import Scored, score
 from apexflow.evaluation.suite import Found, Prompt, Settings, Suite, Tools, prompts_sha256
 from apexflow.evaluation.suites import SUITES, make_suite
-from apexflow.generator import Generator
+from apexflow.generator import Generator, check_sampling
 
 __all__ = ["SUITES", "Settings", "Shard", "Tools", "evaluate", "over_seeds", "score_folder", "write_json"]
 
@@ -146,12 +146,14 @@ def _completeness(all_prompts: bool, found: Found, scored: Scored) -> dict[str, 
 def _generation(generator: Generator, settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything of the drawing that moves a score."""
     backbone = generator.backbone
-    times = generator.times(settings.steps)
+    times, size = generator.times(settings.steps), settings.size or backbone.default_size
+    backbone.latent_shape((size, size))  # tells of a size that the model cannot draw before the folder is taken
+    check_sampling(settings.kappa, settings.rho, settings.order)
     return asdict(settings) | {
         "steps": len(times) - 1,
         "guidance": backbone.settings.guidance if settings.guidance is None else settings.guidance,
         "times": times.tolist(),
-        "size": settings.size or backbone.default_size,
+        "size": size,
         "weights": fingerprint(backbone.transformer),
         "dtype": str(next(backbone.transformer.parameters()).dtype).removeprefix("torch."),
         "prompts_drawn_sha256": prompts_sha256([prompt.metadata for prompt in prompts]),

@@ -79,6 +79,13 @@ def test_what_cannot_be_scored_is_told_before_anything_is_drawn(run: Run, tmp_pa
         refused(run("evaluate", "--suite", "geneval", "--data", prompts, *scorers), "prompts.jsonl")
 
 
+def test_a_wrong_setting_leaves_the_folder_free(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    common = ("evaluate", "--model", tiny_model, "--limit", 1, "--per-prompt", 1, "--steps", 1, "-o", tmp_path / "e")
+    for option, value in (("--size", 50), ("--rho", 2), ("--kappa", -1), ("--order", 3)):
+        refused(run(*common, option, value), str(value))
+    assert run(*common)[0] == 0
+
+
 def test_the_official_detector_is_converted(run: Run, tmp_path: Path) -> None:
     weights = tmp_path / "official.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in checkpoint().items()}, weights)

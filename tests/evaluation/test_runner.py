@@ -147,6 +147,15 @@ def test_processes_share_the_drawing_and_the_last_one_scores(
         evaluate(generator, QUICK, shard=Shard(0, 2))
 
 
+def test_fresh_noise_belongs_to_the_picture_not_to_the_batch(generator: Generator) -> None:
+    prompts, seeds = ["a red star", "a blue ring"], [(3, 5), (3, 6)]
+    together = generator.generate_seeded(prompts, seeds, 3, guidance=1.0, rho=0.7)
+    alone = generator.generate_seeded(prompts[1:], seeds[1:], 3, guidance=1.0, rho=0.7)
+    still = generator.generate_seeded(prompts[1:], seeds[1:], 3, guidance=1.0)
+    pixels = [np.asarray(picture, dtype=int) for picture in (together[1], alone[0], still[0])]
+    assert abs(pixels[0] - pixels[1]).max() <= 1 < abs(pixels[1] - pixels[2]).max()
+
+
 def test_other_settings_need_another_folder(generator: Generator, whole: Path) -> None:
     with pytest.raises(UserError, match="other seed"):
         evaluate(generator, Settings(**{**vars(QUICK), "seed": 1}), whole)
