@@ -11,7 +11,7 @@ from PIL import Image
 
 from apexflow.data.pictures import to_tensor
 from apexflow.data.workers import worker
-from apexflow.evaluation.files import is_whole, open_picture, save_picture, write_json, write_text
+from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture, write_json, write_text
 from apexflow.evaluation.suite import Drawing, Prompt, Settings, Suite
 from apexflow.generator import MAX_BATCH, Generator
 from apexflow.progress import Progress
@@ -104,6 +104,14 @@ def _grid(samples: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def _readable(paths: Sequence[Path]) -> list[Image.Image]:
+    """The pictures of a prompt, or none if one of them cannot be read."""
+    try:
+        return [open_picture(path) for path in paths]
+    except Unreadable:
+        return []
+
+
 @torch.no_grad()
 def features(generator: Generator, pictures: Sequence[Image.Image]) -> torch.Tensor:
     """Pictures as the model's own autoencoder sees them, (B, features): where the distance between seeds is measured."""
@@ -113,13 +121,18 @@ def features(generator: Generator, pictures: Sequence[Image.Image]) -> torch.Ten
 
 
 def diversity(generator: Generator, folder: Path, drawings: Sequence[Drawing], per_prompt: int) -> float | None:
-    """Mean distance between pictures of one prompt under different seeds, per feature; None with one picture a prompt."""
+    """Mean distance between pictures of one prompt under different seeds, per feature; None with one picture a prompt.
+
+    A prompt with an unreadable picture, which the scoring reports, has no part in it.
+    """
     if per_prompt < 2:
         return None
     distances: list[float] = []
-    step = max(1, MAX_BATCH // per_prompt) * per_prompt  # whole prompts
-    for start in range(0, len(drawings), step):
-        pictures = [open_picture(folder / "pictures" / d.path) for d in drawings[start : start + step]]
-        for group in features(generator, pictures).split(per_prompt):
+    paths = [folder / "pictures" / drawing.path for drawing in drawings]
+    prompts = [paths[start : start + per_prompt] for start in range(0, len(paths), per_prompt)]
+    step = max(1, MAX_BATCH // per_prompt)
+    for start in range(0, len(prompts), step):
+        pictures = [picture for prompt in prompts[start : start + step] for picture in _readable(prompt)]
+        for group in features(generator, pictures).split(per_prompt) if pictures else ():
             distances.append(float(torch.pdist(group).mean()) / group.shape[1] ** 0.5)
     return sum(distances) / len(distances) if distances else None

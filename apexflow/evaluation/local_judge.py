@@ -61,7 +61,7 @@ class LocalJudge:
 
 
 class Mplug:
-    """DPG-Bench's official answering model, through modelscope (`pip install modelscope`), from a local folder."""
+    """DPG-Bench's official answering model, through modelscope (the extra `mplug`), from a local folder."""
 
     def __init__(self, folder: Path) -> None:
         try:

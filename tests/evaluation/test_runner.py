@@ -114,6 +114,16 @@ def test_a_half_written_picture_does_not_count(generator: Generator, whole: Path
     assert alike(folder, whole)
 
 
+def test_a_spoilt_picture_is_reported_and_moves_nothing(generator: Generator, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "e")
+    spoilt = folder / "pictures" / "00000" / "samples" / "0000.png"
+    content = spoilt.read_bytes()
+    spoilt.write_bytes(content[:60] + bytes(len(content) - 80) + content[-20:])  # with its end, as a bad disk leaves it
+    report = evaluate(generator, QUICK, folder)
+    assert list(report["failed"]) == ["00000/samples/0000.png"] and report["pictures"] == 47
+    assert report["diversity"] == pytest.approx(report_of(whole)["diversity"], rel=0.2)
+
+
 def test_half_a_row_and_the_row_of_another_picture_are_scored_again(
     generator: Generator, whole: Path, tmp_path: Path
 ) -> None:

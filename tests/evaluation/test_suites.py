@@ -11,15 +11,19 @@ from pathlib import Path
 import little
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from apexflow.errors import UserError
 from apexflow.evaluation import features
 from apexflow.evaluation.fid import fid_from_features
+from apexflow.evaluation.geneval import ColorClassifier
 from apexflow.evaluation.judge import question_messages
 from apexflow.evaluation.local_judge import Mplug
 from apexflow.evaluation.runner import SUITES, Settings, Tools, evaluate, over_seeds, score_folder
+from apexflow.evaluation.suite import Picture
+from apexflow.evaluation.suites.geneval import GenEval
 from apexflow.evaluation.table import score_table
 from apexflow.generator import Generator, load
 
@@ -61,6 +65,44 @@ def test_geneval(
     assert json.loads(rows_of(tmp_path / "e")[0]["metadata"])["include"]
     assert "not comparable" in score_table({"m": report})
     assert "found nothing" in report["warning"]  # a random detector is sure of nothing
+
+
+class Planted:
+    """A detector that sees one sure thing and one unsure thing, each with its mask, and CLIP's view of their colours."""
+
+    def __init__(self) -> None:
+        self.crops: list[tuple[str, tuple[int, int, int]]] = []
+
+    def detect_prepared(self, pixels: object, image_size: object, original: tuple[int, int]) -> tuple[dict, dict]:
+        masks = np.zeros((2, *original), dtype=bool)
+        masks[0, 2:6, 3:9], masks[1, 20:30, 20:30] = True, True
+        boxes = np.array([[20, 20, 30, 30, 0.29], [3, 2, 9, 6, 0.95]], dtype=np.float32)
+        return {"bench": boxes, "cow": np.empty((0, 5), np.float32)}, {"bench": masks[::-1], "cow": masks[:0]}
+
+    def encode_images(self, crops: list[Image.Image]) -> torch.Tensor:
+        self.crops += [(crop.size, crop.getpixel((0, 0))) for crop in crops]
+        return torch.nn.functional.one_hot(torch.tensor([4] * len(crops)), 10).float()  # blue
+
+    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+        return torch.eye(10).repeat_interleave(3, dim=0)
+
+
+def test_geneval_reads_the_colour_of_the_surest_box_under_its_own_mask(tmp_path: Path) -> None:
+    planted = Planted()
+    suite = GenEval(Tools())
+    suite.loaded = planted, ColorClassifier(planted)
+    Image.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "a.png")
+    clause = {"class": "bench", "count": 1, "color": "blue"}
+    asked = {"tag": "colors", "include": [clause], "prompt": "a photo of a blue bench"}
+    other = {"tag": "colors", "include": [clause | {"color": "red"}], "prompt": "a photo of a red bench"}
+    pictures = [Picture("a.png", tmp_path / "a.png", metadata) for metadata in (asked, other)]
+    right, wrong = suite.score(pictures, tmp_path)
+    assert right["correct"] and right["reason"] == ""
+    assert not wrong["correct"] and wrong["reason"] == "expected red bench>=1, found 0 red; and 1 blue"
+    assert planted.crops == [((6, 4), (10, 20, 30))] * 2
+    (box,) = json.loads(right["details"])["bench"]
+    assert box == pytest.approx([3, 2, 9, 6, 0.95])
+    assert suite.aggregate([right, wrong], tmp_path)["tasks"] == {"colors": 0.5}
 
 
 def test_geneval_takes_the_users_prompts(generator: Generator, tmp_path: Path) -> None:
