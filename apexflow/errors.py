@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake in the input, told in one line that names the thing and the mend; the command line exits with 2."""
@@ -13,3 +17,12 @@ class ToldElsewhere(UserError):
 
 class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, a file that cannot be written is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}): check the folder and the free space") from error

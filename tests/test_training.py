@@ -6,15 +6,13 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from processes import command, launch, until, wait
 from safetensors.torch import load_file, save_file
 
 from apexflow.backbones import load_backbone
@@ -24,6 +22,7 @@ from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import start, train
+from apexflow.training.roles import FullRoles
 from apexflow.training.run import save
 from apexflow.training.step import training_step
 
@@ -74,49 +73,25 @@ def test_resume_after_a_stop_is_exact(recipe_file: Path, tmp_path: Path, method:
 
 
 def test_kill_and_resume_equals_an_uninterrupted_run(recipe_file: Path, tmp_path: Path) -> None:
-    overrides = ["steps=40", "checkpoint_every=3", "preview.every=100"]
-    train(load_recipe(recipe_file, [*overrides, f"output={tmp_path / 'whole'}"]))
-    command = [
-        sys.executable,
-        "-m",
-        "apexflow.cli",
-        "train",
-        str(recipe_file),
-        *overrides,
-        f"output={tmp_path / 'killed'}",
-    ]
-    # Sums over threads differ in the last bit with their number.
-    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
-    deadline = time.monotonic() + 120
-    while not checkpoints(tmp_path / "killed" / "checkpoints") and time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    train(load_recipe(recipe_file, [*overrides, f"output={tmp_path / 'killed'}"]), resume=True)
+    overrides = ["train", str(recipe_file), "steps=40", "checkpoint_every=3", "preview.every=100"]
+    assert wait(launch(command, 1, *overrides, f"output={tmp_path / 'whole'}")) == [0]
+    killed = launch(command, 1, *overrides, f"output={tmp_path / 'killed'}")
+    until(lambda: checkpoints(tmp_path / "killed" / "checkpoints"), killed)
+    os.kill(killed[0].pid, signal.SIGKILL)
+    assert wait(killed) == [-signal.SIGKILL]
+    assert wait(launch(command, 1, *overrides, f"output={tmp_path / 'killed'}", "--resume")) == [0]
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     steps = [m["step"] for m in read_metrics(tmp_path / "killed")]
     assert steps == list(range(1, 41))
 
 
 def test_sigterm_saves_and_says_how_to_go_on(recipe_file: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "apexflow.cli",
-        "train",
-        str(recipe_file),
-        "steps=100000",
-        "checkpoint_every=100000",
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not read_metrics(tmp_path / "run") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    arguments = ["train", str(recipe_file), "steps=100000", "checkpoint_every=100000"]
+    process = launch(command, 1, *arguments, errors=tmp_path / "errors")
+    until(lambda: read_metrics(tmp_path / "run"), process)
+    os.kill(process[0].pid, signal.SIGTERM)
+    assert wait(process) == [130]
+    errors = (tmp_path / "errors-0").read_text()
     assert "--resume" in errors and "Traceback" not in errors
     assert checkpoints(tmp_path / "run" / "checkpoints")
 
@@ -207,6 +182,30 @@ def test_the_saved_model_loads_in_the_stock_pipeline(recipe_file: Path) -> None:
         one = torch.ones(1)
         F = ours.velocity(ours.transformer, z, one, ours.encode_prompts(["a photo of a red star"]))
     assert (ours.transport.endpoint(F, z, one) - stock).abs().max() < 1e-5
+
+
+def test_bf16_keeps_what_is_frozen_narrow_and_what_is_trained_in_float32(recipe_file: Path) -> None:
+    for kind in KINDS:
+        overrides = [f"tuning.kind={kind}", "tuning.rank=4", "precision=bf16", f"output={recipe_file.parent / kind}"]
+        run = start(load_recipe(recipe_file, overrides), resume=False)
+        numbers = [training_step(run) for _ in range(2)]
+        assert all(n["skipped"] == 0 and n["grad_norm"] > 0 for n in numbers)
+        kept = [*run.trained.values(), *run.roles.average.values()]
+        kept += [t for s in run.trainees["student"].optimizer.state.values() for t in s.values()]
+        assert {t.dtype for t in kept} == {torch.float32}
+        frozen = run.roles.teacher if isinstance(run.roles, FullRoles) else run.backbone.transformer
+        assert {p.dtype for n, p in frozen.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
+        assert loop.finish(run).is_dir()
+
+
+def test_a_micro_batch_may_have_no_row_to_generate_from(recipe_file: Path, tmp_path: Path) -> None:
+    numbers = []
+    for size in (4, 1):
+        overrides = ["objective.path_weight=0", "objective.share=0.25", f"micro_batch={size}"]
+        recipe = load_recipe(recipe_file, [*overrides, f"output={tmp_path / str(size)}"])
+        numbers.append(training_step(start(recipe, resume=False)))
+    assert numbers[1]["loss"] == pytest.approx(numbers[0]["loss"], rel=1e-4)
+    assert numbers[1]["grad_norm"] == pytest.approx(numbers[0]["grad_norm"], rel=1e-3)
 
 
 def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(

@@ -179,6 +179,8 @@ class APEX:
         """Algorithm 1, lines 2-22, for one micro-batch."""
         chosen = batch.chosen(self.share)
         used = chosen if self.path_weight == 0 else torch.ones_like(chosen)
+        if not bool(used.any()):
+            used = batch.rows == batch.rows[0]  # nothing to learn here, but no family takes a batch of no rows
         t = networks.round_time(self._times(batch, chosen))[used]
         x, c, picked = batch.x[used], batch.c[used], chosen[used]
         z = batch.random.normal(batch.x.shape[1:])[used].to(x)

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from apexflow.errors import writing
+
 
 class Journal:
     """One line of JSON a step. On resume, lines of steps that the checkpoint does not know are dropped.
@@ -31,7 +33,8 @@ class Journal:
     def write(self, step: int, numbers: dict[str, float]) -> None:
         if self.silent:
             return
-        self._file.write(json.dumps({"step": step} | numbers) + "\n")
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step} | numbers) + "\n")
         for name, value in numbers.items():
             if name != "seconds":
                 self._board.add_scalar(name, value, step)

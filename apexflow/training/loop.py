@@ -15,7 +15,7 @@ from torch import nn
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
-from apexflow.errors import Stopped, UserError
+from apexflow.errors import Stopped, UserError, writing
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import load
 from apexflow.progress import Progress, console
@@ -61,10 +61,10 @@ def steps(run: Run) -> None:
             journal.write(run.step, numbers | {"seconds": run.seconds})
             progress.advance(note=_note(numbers))
             last = run.step == recipe.steps
-            if run.step % recipe.preview.every == 0 or last:
-                preview(run)
             if run.step % recipe.checkpoint_every == 0 or last or stopped:
                 save(run)
+            if run.step % recipe.preview.every == 0 or last:
+                preview(run)
             if stopped:
                 journal.close()
                 raise Stopped(f"saved at step {run.step}; go on with the same command and --resume")
@@ -96,9 +96,11 @@ def start(recipe: Recipe, resume: bool) -> Run:
     saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0]
     if resume and saved:
         restore(run, Path(saved[-1]))
-    if leads():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2))
+    with together():
+        if leads():
+            with writing(folder / "recipe.json"):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2))
     return run
 
 
@@ -130,8 +132,9 @@ def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Op
 
 def preview(run: Run) -> None:
     """A sample grid. Sharded networks need all processes for it, others one."""
-    if leads() or isinstance(run.engine, Sharded):
-        save_preview(run.backbone, run.roles, run.recipe.preview, run.folder, run.step)
+    with together():
+        if leads() or isinstance(run.engine, Sharded):
+            save_preview(run.backbone, run.roles, run.recipe.preview, run.folder, run.step)
 
 
 def finish(run: Run) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from apexflow.backbones import Backbone
 from apexflow.data.scenes import scenes
+from apexflow.errors import writing
 from apexflow.generator import Generator, picture_grid
 from apexflow.training.config import Preview
 from apexflow.training.distributed import leads
@@ -21,6 +22,7 @@ def save_preview(backbone: Backbone, roles: Roles, preview: Preview, folder: Pat
         pictures = Generator(backbone).generate(prompts, preview.steps, PREVIEW_SEED, guidance=preview.guidance)
     path = folder / "previews" / f"step-{step:07d}.png"
     if leads():
-        path.parent.mkdir(exist_ok=True)
-        picture_grid(pictures, scale=2 if pictures[0].width <= 64 else 1).save(path)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            picture_grid(pictures, scale=2 if pictures[0].width <= 64 else 1).save(path)
     return path

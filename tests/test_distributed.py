@@ -1,0 +1,163 @@
+"""Two processes on a CPU: the gradients of one, exact resume, one voice for errors, and nobody left waiting."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import agreements, command, command_with_a_full_disk, gradients, launch, until, wait
+from safetensors.torch import load_file
+
+from apexflow.training.checkpoint import checkpoints, load_checkpoint
+from apexflow.training.journal import read_metrics
+
+
+@pytest.fixture
+def recipe(recipe_file: Path) -> Path:
+    """The recipe of the other tests, with its cache in a place that several runs share."""
+    text = recipe_file.read_text().replace("data: {", f"data: {{cache: {recipe_file.parent / 'cache'}, ")
+    recipe_file.write_text(text + "ema_decay: 0.5\nseed: 3\n")
+    return recipe_file
+
+
+def last(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint."""
+    tensors = load_checkpoint(checkpoints(folder / "checkpoints")[-1]).tensors
+    return {
+        f"{part}/{name}": tensor
+        for part in ("trained", "average", "optimizer")
+        for name, tensor in tensors[part].items()
+    }
+
+
+def losses(folder: Path) -> list[float]:
+    return [numbers["loss"] for numbers in read_metrics(folder)]
+
+
+def spoken(errors: Path) -> list[str]:
+    """Lines on standard error of both processes."""
+    return [
+        line for rank in (0, 1) for line in Path(f"{errors}-{rank}").read_text().splitlines() if "apexflow:" in line
+    ]
+
+
+# With one row a micro-batch the processes want different passes: half (or a quarter) of the rows are generated from.
+CASES = {
+    f"{kind} {parallel}": [f"tuning.kind={kind}", "tuning.rank=4", f"parallel={parallel}", f"objective.share={share}"]
+    for kind, parallel, share in (
+        ("full", "ddp", 0.5),
+        ("full", "fsdp", 0.25),
+        ("lora", "ddp", 0.5),
+        ("lora", "fsdp", 0.25),
+    )
+}
+
+
+def test_gradients_equal_those_of_one_process(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    split = {name: [*o, "micro_batch=1", "tuning.checkpointing=true"] for name, o in CASES.items()}
+    both = launch(gradients, 2, recipe, split, tmp_path / "two")
+    alone = launch(gradients, 1, recipe, CASES, tmp_path / "one")
+    assert wait(both) == [0, 0] and wait(alone) == [0]
+    for name in CASES:
+        one, two = (load_file(tmp_path / world / f"{name}.safetensors") for world in ("one", "two"))
+        assert one.keys() == two.keys() and any(bool(grad.any()) for grad in one.values())
+        for parameter, grad in one.items():
+            assert (two[parameter] - grad).abs().max() < 1e-5, (name, parameter)
+
+
+def test_what_processes_must_agree_on(recipe: Path, tmp_path: Path) -> None:
+    assert wait(launch(agreements, 2, recipe, tmp_path)) == [0, 0]
+
+
+@pytest.mark.parametrize(("kind", "parallel"), [("full", "fsdp"), ("lora", "ddp")])
+def test_kill_and_resume_on_two_processes_is_exact(recipe: Path, tmp_path: Path, kind: str, parallel: str) -> None:
+    common = ["train", str(recipe), f"tuning.kind={kind}", "tuning.rank=4", f"parallel={parallel}", "preview.every=100"]
+    assert wait(launch(command, 2, *common, f"output={tmp_path / 'whole'}")) == [0, 0]
+    parts = tmp_path / "parts"
+    killed = launch(command, 2, *common, f"output={parts}")
+    until(lambda: checkpoints(parts / "checkpoints"), killed)
+    for process in killed:
+        os.kill(process.pid, signal.SIGKILL)
+    wait(killed)
+    assert wait(launch(command, 2, *common, f"output={parts}", "--resume")) == [0, 0]
+    assert losses(parts) == losses(tmp_path / "whole")
+    one, two = last(tmp_path / "whole"), last(parts)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (parts / "model" / "model_index.json").is_file() and (parts / "report.html").is_file()
+    assert len(list((parts / "tensorboard").iterdir())) <= 2  # one writer a start
+
+
+def test_a_run_goes_on_with_another_number_of_processes(recipe: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = ["train", str(recipe), "parallel=fsdp", "preview.every=100"]
+    assert wait(launch(command, 1, *common, f"output={whole}")) == [0]
+    for world, steps in ((1, 2), (2, 4), (1, 6)):
+        more = ["--resume"] if steps > 2 else []
+        assert wait(launch(command, world, *common, f"output={parts}", f"steps={steps}", *more)) == [0] * world
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    one, two = last(whole), last(parts)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if not name.startswith("optimizer/"):
+            assert (two[name] - tensor).abs().max() < 1e-4, name
+
+
+def test_sigterm_to_any_process_saves_and_stops_all(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [
+        "train",
+        str(recipe),
+        "parallel=fsdp",
+        "steps=100000",
+        "checkpoint_every=100000",
+        "preview.every=100000",
+    ]
+    both = launch(command, 2, *arguments, errors=tmp_path / "errors")
+    until(lambda: read_metrics(run), both)
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert wait(both) == [130, 130]
+    assert len(checkpoints(run / "checkpoints")) == 1
+    (line,) = spoken(tmp_path / "errors")
+    assert "--resume" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch=5"], "batch 5 cannot be shared equally by 2 processes: make it a multiple of 2"),
+        (["model=nowhere"], "model 'nowhere' not found"),
+        (["parallel=fsdp", "tuning.text_encoder=true"], "set parallel=ddp"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nobody_waits(
+    recipe: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    both = launch(command, 2, "train", str(recipe), *overrides, errors=tmp_path / "errors")
+    assert wait(both) == [2, 2]
+    (line,) = spoken(tmp_path / "errors")
+    assert message in line
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_fills_on_one_machine_stops_all_and_keeps_the_last_checkpoint(
+    recipe: Path, tmp_path: Path, full: int
+) -> None:
+    common = ["train", str(recipe), "parallel=fsdp", "steps=2", "preview.every=100"]
+    assert wait(launch(command, 2, *common)) == [0, 0]
+    (good,) = checkpoints(tmp_path / "run" / "checkpoints")
+    again = [*common, "steps=4", "--resume"]
+    both = launch(command_with_a_full_disk, 2, full, *again, errors=tmp_path / "errors")
+    assert wait(both) == [2, 2]
+    (line,) = spoken(tmp_path / "errors")
+    assert (
+        "cannot save" in line
+        and "free some space" in line
+        and "Traceback" not in Path(f"{tmp_path / 'errors'}-{full}").read_text()
+    )
+    assert checkpoints(good.parent) == [good] and load_checkpoint(good).state["step"] == 2
