@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.conditioning import Condition, Velocity
-from apexflow.objectives import Batch, Field, Networks
+from apexflow.objectives import Batch, Field, Further, Networks, further_of
 from apexflow.randomness import RowRandom
 from apexflow.training.roles import held
 from apexflow.transport import LINEAR, Transport, expand
@@ -121,27 +121,62 @@ class Recorder:
         return F
 
 
+class LinearJudge(nn.Module):
+    """Two logits a row, linear in what a field answers; `recorder` is how that field is asked."""
+
+    def __init__(self, size: int, recorder: Field) -> None:
+        super().__init__()
+        self.head, self.recorder = nn.Linear(size, 2), recorder
+        for parameter in self.head.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8)) / 4
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return self.head(self.recorder(x_t, t, c).flatten(1))
+
+
 @dataclass
 class Roles:
-    """One linear field a role, each recorded."""
+    """One linear field a role, each recorded; `further` as an objective declares them."""
 
     student: LinearField
     reference: LinearField
     teacher: LinearField
+    further: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recorders = {name: Recorder(getattr(self, name)) for name in ("student", "reference", "teacher")}
 
+    def add(self, declared: Further) -> None:
+        """One further network: a linear field, or a judge over the field that it looks at."""
+        size = int(np.prod(SHAPE))
+        if declared.kind == "field":
+            self.further[declared.name] = LinearField(size, WIDTH, 4)
+        else:
+            on: Any = declared.on
+            looked_at = self.recorders.get(on) or Recorder(self.further[on])
+            if on in self.recorders:  # teachers are frozen in training
+                looked_at = held(looked_at, getattr(self, on).parameters())
+            self.further[declared.name] = LinearJudge(size, looked_at)
+
     def networks(self, **options: object) -> Networks:
         recorders: Any = self.recorders
         frozen = {name: held(field, getattr(self, name).parameters()) for name, field in recorders.items()}
-        return Networks(**recorders, null=make_condition(1, seed=99), frozen=frozen, **options)  # type: ignore[arg-type]
+        frozen |= {name: held(network, self.parameters(name)) for name, network in self.further.items()}
+        views: Any = {"further": self.further, "frozen": frozen}
+        return Networks(**recorders, null=make_condition(1, seed=99), **views, **options)  # type: ignore[arg-type]
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The weights of a role; a judge's include those of the further field that it looks at."""
+        network = self.further[name] if name in self.further else getattr(self, name)
+        looked_at = [self.further["critic"]] if name == "judge" and "critic" in self.further else []
+        return [parameter for part in (network, *looked_at) for parameter in part.parameters()]
 
     def calls(self, name: str) -> list[Call]:
         return self.recorders[name].calls
 
     def gradients(self, name: str) -> list[Tensor | None]:
-        return [parameter.grad for parameter in getattr(self, name).parameters()]
+        network = self.further[name] if name in self.further else getattr(self, name)
+        return [parameter.grad for parameter in network.parameters()]
 
 
 SHAPE, WIDTH = (1, 4, 4), 3
@@ -151,7 +186,10 @@ def make_roles(objective: Any = None) -> Roles:
     """Three different linear fields for data of SHAPE and conditions of WIDTH, and what else an objective declares."""
     size = int(np.prod(SHAPE))
     kind = JumpField if "second_time" in getattr(objective, "needs", ()) else LinearField
-    return Roles(*[kind(size, WIDTH, seed) for seed in (1, 2, 3)])
+    roles = Roles(*[kind(size, WIDTH, seed) for seed in (1, 2, 3)])
+    for declared in further_of(objective):
+        roles.add(declared)
+    return roles
 
 
 def make_condition(rows: int, seed: int = 0) -> Condition:
@@ -159,12 +197,15 @@ def make_condition(rows: int, seed: int = 0) -> Condition:
     return Condition(torch.randn(rows, 2, WIDTH, generator=torch.Generator().manual_seed(seed)))
 
 
-def make_batch(rows: int = 6, seed: int = 0, step: int = 0, x: Tensor | None = None, progress: float = 0.5) -> Batch:
+def make_batch(
+    rows: int = 6, seed: int = 0, step: int = 0, x: Tensor | None = None, progress: float = 0.5, turn: int = 0
+) -> Batch:
     """A whole global batch: random data of SHAPE unless `x` is given."""
     if x is None:
         x = torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(seed + 1))
     numbers = range(len(x))
-    return Batch(x, make_condition(len(x)), RowRandom(seed, step, numbers), torch.tensor(numbers), len(x), progress)
+    random = RowRandom(seed, step, numbers)
+    return Batch(x, make_condition(len(x)), random, torch.tensor(numbers), len(x), progress, turn)
 
 
 def micro_batches(batch: Callable[[], Batch], size: int, seed: int = 0) -> Iterator[Batch]:
@@ -174,4 +215,4 @@ def micro_batches(batch: Callable[[], Batch], size: int, seed: int = 0) -> Itera
         rows = whole.rows[first : first + size]
         piece = slice(first, first + size)
         random = RowRandom(seed, 0, rows.tolist())
-        yield Batch(whole.x[piece], whole.c[piece], random, rows, whole.total, whole.progress)
+        yield Batch(whole.x[piece], whole.c[piece], random, rows, whole.total, whole.progress, whole.turn)

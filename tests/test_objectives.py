@@ -12,7 +12,7 @@ from closed_forms import GaussianField, gaussian_velocity, make_batch, make_role
 from torch import Tensor
 
 import apexflow
-from apexflow.objectives import Batch, Networks, Objective, objectives, share_of
+from apexflow.objectives import Batch, Networks, Objective, further_of, objectives, share_of
 from apexflow.objectives.flow_matching import FlowMatching
 from apexflow.objectives.times import TimeLaw
 from apexflow.randomness import RowRandom
@@ -46,11 +46,32 @@ def test_terms_are_detached_scalars_that_include_the_loss(method: Any) -> None:
 @EVERY
 def test_needs_names_exactly_the_roles_called(method: Any) -> None:
     roles, objective = make_roles(method()), method()
-    objective(roles.networks(), make_batch(), {})
+    for turn in range(2):
+        objective(roles.networks(), make_batch(turn=turn), {})
     assert roles.calls("student")
     called = [name for name in ("reference", "teacher") if roles.calls(name)]
     jumps = ["second_time"] * any(call.s is not None for call in roles.calls("student"))
     assert sorted(objective.needs) == sorted(called + jumps)
+
+
+@EVERY
+def test_each_loss_reaches_its_own_role_and_a_turn_says_whose_it_is(method: Any) -> None:
+    objective = method()
+    stepped: set[str] = set()
+    for turn in range(2):
+        roles = make_roles(objective)
+        losses = objective(roles.networks(), make_batch(turn=turn), {})
+        losses.everything.backward()
+        felt = {name for name in ("student", *roles.further) if any(g is not None for g in roles.gradients(name))}
+        wanted = set(losses.further) | ({"student"} if losses.total.requires_grad else set())
+        assert felt == wanted
+        stepped |= felt
+        if losses.total.requires_grad:  # the student's loss passes through the others and leaves them be
+            other = make_roles(objective)
+            objective(other.networks(), make_batch(turn=turn), {}).total.backward()
+            assert all(gradient is None for name in other.further for gradient in other.gradients(name))
+            torch.testing.assert_close(other.gradients("student"), roles.gradients("student"))
+    assert stepped == {"student", *(declared.name for declared in further_of(objective))}
 
 
 @EVERY

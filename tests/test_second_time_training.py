@@ -47,7 +47,7 @@ def test_the_saved_model_jumps_as_the_average_did_and_stock_diffusers_sees_none_
     from diffusers import SanaTransformer2DModel
 
     run = start(load_recipe(recipe_file, [*JUMPS, f"tuning.kind={kind}"]), resume=False)
-    x, t, c = run.data.latents[:2].float(), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
+    x, t, c = run.data.latents([0, 1]), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
     s = torch.tensor([0.2, 0.5])
     for _ in range(4):
         training_step(run)
@@ -73,7 +73,7 @@ def test_the_saved_model_jumps_as_the_average_did_and_stock_diffusers_sees_none_
 def test_lora_answers_of_teacher_and_average_have_their_own_second_time(recipe_file: Path) -> None:
     run = start(load_recipe(recipe_file, [*JUMPS, "tuning.kind=lora"]), resume=False)
     networks = run.roles.networks(None)
-    x, t, c = run.data.latents[:2].float(), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
+    x, t, c = run.data.latents([0, 1]), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
     with torch.no_grad():
         base = networks.teacher(x, t, c)
         assert torch.equal(networks.student(x, t, c, t), base)

@@ -139,11 +139,13 @@ def objectives() -> dict[str, Any]:
     from apexflow.objectives.apex import APEX
     from apexflow.objectives.cm import CM
     from apexflow.objectives.ctm import CTM
+    from apexflow.objectives.dmd2 import DMD2
     from apexflow.objectives.flow_matching import FlowMatching
     from apexflow.objectives.lcm import LCM
     from apexflow.objectives.meanflow import MeanFlow
     from apexflow.objectives.pcm import PCM
     from apexflow.objectives.rcgm import RCGM
+    from apexflow.objectives.sana_sprint import SanaSprint
     from apexflow.objectives.scm import SCM
     from apexflow.objectives.twinflow import TwinFlow
     from apexflow.objectives.ucgm import UCGM
@@ -160,4 +162,6 @@ def objectives() -> dict[str, Any]:
         "meanflow": MeanFlow,
         "rcgm": RCGM,
         "twinflow": TwinFlow,
+        "dmd2": DMD2,
+        "sana_sprint": SanaSprint,
     }

@@ -22,6 +22,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks
 from apexflow.objectives.cm import teach
+from apexflow.objectives.derivative import Kind, derivative
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
 
@@ -56,7 +57,7 @@ class SCM:
     """
 
     mode: Literal["distillation", "training"] = "distillation"
-    derivative: Literal["difference", "jvp"] = "difference"
+    derivative: Kind = "difference"
     epsilon: float = 5e-3
     warmup: float = 0.1
     c: float | None = 0.1
@@ -82,19 +83,24 @@ class SCM:
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1 for one micro-batch: `||F - sg(F) - g||^2` per element, g the normalised tangent."""
+        losses, _ = self.rows(networks, batch, networks.round_time(self.times.draw(batch.random)))
+        loss = losses.sum() / batch.total
+        return Losses(loss, {"loss": loss.detach()})
+
+    def rows(self, networks: Networks, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (B,) of every row at times `t`, and the pictures that the student's predictions imply."""
         transport, c = networks.transport, batch.c
-        t = networks.round_time(self.times.draw(batch.random))
         x, z = batch.x, batch.random.normal(batch.x.shape[1:]).to(batch.x)
         x_t = transport.interpolate(x, z, t)
-        F = angular_prediction(networks.student(x_t, t, c), x_t, t, transport)
+        answer = networks.student(x_t, t, c)
+        F = angular_prediction(answer, x_t, t, transport)
         with torch.no_grad():
             if self.mode == "distillation":
                 v = teach(networks, x_t, t, c, self.guidance)
                 x, z = transport.endpoint(v, x_t, t), transport.noise(v, x_t, t)
             g = self._tangent(networks, F.detach(), x, z, t, c, self._share(batch.progress))
             target = F + self._normalised(g)
-        loss = (F - target).float().flatten(1).square().mean(1).sum() / batch.total
-        return Losses(loss, {"loss": loss.detach()})
+        return (F - target).float().flatten(1).square().mean(1), transport.endpoint(answer, x_t, t)
 
     def _tangent(
         self, networks: Networks, F: Tensor, x: Tensor, z: Tensor, t: Tensor, c: Condition, r: float
@@ -110,18 +116,12 @@ class SCM:
         """dF / d theta, the total derivative of the student's prediction along the path from `x` to `z`."""
         transport = networks.transport
 
-        def along(s: Tensor) -> tuple[Tensor, Tensor]:
+        def along(s: Tensor) -> Tensor:
             x_s = transport.interpolate(x, z, s)
-            return angular_prediction(networks.student(x_s, s, c), x_s, s, transport), angle(s, transport)
+            return angular_prediction(networks.student(x_s, s, c), x_s, s, transport)
 
-        if self.derivative == "jvp":
-            tangents: Any = torch.func.jvp(along, (t,), (torch.ones_like(t),))[1]
-            dF, dtheta = tangents
-        else:
-            above, theta_above = along(networks.round_time((t + self.epsilon).clamp_max(1)))
-            below, theta_below = along(networks.round_time((t - self.epsilon).clamp_min(0)))
-            dF, dtheta = above - below, theta_above - theta_below
-        return dF / expand(dtheta, x)
+        rate: Any = torch.func.jvp(lambda s: angle(s, transport), (t,), (torch.ones_like(t),))[1]
+        return derivative(along, t, self.derivative, self.epsilon, networks.round_time) / expand(rate, x)
 
     def _normalised(self, g: Tensor) -> Tensor:
         """Section 4.2: g / (|g| + c)."""

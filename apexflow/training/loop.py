@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +19,14 @@ from apexflow.conditioning import Condition
 from apexflow.errors import Stopped, UserError, writing
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import load
+from apexflow.objectives import further_of
 from apexflow.progress import Progress, console
 from apexflow.report import write_report
 from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, in_turn, joined, leads, own_device, own_rows, together
 from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind, shard
+from apexflow.training.further import make_furthers
 from apexflow.training.journal import Journal
 from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
@@ -91,8 +94,9 @@ def start(recipe: Recipe, resume: bool) -> Run:
         kind = parallel_kind(recipe, backbone.transformer, device)
         roles = make_roles(backbone, recipe, objective.needs, _placing(kind, backbone, recipe, device))
     engine = _engine(kind, backbone, roles, recipe, null)
-    trainee = Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))
-    run = Run(recipe, folder, backbone, data, objective, roles, engine, {"student": trainee}, device)
+    trainees = {"student": Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))}
+    trainees |= _further(recipe, objective, backbone, roles, engine, null)
+    run = Run(recipe, folder, backbone, data, objective, roles, engine, trainees, device)
     saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0]
     if resume and saved:
         restore(run, Path(saved[-1]))
@@ -123,10 +127,29 @@ def _engine(kind: str, backbone: Backbone, roles: Roles, recipe: Recipe, null: C
     return Engine(networks)
 
 
-def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _further(
+    recipe: Recipe, objective: Any, backbone: Backbone, roles: Roles, engine: Engine, null: Condition
+) -> dict[str, Trainee]:
+    """The networks that the method declares beside the student, each with its own optimizer, made known to the engine."""
+    declared = further_of(objective)
+    if not declared:
+        return {}
+    if isinstance(engine, Sharded):
+        raise UserError(f"method {recipe.method} trains further networks, which are not sharded: set parallel=ddp")
+    furthers = make_furthers(declared, backbone, roles, engine.networks, null, recipe.seed)
+    engine.networks = furthers.join(engine.networks)
+    return {
+        one.name: Trainee(trained, _optimizer(recipe, list(trained.values()), one.betas), one.rate)
+        for one, trained in zip(declared, furthers.trained.values(), strict=True)
+    }
+
+
+def _optimizer(
+    recipe: Recipe, parameters: list[nn.Parameter], betas: tuple[float, float] | None = None
+) -> torch.optim.Optimizer:
     settings = recipe.optimizer
     return torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        parameters, lr=settings.learning_rate, betas=betas or settings.betas, weight_decay=settings.weight_decay
     )
 
 

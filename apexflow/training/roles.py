@@ -36,6 +36,7 @@ class FullRoles:
         if text_encoder:
             self._modules["text_encoder"] = backbone.text_encoder
         self.teacher = frozen_copy(backbone.transformer).to(frozen) if "teacher" in needs else None
+        self._further: dict[str, nn.Module] = {}
         self._averages = {name: frozen_copy(module) for name, module in self._modules.items()}
         for module in self._modules.values():
             module.requires_grad_(True)
@@ -55,9 +56,9 @@ class FullRoles:
         """The fields that an objective may call."""
         teacher = self.teacher if self.teacher is not None else self.backbone.transformer
         return Networks(
-            student=_field(self.backbone, self.backbone.transformer),
-            reference=_field(self.backbone, self._averages["transformer"]),
-            teacher=_field(self.backbone, teacher),
+            student=field_of(self.backbone, self.backbone.transformer),
+            reference=field_of(self.backbone, self._averages["transformer"]),
+            teacher=field_of(self.backbone, teacher),
             null=null,
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
@@ -67,7 +68,19 @@ class FullRoles:
 
     def _frozen(self, teacher: nn.Module) -> dict[str, Field]:
         modules = {"student": self.backbone.transformer, "reference": self._averages["transformer"], "teacher": teacher}
-        return {name: held(_field(self.backbone, module), module.parameters()) for name, module in modules.items()}
+        return {name: held(field_of(self.backbone, module), module.parameters()) for name, module in modules.items()}
+
+    def network(self, name: str) -> nn.Module:
+        """The module that answers for the teacher or a further role."""
+        found = self.teacher if name == "teacher" else self._further[name]
+        assert found is not None
+        return found
+
+    def add_copy(self, name: str) -> nn.Module:
+        """A further network that is trained, and starts as the pretrained model."""
+        start = self.teacher if self.teacher is not None else self.backbone.transformer
+        self._further[name] = copy.deepcopy(start).float().requires_grad_(True)
+        return self._further[name]
 
     @contextmanager
     def shipped(self) -> Iterator[None]:
@@ -105,10 +118,11 @@ class LoraRoles:
         config = LoraConfig(
             r=tuning.rank, lora_alpha=alpha, target_modules=list(backbone.lora_targets), init_lora_weights="gaussian"
         )
+        self._inject: Callable[[str], object] = lambda name: inject_adapter_in_model(config, transformer, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of the second adapter, which is the point here
             for name in ("default", "ema"):
-                inject_adapter_in_model(config, transformer, adapter_name=name)
+                self._inject(name)
         self._layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
         if not self._layers:
             raise UserError(f"LoRA found none of its targets {list(backbone.lora_targets)} in this model")
@@ -131,7 +145,7 @@ class LoraRoles:
             layer.__dict__["_disable_adapters"] = name is None
             layer.__dict__["_active_adapter"] = [name or "default"]
         if (second := second_time.second_time_of(self.backbone.transformer)) is not None:
-            second.active = name
+            second.active = name if name is not None and name in second.embedders else None
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -139,7 +153,7 @@ class LoraRoles:
         return [self.backbone.transformer]
 
     def networks(self, null: Condition | None) -> Networks:
-        field = _field(self.backbone, self.backbone.transformer)
+        field = field_of(self.backbone, self.backbone.transformer)
         reference, teacher = self._as("ema", field), self._as(None, field)
         return Networks(
             student=field,
@@ -162,6 +176,30 @@ class LoraRoles:
                 self._activate("default")
 
         return answer
+
+    def network(self, name: str) -> nn.Module:
+        """The module that answers for every role."""
+        return self.backbone.transformer
+
+    def add_adapter(self, name: str) -> tuple[Field, dict[str, nn.Parameter]]:
+        """A further role that is trained, and starts as the base: how it is asked, and its weights."""
+        transformer = self.backbone.transformer
+        before = {key: p.requires_grad for key, p in transformer.named_parameters()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._inject(name)
+        self._activate("default")
+        for key, parameter in transformer.named_parameters():
+            parameter.requires_grad_(before.get(key, True))  # peft's injection leaves the newest adapter trained alone
+        named = transformer.named_parameters()
+        trained = {
+            key.replace(f".{name}.", "."): p
+            for key, p in named
+            if f".lora_A.{name}." in key or f".lora_B.{name}." in key
+        }
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+        return self._as(name, field_of(self.backbone, transformer)), trained
 
     @torch.no_grad()
     def final(self) -> nn.Module:
@@ -278,7 +316,9 @@ def _named(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
 
 
-def _field(backbone: Backbone, network: nn.Module) -> Field:
+def field_of(backbone: Backbone, network: nn.Module) -> Field:
+    """How a network of the backbone's class is asked."""
+
     def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
         with second_time.going_to(network, s):
             return backbone.velocity(network, x_t, t, c)

@@ -32,10 +32,16 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass
 class Trainee:
-    """A trained role: its parameters by name, and the optimizer that moves them."""
+    """A trained role: its parameters by name, the optimizer that moves them, and its learning rate over the recipe's."""
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    rate: float = 1.0
+
+    @property
+    def moved(self) -> bool:
+        """Whether the loss of this step has reached it."""
+        return any(parameter.grad is not None for parameter in self.parameters.values())
 
 
 @dataclass

@@ -23,14 +23,16 @@ def training_step(run: Run) -> dict[str, float]:
     """One step of every optimizer over a global batch; the numbers to record. A non-finite step is skipped."""
     recipe = run.recipe
     terms = summed(accumulate(run))
-    norms = {role: clip(trainee, recipe.optimizer.clip_norm) for role, trainee in run.trainees.items()}
+    moved = {role: trainee for role, trainee in run.trainees.items() if trainee.moved}
+    norms = {role: clip(trainee, recipe.optimizer.clip_norm) for role, trainee in moved.items()}
     rate = learning_rate(recipe, run.step)
     if all(math.isfinite(value) for value in (*terms.values(), *norms.values())):
-        for trainee in run.trainees.values():
+        for trainee in moved.values():
             for group in trainee.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * trainee.rate
             trainee.optimizer.step()
-        update_average(run.roles, recipe.ema_decay, run.step)
+        if "student" in moved:
+            update_average(run.roles, recipe.ema_decay, run.step)
         run.bad = 0
     else:
         run.bad += 1
@@ -61,7 +63,7 @@ def accumulate(run: Run) -> dict[str, float]:
         with run.engine.micro_batch(batch, last=number == len(parts) - 1):
             with torch.autocast(run.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 losses = run.objective(run.networks, batch, run.memory)
-                total = losses.total + run.engine.owed()
+                total = losses.everything + run.engine.owed()
             total.backward()
         for name, value in losses.terms.items():
             terms[name] = terms.get(name, 0.0) + float(value)
@@ -85,7 +87,9 @@ def make_batch(run: Run, rows: Tensor) -> Batch:
     random = RowRandom(recipe.seed, run.step, rows.tolist(), run.device)
     dropped = RowRandom(mix(recipe.seed, 1), run.step, rows.tolist()).uniform() < recipe.caption_dropout
     x = run.data.latents(index).to(run.device)
-    return Batch(x, _condition(run, index, dropped), random, rows.to(run.device), recipe.batch, run.step / recipe.steps)
+    return Batch(
+        x, _condition(run, index, dropped), random, rows.to(run.device), recipe.batch, run.step / recipe.steps, run.step
+    )
 
 
 def _condition(run: Run, index: list[int], dropped: Tensor) -> Condition:

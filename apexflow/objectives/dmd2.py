@@ -1,0 +1,120 @@
+"""DMD2 (Yin et al., 2024): the student follows the difference of two scores, the teacher's and that of its own pictures.
+
+The second is a critic, which learns the velocity of the student's pictures and is stepped more often than the student (two
+time scales); a judge on the critic's features adds the GAN loss. Distances are between endpoints, as the released training
+has them: DMD's gradient is scaled by the mean distance of the picture from the teacher's estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from apexflow.objectives import Batch, Further, Losses, Networks
+from apexflow.objectives.cm import teach
+from apexflow.objectives.times import TimeLaw
+from apexflow.sampler import shift_times, time_grid
+
+
+@dataclass(frozen=True)
+class DMD2:
+    """Distribution matching and GAN losses of the student, the critic's velocity and the judge's losses.
+
+    steps: what the student is made for. With several, it is asked where its own sampler brings it (backward simulation).
+    student_every: of how many steps the student takes one; critic and judge take all (TTUR, 5).
+    guidance: of the teacher's score (SDXL: 8). gan, judge_gan: weights of the GAN loss for the student and for the judge
+        (SDXL: 0.005 and 0.01); without the first, there is no judge. times: of the noise that pictures are compared at.
+    """
+
+    steps: int = 1
+    student_every: int = 5
+    guidance: float = 8.0
+    gan: float = 5e-3
+    judge_gan: float = 1e-2
+    times: TimeLaw = field(default_factory=lambda: TimeLaw(kind="uniform"))
+
+    needs: ClassVar[tuple[str, ...]] = ("teacher",)
+    citation: ClassVar[str] = "Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2024"
+    sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.student_every < 1:
+            raise ValueError(f"steps and student_every must be at least 1, got {self.steps} and {self.student_every}")
+        if min(self.gan, self.judge_gan) < 0:
+            raise ValueError(f"gan and judge_gan must be at least 0, got {self.gan} and {self.judge_gan}")
+
+    @property
+    def further(self) -> tuple[Further, ...]:
+        """The critic, and a judge on its middle block."""
+        return (Further("critic"), *[Further("judge", "judge", on="critic")] * (self.gan > 0))
+
+    def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
+        """One micro-batch: everybody's losses, the student's when it is its turn."""
+        turn = batch.turn % self.student_every == 0
+        x_fake = self._generate(networks, batch, turn)
+        total, terms = batch.x.new_zeros(()), {}
+        if turn:
+            matching, fooling = self._student(networks, batch, x_fake)
+            total = (matching + self.gan * fooling) / batch.total
+            terms = {"matching": matching.detach() / batch.total, "loss": total.detach()}
+        further = self._others(networks, batch, x_fake.detach())
+        named = {f"loss_{name}": loss.detach() for name, loss in further.items()}
+        return Losses(total, {"loss": total.detach()} | terms | named, further)
+
+    def _generate(self, networks: Networks, batch: Batch, turn: bool) -> Tensor:
+        """The student's pictures (B, ...), with a graph at its turn; of several steps, each row's is one at random."""
+        transport, c = networks.transport, batch.c
+        grid = networks.round_time(shift_times(time_grid(self.steps).float(), networks.time_shift).to(batch.x.device))
+        x_t = batch.random.normal(batch.x.shape[1:]).to(batch.x)
+        last = (batch.random.uniform() * self.steps).long().clamp_max(self.steps - 1)
+        t = grid[0].expand(len(x_t))
+        with torch.no_grad():
+            for number in range(1, self.steps):
+                z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
+                x = transport.endpoint(networks.student(x_t, t, c), x_t, t)
+                following, onward = grid[number].expand(len(x_t)), last >= number
+                x_t = torch.where(_like(onward, x), transport.interpolate(x, z, following), x_t)
+                t = torch.where(onward, following, t)
+        with torch.set_grad_enabled(turn):
+            return transport.endpoint(networks.student(x_t, t, c), x_t, t)
+
+    def _student(self, networks: Networks, batch: Batch, x_fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of the distribution matching loss and of the GAN loss, at pictures with fresh noise."""
+        transport, c = networks.transport, batch.c
+        x_t, t, _ = self._noised(networks, batch, x_fake)
+        with torch.no_grad():
+            real = transport.endpoint(teach(networks, x_t, t, c, self.guidance), x_t, t)
+            fake = transport.endpoint(networks.further["critic"](x_t, t, c), x_t, t)
+            size = (x_fake - real).abs().flatten(1).mean(1).clamp_min(1e-6)
+            target = x_fake - (fake - real) / _like(size, fake)
+        matching = 0.5 * (x_fake - target).float().flatten(1).square().mean(1).sum()
+        if self.gan == 0:
+            return matching, matching.new_zeros(())
+        return matching, softplus(-networks.frozen["judge"](x_t, t, c)).mean(1).sum()
+
+    def _others(self, networks: Networks, batch: Batch, x_fake: Tensor) -> dict[str, Tensor]:
+        """The critic's flow matching of the student's pictures, and the judge's loss on them and on data."""
+        x_t, t, target = self._noised(networks, batch, x_fake)
+        error = networks.further["critic"](x_t, t, batch.c) - target
+        losses = {"critic": error.float().flatten(1).square().mean(1).sum() / batch.total}
+        if self.gan > 0:
+            judge = networks.further["judge"]
+            y_t, s, _ = self._noised(networks, batch, batch.x)
+            right = softplus(-judge(y_t, s, batch.c)).mean(1) + softplus(judge(x_t, t, batch.c)).mean(1)
+            losses["judge"] = self.judge_gan * right.sum() / batch.total
+        return losses
+
+    def _noised(self, networks: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures with fresh noise: the points, the times, in [0.02, 0.98] as in DMD, and the targets there."""
+        t = networks.round_time(self.times.draw(batch.random).clamp(0.02, 0.98))
+        z = batch.random.normal(x.shape[1:]).to(x)
+        return networks.transport.interpolate(x, z, t), t, networks.transport.target(x, z, t)
+
+
+def _like(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.reshape(-1, *[1] * (like.ndim - 1))

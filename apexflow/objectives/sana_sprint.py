@@ -1,0 +1,89 @@
+"""Sana-Sprint (Chen et al., 2025): sCM distillation, and a judge on the frozen teacher's features (LADD).
+
+The two take turns, as in the released training. Left out: the dense time embedding and QK norm that the paper fine-tunes
+its teacher for, an embedded guidance scale (one is trained in), and pairs of picture and wrong prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+from apexflow.objectives import Batch, Further, Losses, Networks
+from apexflow.objectives.scm import SCM
+from apexflow.objectives.times import TimeLaw
+
+
+def released_scm() -> SCM:
+    """sCM with the released law of times, tan(theta) ~ exp N(0.2, 1.6^2), and guidance 4.5."""
+    return SCM(times=TimeLaw(mean=0.2, spread=1.6), guidance=4.5)
+
+
+@dataclass(frozen=True)
+class SanaSprint:
+    """L = L_sCM + weight * L_adv at the student's turn, the judge's hinge loss at its own.
+
+    scm: sCM's fields. weight: lambda (0.5). share: part of the rows that stand at t = 1, pure noise (50 %).
+    depths: which blocks the judge looks at, 2, 8, 14 and 19 of 20. judge_times: law of the noise that it sees.
+    """
+
+    scm: SCM = field(default_factory=released_scm)
+    weight: float = 0.5
+    share: float = 0.5
+    depths: tuple[float, ...] = (0.1, 0.4, 0.7, 0.95)
+    judge_times: TimeLaw = field(default_factory=lambda: TimeLaw(mean=-0.6))
+
+    needs: ClassVar[tuple[str, ...]] = ("teacher",)
+    citation: ClassVar[str] = "Chen et al., SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency, 2025"
+    sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or not 0 <= self.share <= 1:
+            raise ValueError(f"weight must be at least 0 and share in [0, 1], got {self.weight} and {self.share}")
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths must be shares in [0, 1] of the blocks, got {self.depths}")
+
+    @property
+    def further(self) -> tuple[Further, ...]:
+        """The judge on the teacher's features."""
+        return (Further("judge", "judge", on="teacher", depths=self.depths),)
+
+    def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
+        """One micro-batch; the student takes the even turns, the judge the odd ones."""
+        if batch.turn % 2 == 1:
+            return self._judges_turn(networks, batch)
+        losses, picture = self.scm.rows(networks, batch, self._times(networks, batch))
+        x_s, s = self._noised(networks, batch, picture)
+        fooling = -networks.frozen["judge"](x_s, s, batch.c).mean(1).sum() / batch.total
+        consistency = losses.sum() / batch.total
+        total = consistency + self.weight * fooling
+        terms = {"consistency": consistency, "fooling": fooling, "loss": total}
+        return Losses(total, {name: term.detach() for name, term in terms.items()})
+
+    def _judges_turn(self, networks: Networks, batch: Batch) -> Losses:
+        """The hinge loss on data and on the student's pictures."""
+        t = self._times(networks, batch)
+        z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
+        x_t = networks.transport.interpolate(batch.x, z, t)
+        with torch.no_grad():
+            picture = networks.transport.endpoint(networks.student(x_t, t, batch.c), x_t, t)
+        judge, c = networks.further["judge"], batch.c
+        real, fake = (judge(*self._noised(networks, batch, x), c) for x in (batch.x, picture))
+        loss = (relu(1 - real).mean(1) + relu(1 + fake).mean(1)).sum() / batch.total
+        zero = batch.x.new_zeros(())
+        return Losses(zero, {"loss": zero, "loss_judge": loss.detach()}, {"judge": loss})
+
+    def _times(self, networks: Networks, batch: Batch) -> Tensor:
+        t = self.scm.times.draw(batch.random)
+        return networks.round_time(torch.where(batch.chosen(self.share), torch.ones_like(t), t))
+
+    def _noised(self, networks: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures with fresh noise at fresh times."""
+        s = networks.round_time(self.judge_times.draw(batch.random))
+        z = batch.random.normal(x.shape[1:]).to(x)
+        return networks.transport.interpolate(x, z, s), s
