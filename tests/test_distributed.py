@@ -54,6 +54,12 @@ CASES = {
         ("lora", "fsdp", 0.25),
     )
 }
+# A second time, several kinds of rows, and further networks.
+CASES |= {
+    "meanflow fsdp": ["method=meanflow", "objective.share=1", "parallel=fsdp"],
+    "twinflow lora ddp": ["method=twinflow", "tuning.kind=lora", "tuning.rank=4", "parallel=ddp"],
+    "dmd2 ddp": ["method=dmd2", "objective.guidance=2", "parallel=ddp"],
+}
 
 
 def test_gradients_equal_those_of_one_process(recipe: Path, tmp_path: Path) -> None:

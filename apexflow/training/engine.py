@@ -42,9 +42,6 @@ class Engine:
         """To be added to the loss: what keeps this process in step with the others, zero in value and gradient."""
         return 0.0
 
-    def join_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Make the gradients of further networks those of the global batch, in all processes."""
-
 
 class Replicated(Engine):
     """DDP around the trained modules: gradients are summed while the last micro-batch runs backward."""
@@ -72,14 +69,6 @@ class Replicated(Engine):
     def micro_batch(self, batch: Batch, last: bool) -> Iterator[None]:
         with nullcontext() if last else self._ddp.no_sync():
             yield
-
-    def join_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Networks other than the student stand outside DDP: their gradients are summed here, where any process has some."""
-        moved = [parameter.grad is not None for parameter in parameters]
-        for parameter, anywhere in zip(parameters, map(any, zip(*gather(moved), strict=True)), strict=True):
-            if anywhere:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(parameter.grad)
 
 
 class _Shell(nn.Module):

@@ -31,10 +31,17 @@ class Furthers:
         """The networks of a run with these among them."""
         return replace(networks, further=self.fields, frozen={**networks.frozen, **self.frozen})
 
-    def add(self, name: str, asked: Field, trained: dict[str, nn.Parameter], also: Sequence[nn.Parameter] = ()) -> None:
-        """`also`: weights of others that the field passes through, to be held with its own."""
+    def add(
+        self,
+        name: str,
+        asked: Field,
+        trained: dict[str, nn.Parameter],
+        network: nn.Module,
+        also: Sequence[nn.Parameter] = (),
+    ) -> None:
+        """`network` answers for it; `also`: weights of others that it passes through, to be held with its own."""
         self.fields[name], self.trained[name] = asked, {f"{name}.{key}": p for key, p in trained.items()}
-        self.frozen[name] = held(asked, [*trained.values(), *also])
+        self.frozen[name] = held(asked, [*trained.values(), *also], network)
 
 
 def make_furthers(
@@ -54,10 +61,10 @@ def make_furthers(
 
 def _add_field(made: Furthers, one: Further, backbone: Backbone, roles: Roles) -> None:
     if isinstance(roles, LoraRoles):
-        made.add(one.name, *roles.add_adapter(one.name))
+        made.add(one.name, *roles.add_adapter(one.name), roles.network(one.name))
         return
     network = roles.add_copy(one.name)
-    made.add(one.name, field_of(backbone, network), dict(network.named_parameters()))
+    made.add(one.name, field_of(backbone, network), dict(network.named_parameters()), network)
 
 
 def _add_judge(
@@ -69,7 +76,8 @@ def _add_judge(
     with torch.no_grad():
         seen = look(x, torch.ones(1, device=x.device), null)
     judge = Judge(look, [part.shape[-1] for part in seen]).to(x.device)
-    made.add(one.name, judge, dict(judge.named_parameters()), list(made.trained.get(one.on, {}).values()))
+    below_it = list(made.trained.get(one.on, {}).values())
+    made.add(one.name, judge, dict(judge.named_parameters()), roles.network(one.on), below_it)
 
 
 class Judge(nn.Module):

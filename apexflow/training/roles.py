@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class FullRoles:
 
     def _frozen(self, teacher: nn.Module) -> dict[str, Field]:
         modules = {"student": self.backbone.transformer, "reference": self._averages["transformer"], "teacher": teacher}
-        return {name: held(field_of(self.backbone, module), module.parameters()) for name, module in modules.items()}
+        return {name: held(field_of(self.backbone, part), part.parameters(), part) for name, part in modules.items()}
 
     def network(self, name: str) -> nn.Module:
         """The module that answers for the teacher or a further role."""
@@ -163,7 +163,11 @@ class LoraRoles:
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
-            frozen={"student": held(field, self.trained.values()), "reference": reference, "teacher": teacher},
+            frozen={
+                "student": held(field, self.trained.values(), self.backbone.transformer),
+                "reference": reference,
+                "teacher": teacher,
+            },
         )
 
     def _as(self, name: str | None, field: Field) -> Field:
@@ -285,7 +289,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def not_recomputed(network: nn.Module) -> Iterator[None]:
-    """Within, no activation is left to be computed again in backward, when another adapter will be active."""
+    """Within, no activation is left to be computed again in backward, when the network stands differently."""
     parts: list[Any] = [part for part in network.modules() if getattr(part, "gradient_checkpointing", False)]
     for part in parts:
         part.gradient_checkpointing = False
@@ -296,15 +300,19 @@ def not_recomputed(network: nn.Module) -> Iterator[None]:
             part.gradient_checkpointing = True
 
 
-def held(field: Field, parameters: Iterable[nn.Parameter]) -> Field:
-    """The same field with its weights out of the graph: gradients pass through it to what it is asked."""
+def held(field: Field, parameters: Iterable[nn.Parameter], network: nn.Module | None = None) -> Field:
+    """The same field with its weights out of the graph: gradients pass through it to what it is asked.
+
+    `network` is the module behind it, of which nothing may be computed again in backward, when the weights are back.
+    """
     watched = [parameter for parameter in parameters if parameter.requires_grad]
 
     def answer(*asked: Tensor | Condition) -> Tensor:
         for parameter in watched:
             parameter.requires_grad_(False)
         try:
-            return field(*asked)
+            with nullcontext() if network is None else not_recomputed(network):
+                return field(*asked)
         finally:
             for parameter in watched:
                 parameter.requires_grad_(True)
