@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from apexflow.data.command import cache, synthesize
 from apexflow.errors import Stopped, ToldElsewhere, UserError
 from apexflow.evaluation.command import convert_detector, evaluate
 
@@ -22,7 +23,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make or look at data sets.")
 app.add_typer(data_app, name="data")
-app.command()(evaluate)
+for command in (cache, synthesize, evaluate):
+    app.command()(command)
 app.command("convert-detector")(convert_detector)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -138,59 +140,6 @@ def data_scenes(
         raise UserError(f"output {folder} exists: choose another folder")
     written = write_scenes(scenes(count, seed), folder)
     _show({"folder": str(folder), "scenes": written}, as_json, f"{folder}: {written} scenes")
-
-
-@app.command()
-def cache(
-    source: Annotated[Path, typer.Argument(help="A set of captioned pictures of any kind (docs/data.md), or prompts.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the cache; an interrupted cache goes on.")
-    ] = None,
-    model: Model = "mini-teacher",
-    size: Annotated[int | None, typer.Option(help="Side in pixels. Default: the model's own.")] = None,
-    buckets: Annotated[
-        bool, typer.Option("--buckets", help="Keep aspect ratios (1:2 to 2:1). Default: crop to the middle square.")
-    ] = False,
-    caption: Annotated[
-        list[str] | None,
-        typer.Option(help="Field or column with captions; may be given again, one is then drawn for each picture."),
-    ] = None,
-    skip_limit: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of unusable records that is borne; more stops the command.")
-    ] = 0.05,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="SOURCE is a finished cache: read it against its checksums.")
-    ] = False,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Turn captioned pictures into latents and text embeddings, once; train on them with data.source=FOLDER.
-
-    Under torchrun the processes share the work.
-    """
-    from apexflow.data.cache import verify as check
-    from apexflow.data.caching import CacheSettings
-    from apexflow.data.commands import cache_command
-
-    if verify:
-        result = check(source)
-        _show(result, as_json, f"{source}: whole, {result['rows']} rows in {result['shards']} shards")
-        return
-    if output is None:
-        raise UserError("name the folder of the cache with -o FOLDER")
-    settings = CacheSettings(size, buckets, captions=tuple(caption or ()), skip_limit=skip_limit)
-    result = cache_command(source, output, model, settings, device)
-    _show(result, as_json, _cache_text(result))
-
-
-def _cache_text(result: dict[str, Any]) -> str:
-    if not result["complete"]:
-        return f"{result['cache']}: this process has done its part; the cache is finished when all have"
-    skipped = {**result["broken"], **result["skipped"]}
-    named = "".join(f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:20])
-    more = f"\n  and {len(skipped) - 20} more (cache.json lists all)" if len(skipped) > 20 else ""
-    text = f"{result['cache']}: {result['rows']} rows; skipped {len(skipped)} of {result['seen']}"
-    return f"{text}{named}{more}\ntrain on it with data.source={result['cache']}"
 
 
 @app.command()

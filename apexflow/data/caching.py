@@ -267,9 +267,11 @@ def claim(folder: Path, made_by: dict[str, Any]) -> None:
     """Take a folder for one cache; UserError if it holds another one, or anything else."""
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
+    others = [path for path in folder.iterdir() if path != marker and not path.name.endswith(".partial")]
+    # Looked for after the listing: a process beside this one writes its claim before anything else.
     if marker.is_file():
         check_made_by(folder, json.loads(marker.read_text()), made_by)
-    elif any(path for path in folder.iterdir() if not path.name.endswith(".partial")):
+    elif others:
         raise UserError(f"output {folder} exists and holds no cache: choose another folder")
     else:
         write_record(marker, made_by)

@@ -1,4 +1,4 @@
-"""What `apexflow cache` does: loads the model, caches this process's share, and sums up."""
+"""What `apexflow cache` and `apexflow synthesize` do: load the model, do this process's share, and sum up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from apexflow.backbones import load_backbone, resolve
 from apexflow.data.cache import read_index
 from apexflow.data.caching import CacheSettings, encoders_on, make_cache
+from apexflow.data.synthesize import Synthesis, synthesize
 from apexflow.data.workers import worker, worker_device
+from apexflow.generator import Generator
 
 
 def cache_command(source: Path, folder: Path, model: str, settings: CacheSettings, device: str) -> dict[str, Any]:
@@ -26,3 +28,10 @@ def cache_command(source: Path, folder: Path, model: str, settings: CacheSetting
     index = read_index(folder)
     shown = {key: index[key] for key in ("rows", "seen", "skipped", "broken")}
     return {"cache": str(folder), "complete": True} | shown
+
+
+def synthesize_command(prompts: Path, folder: Path, model: str, settings: Synthesis, device: str) -> dict[str, Any]:
+    """What `apexflow synthesize` does, its share of it under torchrun; a summary."""
+    place = worker_device(device)
+    generator = Generator(load_backbone(model, place, torch.bfloat16 if place.type == "cuda" else torch.float32))
+    return synthesize(prompts, folder, generator, settings, *worker())

@@ -1,0 +1,110 @@
+"""`apexflow cache` and `apexflow synthesize`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apexflow.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
+Size = Annotated[int | None, typer.Option(help="Side in pixels. Default: the model's own.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def cache(
+    source: Annotated[Path, typer.Argument(help="A set of captioned pictures of any kind (docs/data.md), or prompts.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the cache; an interrupted cache goes on.")
+    ] = None,
+    model: Model = "mini-teacher",
+    size: Size = None,
+    buckets: Annotated[
+        bool, typer.Option("--buckets", help="Keep aspect ratios (1:2 to 2:1). Default: crop to the middle square.")
+    ] = False,
+    caption: Annotated[
+        list[str] | None,
+        typer.Option(help="Field or column with captions; may be given again, one is then drawn for each picture."),
+    ] = None,
+    skip_limit: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unusable records that is borne; more stops the command.")
+    ] = 0.05,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="SOURCE is a finished cache: read it against its checksums.")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Turn captioned pictures into latents and text embeddings, once; train on them with data.source=FOLDER.
+
+    Under torchrun the processes share the work.
+    """
+    from apexflow.data.cache import verify as check
+    from apexflow.data.caching import CacheSettings
+    from apexflow.data.jobs import cache_command
+
+    if verify:
+        result = check(source)
+        show(result, as_json, f"{source}: whole, {result['rows']} rows in {result['shards']} shards")
+        return
+    if output is None:
+        raise UserError("name the folder of the cache with -o FOLDER")
+    settings = CacheSettings(size, buckets, captions=tuple(caption or ()), skip_limit=skip_limit)
+    result = cache_command(source, output, model, settings, device)
+    show(result, as_json, _cache_text(result))
+
+
+def synthesize(
+    prompts: Annotated[
+        Path, typer.Argument(help="A .txt or .jsonl file of prompts, or any set whose captions are to be drawn.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the webdataset shards; an interrupted set goes on.")
+    ],
+    model: Model = "mini-teacher",
+    steps: Annotated[int | None, typer.Option(help="Default: what the model was made for.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="1 is none. Default: the model's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
+    size: Size = None,
+    caption: Annotated[
+        list[str] | None,
+        typer.Option(help="Field or column with prompts; may be given again, one is then drawn for each picture."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw a captioned set from a model, as the paper does with its teacher; then cache it or train on it.
+
+    Under torchrun the processes share the work.
+    """
+    from apexflow.data.jobs import synthesize_command
+    from apexflow.data.synthesize import Synthesis
+
+    settings = Synthesis(steps, guidance, seed, size, tuple(caption or ()))
+    result = synthesize_command(prompts, output, model, settings, device)
+    more = "" if result["complete"] else "; this process has done its part, others are still to come"
+    text = f"{output}: {result['pictures']} pictures, skipped {len(result['skipped'])}{more}"
+    show(result, as_json, f"{text}{listed(result['skipped'])}\ntrain on it with data.source={output}")
+
+
+def _cache_text(result: dict[str, Any]) -> str:
+    if not result["complete"]:
+        return f"{result['cache']}: this process has done its part; the cache is finished when all have"
+    skipped = {**result["broken"], **result["skipped"]}
+    text = f"{result['cache']}: {result['rows']} rows; skipped {len(skipped)} of {result['seen']}"
+    return f"{text}{listed(skipped)}\ntrain on it with data.source={result['cache']}"
+
+
+def listed(skipped: Mapping[str, str]) -> str:
+    """The first records that were skipped, one a line; --json and cache.json have all."""
+    lines = [f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:20]]
+    return "".join(lines) + (f"\n  and {len(skipped) - 20} more" if len(skipped) > 20 else "")
+
+
+def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(result) if as_json else text)

@@ -1,0 +1,137 @@
+"""Drawing a captioned set from a model (the paper trains on pictures of its teacher): prompts to webdataset shards.
+
+Every picture comes from its own seed (the set's, and the number of its prompt), and a shard appears whole or not at all. So a set
+goes on after any kill, several processes may share the work, and the result is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from apexflow.data.caching import write_record
+from apexflow.data.captioned import Sample, Skipped, pick_caption
+from apexflow.data.fingerprint import fingerprint
+from apexflow.data.readers import Source, recognise
+from apexflow.data.shards import groups, write_shard
+from apexflow.errors import UserError
+from apexflow.generator import MAX_BATCH, Generator
+from apexflow.progress import Progress
+
+SHARD = 64  # pictures: what a kill can cost
+BATCH_PIXELS = MAX_BATCH * 256**2  # drawn at once: 32 small pictures, or 8 of 512 x 512
+CLAIM = "synthesis.json"
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """How pictures are drawn. None: the model's own."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    size: int | None = None
+    captions: tuple[str, ...] = ()
+
+
+def synthesize(
+    prompts: Path, folder: Path, generator: Generator, settings: Synthesis, rank: int = 0, world: int = 1
+) -> dict[str, Any]:
+    """Draw this process's share of a set into `folder`, going on where an earlier call stopped; a summary.
+
+    prompts: a list of prompts, or any set with captions. Raises UserError for a folder that holds something else, prompts that
+    cannot be read, or steps and sizes that the model cannot take.
+    """
+    origin = recognise(prompts)
+    steps = len(generator.times(settings.steps)) - 1
+    size = settings.size or generator.backbone.default_size
+    generator.backbone.latent_shape((size, size))
+    claim(folder, made_by(origin, generator, settings, steps, size))
+    skipped = Skipped(files=len(origin.files))
+    drawn = missing = 0
+    with Progress(f"drawing {prompts.name}") as progress:
+        for number, window in enumerate(groups(origin.samples(skipped.broken), SHARD)):
+            chosen = usable(window, number * SHARD, settings.captions, skipped)
+            path = folder / f"pictures-{number:06d}.tar"
+            if number % world == rank and chosen and not path.is_file():
+                write_shard(path, _records(generator, chosen, settings, steps, size))
+            drawn += len(chosen) if path.is_file() else 0
+            missing += len(chosen) if not path.is_file() else 0
+            progress.advance(len(window))
+    if not drawn and not missing:
+        skipped.check(0, prompts)
+    return {
+        "folder": str(folder),
+        "pictures": drawn,
+        "complete": not missing,
+        "skipped": skipped.broken | skipped.reasons,
+        "steps": steps,
+    }
+
+
+def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skipped: Skipped) -> list[tuple[int, str]]:
+    """The prompts of a window with their numbers; what has none goes to `skipped`."""
+    chosen = []
+    for index, sample in enumerate(window, first):
+        skipped.seen += 1
+        try:
+            prompt = pick_caption(sample.load()[1], captions, sample.key)
+        except (OSError, ValueError) as error:
+            skipped.reasons[sample.key] = f"unreadable ({error})"
+            continue
+        if prompt:
+            chosen.append((index, prompt))
+        else:
+            skipped.reasons[sample.key] = "caption missing" if prompt is None else "caption empty"
+    return chosen
+
+
+def _records(
+    generator: Generator, chosen: Sequence[tuple[int, str]], settings: Synthesis, steps: int, size: int
+) -> list[tuple[str, Image.Image, str, dict[str, Any]]]:
+    pictures: list[Image.Image] = []
+    for group in groups(chosen, max(1, min(MAX_BATCH, BATCH_PIXELS // size**2))):
+        texts = [prompt for _, prompt in group]
+        for prompt in generator.backbone.unknown_words(texts):
+            warnings.warn(f"the model knows no word of {prompt!r}: the picture will not follow it", stacklevel=2)
+        seeds = [(settings.seed, index) for index, _ in group]
+        pictures += generator.generate_seeded(texts, seeds, steps, size, settings.guidance)
+    facts = {"seed": settings.seed, "steps": steps}
+    return [
+        (f"{index:07d}", picture, prompt, {"prompt": prompt, "index": index} | facts)
+        for (index, prompt), picture in zip(chosen, pictures, strict=True)
+    ]
+
+
+def made_by(origin: Source, generator: Generator, settings: Synthesis, steps: int, size: int) -> dict[str, Any]:
+    """Everything that a picture of the set depends on."""
+    own = generator.backbone.settings.guidance
+    guidance = own if settings.guidance is None else settings.guidance
+    model = fingerprint(generator.backbone.transformer)
+    said = asdict(settings) | {"captions": list(settings.captions)}
+    return said | {"prompts": origin.identity(), "model": model, "steps": steps, "size": size, "guidance": guidance}
+
+
+def claim(folder: Path, wanted: dict[str, Any]) -> None:
+    """Take a folder for one set; UserError if it holds another one, or anything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / CLAIM
+    others = [path for path in folder.iterdir() if path != marker and not path.name.endswith(".partial")]
+    if not marker.is_file():  # looked for after the listing: a process beside this one writes its claim first
+        if others:
+            raise UserError(f"output {folder} exists and holds no set that synthesize drew: choose another folder")
+        write_record(marker, wanted)
+        return
+    try:
+        found = json.loads(marker.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{marker} cannot be read ({error}): choose another folder") from error
+    differs = [f"{key} {found.get(key)!r}" for key in wanted if found.get(key) != wanted[key]]
+    if differs:
+        raise UserError(f"{folder} holds a set drawn otherwise ({', '.join(differs)}): choose another folder")

@@ -1,0 +1,160 @@
+"""A set drawn from a model: the same for the same seed, whatever was killed or shared, and read back like any other."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apexflow import cli, load
+from apexflow.data import synthesize as module
+from apexflow.data.captioned import Skipped, read_captioned
+from apexflow.data.readers import kinds, recognise
+from apexflow.data.synthesize import Synthesis, synthesize
+from apexflow.errors import UserError
+
+PROMPTS = [f"a photo of a {color} {shape}" for color in ("red", "blue") for shape in ("star", "ring", "heart", "cross")]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARD", 3)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def draw(prompts: Path, folder: Path, model: Path, rank: int = 0, world: int = 1, **settings: object) -> dict:
+    chosen = Synthesis(**({"steps": 1, "guidance": 1.0} | settings))  # type: ignore[arg-type]
+    return synthesize(prompts, folder, load(str(model), "cpu"), chosen, rank, world)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
+def test_pictures_are_what_generate_draws_and_read_back_like_any_set(
+    prompts: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    result = draw(prompts, tmp_path / "set", tiny_model, seed=5)
+    assert result["pictures"] == 8 and result["complete"] and len(shards(tmp_path / "set")) == 3
+    assert recognise(tmp_path / "set").kind == kinds()["webdataset"]
+    records = list(read_captioned(tmp_path / "set", Skipped()))
+    assert [record.caption for record in records] == PROMPTS
+    expected = load(str(tiny_model), "cpu").generate(PROMPTS, steps=1, seed=5, guidance=1.0)
+    for record, picture in zip(records, expected, strict=True):
+        # Batches differ, and with them the last bits.
+        assert np.abs(np.asarray(record.image, int) - np.asarray(picture, int)).max() <= 1
+
+
+def test_workers_and_a_lost_shard_end_in_the_same_set(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
+    draw(prompts, tmp_path / "whole", tiny_model)
+    shared = tmp_path / "shared"
+    first = draw(prompts, shared, tiny_model, 1, 2)
+    assert not first["complete"] and list(shards(shared)) == ["pictures-000001.tar"]
+    assert draw(prompts, shared, tiny_model, 0, 2)["complete"]
+    assert shards(shared) == shards(tmp_path / "whole")
+    (shared / "pictures-000001.tar").unlink()
+    kept = (shared / "pictures-000000.tar").stat().st_mtime_ns
+    draw(prompts, shared, tiny_model)
+    assert shards(shared) == shards(tmp_path / "whole")
+    assert (shared / "pictures-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_a_killed_set_goes_on_and_ends_the_same(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
+    draw(prompts, tmp_path / "whole", tiny_model)
+    folder = tmp_path / "killed"
+    # The process is killed while the second shard is half written.
+    script = (
+        "import time, apexflow.data.shards as s, apexflow.data.synthesize as m; m.SHARD = 3\n"
+        "add = s._add\n"
+        "def slow(tar, name, content):\n"
+        "    add(tar, name, content)\n"
+        "    if name == '0000004.png': tar.fileobj.flush(); time.sleep(600)\n"
+        "s._add = slow\n"
+        "from apexflow.cli import main; main()"
+    )
+    options = ["--model", tiny_model, "--steps", "1", "--guidance", "1", "--device", "cpu"]
+    command = [sys.executable, "-c", script, "synthesize", prompts, "-o", folder, *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    half = folder / "pictures-000001.tar.partial"
+    while not (half.is_file() and half.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, "the set ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(shards(folder)) == ["pictures-000000.tar"]
+    draw(prompts, folder, tiny_model)
+    assert shards(folder).keys() == shards(tmp_path / "whole").keys() and not half.exists()
+    again = [(r.caption, np.asarray(r.image, int)) for r in read_captioned(folder, Skipped())]
+    whole = [(r.caption, np.asarray(r.image, int)) for r in read_captioned(tmp_path / "whole", Skipped())]
+    assert len(again) == len(whole) == 8
+    # The killed process may have had another number of threads, which moves the last bits.
+    assert all(a == b and np.abs(x - y).max() <= 1 for (a, x), (b, y) in zip(again, whole, strict=True))
+
+
+def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    draw(prompts, folder, tiny_model)
+    before = shards(folder)
+    for other, named in (({"seed": 1}, "seed 0"), ({"steps": 2}, "steps 1"), ({"guidance": 2.0}, "guidance 1.0")):
+        with pytest.raises(UserError, match=f"drawn otherwise.*{named}"):
+            draw(prompts, folder, tiny_model, **other)
+    prompts.write_text("a star\n")
+    with pytest.raises(UserError, match=r"drawn otherwise.*prompts"):
+        draw(prompts, folder, tiny_model)
+    assert shards(folder) == before
+    with pytest.raises(UserError, match="exists and holds no set"):
+        draw(prompts, tmp_path, tiny_model)
+    with pytest.raises(UserError, match="steps must be at least 1"):
+        draw(prompts, tmp_path / "none", tiny_model, steps=0)
+    with pytest.raises(UserError, match="multiples of"):
+        draw(prompts, tmp_path / "none", tiny_model, size=50)
+
+
+def test_prompts_that_are_none_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('"a red star"\n{"prompt": " "}\n{"tag": 1}\n[\n"a blue ring"\n')
+    result = draw(path, tmp_path / "set", tiny_model)
+    assert result["pictures"] == 2
+    assert result["skipped"].pop("p.jsonl:4").startswith("unreadable (")
+    assert result["skipped"] == {"p.jsonl:2": "caption empty", "p.jsonl:3": "caption missing"}
+    path.write_text('{"tag": 1}\n')
+    with pytest.raises(UserError, match=r"no usable caption .*p\.jsonl:1: caption missing"):
+        draw(path, tmp_path / "empty", tiny_model)
+
+
+def test_the_command_speaks_json_and_its_set_trains(
+    prompts: Path,
+    tiny_model: Path,
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["apexflow", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    call: Callable[..., str] = run
+    options = ("--model", tiny_model, "--steps", 1, "--guidance", 1)
+    out = call("synthesize", prompts, "-o", tmp_path / "set", *options, "--json")
+    assert json.loads(out)["pictures"] == 8
+    assert f"data.source={tmp_path / 'set'}" in call("synthesize", prompts, "-o", tmp_path / "set", *options)
+    call("train", recipe_file, "steps=1", f"data.source={tmp_path / 'set'}")
+    assert "Usage" in call("synthesize", "--help")
