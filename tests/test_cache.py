@@ -304,6 +304,12 @@ def test_fingerprints_follow_weights_not_files(tiny_model: Path, tmp_path: Path)
     save_file(dict(tensors[:5]), path)
     save_file(dict(tensors[5:]), path.with_name("second.safetensors"))
     assert (autoencoder_fingerprint(other), text_fingerprint(other, settings)) == before
+    backbone = load_backbone(str(tiny_model))
+    with pytest.warns(UserWarning, match="longer than"):
+        backbone.encode_prompts(["a red star " * 40])  # the tokenizer remembers how it cut and padded, and saves that
+    (tmp_path / "used").mkdir()
+    backbone.save(tmp_path / "used", backbone.settings)
+    assert text_fingerprint(tmp_path / "used", settings) == before[1]
     assert autoencoder_fingerprint(change(tiny_model, "vae", tmp_path / "vae")) != before[0]
     assert text_fingerprint(change(tiny_model, "text_encoder", tmp_path / "text"), settings) != before[1]
     path.write_bytes(path.read_bytes()[:20])

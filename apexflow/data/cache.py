@@ -62,6 +62,11 @@ class CachedSet:
         return bool(self.index["made_by"]["text"])
 
     @property
+    def size(self) -> int:
+        """The side of a square picture, in pixels."""
+        return int(self.index["made_by"]["size"])
+
+    @property
     def has_pictures(self) -> bool:
         """Whether latents are kept; a list of prompts has none."""
         return bool(self.index["pictures"])

@@ -43,14 +43,18 @@ def autoencoder_fingerprint(folder: Path) -> str:
 def text_fingerprint(folder: Path, settings: Any) -> str:
     """Of everything that turns a prompt into an embedding: encoders, vocabularies, instruction and length limit."""
     parts = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer")))
-    texts = [
-        hashlib.sha256((p / name).read_bytes()).hexdigest()
-        for p in parts
-        for name in VOCABULARY
-        if (p / name).is_file()
-    ]
+    texts = [_vocabulary(p / name) for p in parts for name in VOCABULARY if (p / name).is_file()]
     weights = [line for part in parts if part.name.startswith("text_encoder") for line in _weights(part)]
     return _hash([*weights, *texts, f"{settings.instruction} {settings.max_tokens}"])
+
+
+def _vocabulary(path: Path) -> str:
+    """What a vocabulary file says; how the tokenizer was last called, which it saves too, is left out."""
+    content = path.read_bytes()
+    if path.name == "tokenizer.json":
+        said = {key: value for key, value in json.loads(content).items() if key not in ("padding", "truncation")}
+        content = json.dumps(said, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _hash(lines: list[str]) -> str:

@@ -157,7 +157,7 @@ def preview(run: Run) -> None:
     """A sample grid. Sharded networks need all processes for it, others one."""
     with together():
         if leads() or isinstance(run.engine, Sharded):
-            save_preview(run.backbone, run.roles, run.recipe.preview, run.folder, run.step)
+            save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step)
 
 
 def finish(run: Run) -> Path:

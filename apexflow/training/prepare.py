@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from apexflow.backbones import Backbone, load_backbone, resolve
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet, check_made_by, is_cache
 from apexflow.data.caching import CacheSettings, encoders_on, make_cache
+from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.readers import recognise
 from apexflow.data.scenes import Scene, scenes, vocabulary
@@ -105,15 +107,24 @@ def _counted(items: Iterable[Scene], progress: Progress) -> Iterator[Scene]:
 
 
 def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:
-    """A SANA of tiny size: fitted autoencoder and text encoder, transformer with random weights, in `folder/base`; made once."""
+    """A SANA of tiny size, in `folder/base`; made once: fitted autoencoder, transformer with random weights.
+
+    Its vocabulary is the words of the captions. The text encoder is taught to read scenes; of other captions its random
+    weights tell the words apart, which is enough to draw what was seen.
+    """
     from apexflow.backbones.miniature import build_miniature
     from apexflow.training.autoencoder import fit_autoencoder
     from apexflow.training.text_encoder import fit_text_encoder
 
     base = folder / "base"
     if not (base / "model_index.json").is_file():
-        backbone = build_miniature(vocabulary(), recipe.seed)
-        fit_text_encoder(backbone.text_encoder, backbone.tokenizer, recipe.text_encoder_steps, recipe.seed)
+        if is_cache(source):
+            raise UserError(f"model: miniature is fitted on pictures, and {source} is a cache: name the pictures")
+        of_scenes = recipe.data.source in (None, "scenes")
+        words = vocabulary() if of_scenes else words_of(source, recipe.data.captions)
+        backbone = build_miniature(words, recipe.seed)
+        if of_scenes:
+            fit_text_encoder(backbone.text_encoder, backbone.tokenizer, recipe.text_encoder_steps, recipe.seed)
         fit_autoencoder(backbone.vae, source, (64, 64), recipe.autoencoder_steps, recipe.seed)
         partial = folder / ".partial-base"
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,3 +132,11 @@ def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:
         backbone.save(partial, backbone.settings)
         partial.rename(base)
     return base
+
+
+def words_of(source: Path, captions: Sequence[str]) -> list[str]:
+    """Every word that the captions of a set hold."""
+    words: set[str] = set()
+    for record in read_captioned(source, Skipped(), captions):
+        words.update(re.findall(r"[a-z0-9]+", record.caption.lower()))
+    return sorted(words)

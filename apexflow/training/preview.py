@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from apexflow.backbones import Backbone
-from apexflow.data.scenes import scenes
+from apexflow.data.cache import CachedSet
 from apexflow.errors import writing
 from apexflow.generator import Generator, picture_grid
 from apexflow.training.config import Preview
@@ -15,11 +15,16 @@ from apexflow.training.roles import Roles
 PREVIEW_SEED = 7
 
 
-def save_preview(backbone: Backbone, roles: Roles, preview: Preview, folder: Path, step: int) -> Path:
-    """Write `previews/step-N.png`: the same prompts and seeds every time. Whoever calls draws; the first process writes."""
-    prompts = [scene.caption for scene in scenes(preview.count, seed=PREVIEW_SEED)]
+def save_preview(backbone: Backbone, roles: Roles, data: CachedSet, preview: Preview, folder: Path, step: int) -> Path:
+    """Write `previews/step-N.png`: captions spread over the data, the same ones and the same seeds every time.
+
+    Whoever calls draws; the first process writes.
+    """
+    count = min(preview.count, len(data))
+    prompts = data.captions(index * len(data) // count for index in range(count))
     with roles.shipped():
-        pictures = Generator(backbone).generate(prompts, preview.steps, PREVIEW_SEED, guidance=preview.guidance)
+        generator = Generator(backbone)
+        pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, data.size, guidance=preview.guidance)
     path = folder / "previews" / f"step-{step:07d}.png"
     if leads():
         with writing(path):
