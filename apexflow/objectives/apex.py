@@ -115,6 +115,7 @@ class APEX:
         "printed" takes pictures from a buffer of recent generations, unrelated to the rows, as Algorithm 1 prints it.
     real: who answers for real data in Eq. (18): "teacher" (frozen), "reference" (EMA, Algorithm 1) or "student" (Eq. 18).
     path_velocity: what leads from x_t to x_lambda-t: "sample" (z - x, the paper) or "teacher" (the frozen field).
+    path_rows: the path objective sees "all" rows (Algorithm 1) or the "others" only, those that nothing is generated from.
     path_steps: Euler steps that the teacher takes from x_t to x_lambda-t, on the grid that the model is sampled on.
     reference: theta-minus of Eq. (10): "reference" (EMA, the paper) or "student" (itself, one forward pass cheaper).
     guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper).
@@ -133,7 +134,8 @@ class APEX:
     pairing: Literal["rows", "printed"] = "rows"
     real: Literal["teacher", "reference", "student"] = "teacher"
     path_velocity: Literal["sample", "teacher"] = "teacher"
-    path_steps: int = 4
+    path_rows: Literal["all", "others"] = "others"
+    path_steps: int = 1
     reference: Literal["reference", "student"] = "student"
     guidance: float = 2.5
     lambda_law: Literal["uniform", "ramp", "constant"] = "uniform"
@@ -155,6 +157,8 @@ class APEX:
             raise ValueError(f"path_steps must be at least 1, got {self.path_steps}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {self.share}")
+        if self.path_weight > 0 and self.path_rows == "others" and self.share == 1:
+            raise ValueError("share 1 leaves no row for the path objective: lower it, or say path_rows: all")
         if min(self.path_weight, self.endpoint_weight) < 0 or self.path_weight + self.endpoint_weight == 0:
             raise ValueError("path_weight and endpoint_weight must not be negative, nor both be 0")
 
@@ -178,7 +182,8 @@ class APEX:
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1, lines 2-22, for one micro-batch."""
         chosen = batch.chosen(self.share)
-        used = chosen if self.path_weight == 0 else torch.ones_like(chosen)
+        walked = self._walked(chosen)
+        used = walked | chosen if self.endpoint_weight > 0 else walked
         if not bool(used.any()):
             used = batch.rows == batch.rows[0]  # nothing to learn here, but no family takes a batch of no rows
         t = networks.round_time(self._times(batch, chosen))[used]
@@ -189,9 +194,10 @@ class APEX:
 
         zero = F.sum() * 0
         total, terms = zero, {}
-        if self.path_weight > 0:
-            target = self._path_target(networks, batch, F, x, z, x_t, t, c)
-            path = (self._beta(t) * self._norm(F - target)).sum() / batch.total
+        if bool(walked.any()):
+            on = walked[used]
+            target = self._path_target(networks, batch, walked, F[on], x[on], z[on], x_t[on], t[on], c[on])
+            path = (self._beta(t[on]) * self._norm(F[on] - target)).sum() / self._walked_of(batch.total)
             total, terms["path"] = total + self.path_weight * path, path.detach()
         if self.endpoint_weight > 0 and bool(picked.any()):
             adversarial, shift = self._endpoint(
@@ -204,16 +210,34 @@ class APEX:
 
     # -- Path integrability, section 3.1 ---------------------------------------------------------------------------
 
+    def _walked(self, chosen: Tensor) -> Tensor:
+        """Boolean (B,): the rows of the path objective."""
+        if self.path_weight == 0:
+            return torch.zeros_like(chosen)
+        return torch.ones_like(chosen) if self.path_rows == "all" else ~chosen
+
+    def _walked_of(self, total: int) -> int:
+        return total if self.path_rows == "all" else total - share_of(total, self.share)
+
     def _times(self, batch: Batch, chosen: Tensor) -> Tensor:
         """t of every row; with paired rows, the rows to generate from stand at t = 1."""
         t = self.times.draw(batch.random)
         return torch.where(chosen, torch.ones_like(t), t) if self.pairing == "rows" else t
 
     def _path_target(
-        self, networks: Networks, batch: Batch, F: Tensor, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, c: Condition
+        self,
+        networks: Networks,
+        batch: Batch,
+        walked: Tensor,
+        F: Tensor,
+        x: Tensor,
+        z: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        c: Condition,
     ) -> Tensor:
         """Algorithm 1, lines 6-8: the target of Eq. (12), without gradient."""
-        lt = networks.round_time(self._lambda(batch).to(t) * t)
+        lt = networks.round_time(self._lambda(batch, walked).to(t) * t)
         with torch.no_grad():
             if self.path_velocity == "sample":
                 x_lt = networks.transport.interpolate(x, z, lt)
@@ -234,11 +258,11 @@ class APEX:
             x_t, t = move(self._teach(networks, x_t, t, c), x_t, t, later, networks.transport), later
         return x_t
 
-    def _lambda(self, batch: Batch) -> Tensor:
-        """lambda of each row. Never quite 1: the secant divides by t - lambda t."""
+    def _lambda(self, batch: Batch, walked: Tensor) -> Tensor:
+        """lambda of each marked row. Never quite 1: the secant divides by t - lambda t."""
         bound = self.lambda_max * (batch.progress if self.lambda_law == "ramp" else 1.0)
-        drawn = torch.ones(len(batch.rows)) if self.lambda_law == "constant" else batch.random.uniform()
-        return (bound * drawn).clamp_max(0.99)
+        drawn = batch.random.uniform(walked)
+        return (bound * (torch.ones_like(drawn) if self.lambda_law == "constant" else drawn)).clamp_max(0.99)
 
     def _beta(self, t: Tensor) -> Tensor:
         """beta(t) of Eq. (13): 1, or the cosine law that fades out the clean end, where little is left to move."""

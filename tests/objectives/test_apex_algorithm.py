@@ -54,7 +54,7 @@ def algorithm_1(objective: APEX, roles: Roles, batch: Batch, calls: list[Call]) 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_losses_are_algorithm_1s(reduction: Any) -> None:
     roles, batch = make_roles(), make_batch(8)
-    objective = APEX(real="reference", path_velocity="sample", reduction=reduction, p=0.3, c=0.1)
+    objective = APEX(real="reference", path_velocity="sample", path_rows="all", reduction=reduction, p=0.3, c=0.1)
     losses = objective(roles.networks(), batch, {})
     expected = algorithm_1(objective, roles, batch, roles.calls("student"))
     expected["loss"] = sum(expected.values())
@@ -97,7 +97,7 @@ def test_cosine_beta_weighs_each_row_by_its_time() -> None:
     def run(beta: Any) -> tuple[list[float], Tensor]:
         losses, roles = [], make_roles()
         for piece in micro_batches(make_batch, 1):
-            losses.append(APEX(endpoint_weight=0, beta=beta)(roles.networks(), piece, {}).total.item())
+            losses.append(APEX(endpoint_weight=0, path_rows="all", beta=beta)(roles.networks(), piece, {}).total.item())
         return losses, torch.cat([call.t for call in roles.calls("student")[::2]])
 
     (constant, t), (cosine, _) = run("constant"), run("cosine")
@@ -191,7 +191,14 @@ def test_the_shift_loss_gives_no_gradient_through_the_shifted_branch(pairing: An
 @pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"path_weight": 0}, {"endpoint_weight": 0}, {"share": 0.3}, {"real": "reference", "path_velocity": "sample"}],
+    [
+        {},
+        {"path_weight": 0},
+        {"endpoint_weight": 0},
+        {"share": 0.3},
+        {"path_rows": "all"},
+        {"real": "reference", "path_velocity": "sample"},
+    ],
     ids=str,
 )
 def test_micro_batches_add_up_to_the_whole(size: int, options: dict[str, Any]) -> None:
@@ -243,7 +250,7 @@ def test_the_buffer_holds_the_students_one_step_pictures() -> None:
 def test_fakes_are_drawn_from_the_buffer_of_earlier_steps_too() -> None:
     roles, old = make_roles(), 10 * draw(200, 1, 4, 4, dtype=torch.float32)
     memory = {"buffer": old.clone()}
-    APEX(pairing="printed", fake_times=ALMOST_CLEAN, share=1)(roles.networks(), make_batch(40), memory)
+    APEX(pairing="printed", path_rows="all", fake_times=ALMOST_CLEAN, share=1)(roles.networks(), make_batch(40), memory)
     x_adv = roles.calls("student")[-1].x_t
     drawn = near_fakes(x_adv, memory["buffer"])
     torch.testing.assert_close(x_adv, memory["buffer"][drawn], rtol=0.01, atol=0.01)
@@ -264,6 +271,7 @@ def test_paired_fakes_are_the_rows_own_pictures_and_need_no_buffer() -> None:
     [
         ({"lambda_max": 1.1}, "lambda_max"),
         ({"lambda_max": -0.1}, "lambda_max"),
+        ({"share": 1.0}, "path_rows"),
         ({"share": 1.5}, "share"),
         ({"share": -0.5}, "share"),
         ({"path_weight": -1.0}, "path_weight"),

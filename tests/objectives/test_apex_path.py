@@ -92,7 +92,7 @@ def test_the_velocity_of_one_point_has_no_path_loss_at_any_lambda(lam: float, ve
 @pytest.mark.parametrize("reference", ["student", "reference"])
 def test_the_teachers_velocity_carries_the_second_point(guidance: float, reference: Any) -> None:
     roles = make_roles()
-    objective = APEX(endpoint_weight=0, guidance=guidance, reference=reference, path_velocity="teacher", path_steps=1)
+    objective = APEX(endpoint_weight=0, share=0, guidance=guidance, reference=reference, path_velocity="teacher")
     objective(roles.networks(), make_batch(), {})
     asked, second = roles.calls("student")[0], roles.calls(reference)[-1]
     null = make_condition(1, seed=99).expand(6)
@@ -108,6 +108,7 @@ def test_the_teachers_steps_lie_on_the_models_own_grid(shift: float) -> None:
     roles = make_roles()
     objective = APEX(
         endpoint_weight=0,
+        path_rows="all",
         guidance=1,
         share=1,
         lambda_law="constant",
@@ -126,12 +127,22 @@ def test_the_teachers_steps_lie_on_the_models_own_grid(shift: float) -> None:
 @pytest.mark.parametrize("reference", ["student", "reference"])
 def test_the_samples_own_velocity_carries_the_second_point(reference: Any) -> None:
     roles, batch = make_roles(), make_batch()
-    APEX(endpoint_weight=0, path_velocity="sample", reference=reference)(roles.networks(), batch, {})
+    APEX(endpoint_weight=0, share=0, path_velocity="sample", reference=reference)(roles.networks(), batch, {})
     asked, second = roles.calls("student")[0], roles.calls(reference)[-1]
     t, lt = (call.t[:, None, None, None] for call in (asked, second))
     velocity = (asked.x_t - batch.x) / t  # z - x
     torch.testing.assert_close(second.x_t, asked.x_t - (t - lt) * velocity, rtol=1e-4, atol=1e-5)
     assert not roles.calls("teacher")
+
+
+@pytest.mark.parametrize(("rows", "walked"), [("others", 4), ("all", 8)])
+def test_the_path_leaves_alone_the_rows_that_are_generated_from(rows: Any, walked: int) -> None:
+    roles, batch = make_roles(), make_batch(8)
+    APEX(path_rows=rows)(roles.networks(), batch, {})
+    anchor, second, fake = roles.calls("student")
+    assert len(anchor.t) == 8 and len(second.t) == walked and len(fake.t) == 4
+    expected = batch.c.embeds if rows == "all" else batch.c.embeds[~batch.chosen(0.5)]
+    assert torch.equal(second.c.embeds, expected)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +173,7 @@ def to_bfloat(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("velocity", ["sample", "teacher"])
 def test_every_time_is_one_that_the_backbone_sees(velocity: Any) -> None:
     roles, batch = make_roles(), make_batch(32)
-    objective = APEX(path_velocity=velocity, lambda_law="constant", lambda_max=1)
+    objective = APEX(path_rows="all", path_velocity=velocity, lambda_law="constant", lambda_max=1)
     objective(roles.networks(round_time=to_bfloat), batch, {})
     calls = roles.calls("student") + roles.calls("teacher")
     for call in calls:
