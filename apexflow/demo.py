@@ -20,12 +20,14 @@ GRID_SEED = 11
 
 
 def demo_recipe(output: Path, minutes: float) -> Recipe:
-    """The student's recipe, shortened: APEX with its defaults on freshly drawn scenes."""
+    """The student's recipe (`recipes/mini-apex.yaml`), shortened, on freshly drawn scenes."""
     return Recipe(
         output=str(output),
         model="mini-teacher",
+        objective={"path_weight": 0.0, "share": 1.0},
+        batch=16,
         data=Data(source="scenes", count=4000, seed=2),
-        optimizer=Optimizer(learning_rate=3e-4, warmup=20),
+        optimizer=Optimizer(learning_rate=1e-3, warmup=20),
         preview=Preview(every=100),
         steps=100_000,
         minutes=minutes,

@@ -64,7 +64,7 @@ READINGS = {
     "clip: none": {"clip": None},
     "beta: cosine": {"beta": "cosine"},
     "share: 0.25": {"share": 0.25},
-    "share: 1": {"share": 1.0},
+    "share: 0.75": {"share": 0.75},
     "all as printed": PRINTED,
 }
 GROUPS = {"weights": WEIGHTS, "shift": SHIFT, "readings": READINGS}
@@ -103,9 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--model", default="mini-teacher")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--per-prompt", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="Only the rows whose name holds one of these words.")
     parser.add_argument("--output", type=Path)
