@@ -34,6 +34,7 @@ WEIGHTS = {
     "1:0.5": {"endpoint_weight": 0.5},
     "1:1": {},
     "1:2": {"endpoint_weight": 2.0},
+    "0:1, every row generated from": {"path_weight": 0.0, "share": 1.0},  # costs what 1:1 costs
 }
 SHIFT = {f"a={a}, b={b}": {"a": a, "b": b} for a in (-1.0, -0.5, 0.5) for b in (0.0, 0.1, 1.0, 10.0)}
 PRINTED = {
