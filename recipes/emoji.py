@@ -80,6 +80,7 @@ def recipes(output: Path, minutes: float, autoencoder_steps: int) -> tuple[Recip
     student = Recipe(
         output=str(output / "student"),
         model=str(output / "teacher" / "model"),
+        objective={"path_weight": 0.0, "share": 1.0},  # as the shipped student
         data=Data(source=str(output / "cache")),
         optimizer=Optimizer(learning_rate=3e-4, warmup=20),
         preview=Preview(every=100),

@@ -382,7 +382,8 @@ def test_prompts_alone_train_what_starts_from_noise_and_nothing_else(recipe_file
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a red star\na photo of two rings\n" * 4)
     source = f"data.source={prompts}"
-    for index, objective in enumerate((["objective.path_weight=0"], ["objective.share=1"])):
+    both = ["objective.share=1", "objective.path_rows=all"]
+    for index, objective in enumerate((["objective.path_weight=0"], both)):
         run = start(load_recipe(recipe_file, [source, *objective, f"output={tmp_path / str(index)}"]), resume=False)
         first = training_step(run)
         # No picture is read: the losses are the same whatever stands in their place.
@@ -390,7 +391,7 @@ def test_prompts_alone_train_what_starts_from_noise_and_nothing_else(recipe_file
         other.data.latents = lambda rows: torch.full((len(rows), 8, 8, 8), 1e3)  # type: ignore[method-assign]
         second = training_step(other)
         assert first["loss"] == second["loss"] and first["grad_norm"] == second["grad_norm"]
-    for overrides in ([], ["method=flow_matching"], ["objective.path_velocity=sample", "objective.share=1"]):
+    for overrides in ([], ["method=flow_matching"], ["objective.path_velocity=sample", *both]):
         with pytest.raises(UserError, match=r"prompts alone.*starts from pictures.*apexflow synthesize"):
             start(load_recipe(recipe_file, [source, *overrides, f"output={tmp_path / 'no'}"]), resume=False)
 
@@ -400,10 +401,10 @@ def test_prompts_alone_train_what_starts_from_noise_and_nothing_else(recipe_file
     [
         ({}, True),
         ({"path_weight": 0.0}, False),
-        ({"share": 1.0}, False),
-        ({"share": 1.0, "path_velocity": "sample"}, True),
+        ({"share": 1.0, "path_rows": "all"}, False),
+        ({"share": 1.0, "path_rows": "all", "path_velocity": "sample"}, True),
         ({"path_weight": 0.0, "path_velocity": "sample"}, False),
-        ({"share": 1.0, "endpoint_weight": 0.0}, True),
+        ({"share": 1.0, "path_rows": "all", "endpoint_weight": 0.0}, True),
         ({"path_weight": 0.0, "pairing": "printed"}, True),
     ],
 )

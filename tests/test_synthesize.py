@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from apexflow import cli, load
+from apexflow.data import shards as shards_module
 from apexflow.data import synthesize as module
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.readers import kinds, recognise
@@ -122,6 +123,24 @@ def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model:
         draw(prompts, tmp_path / "none", tiny_model, steps=0)
     with pytest.raises(UserError, match="multiples of"):
         draw(prompts, tmp_path / "none", tiny_model, size=50)
+
+
+def test_a_full_disk_keeps_the_shards_before(
+    prompts: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = shards_module._add
+
+    def full(tar: object, name: str, content: bytes) -> None:
+        if name == "0000004.png":
+            raise OSError(28, "No space left on device")
+        add(tar, name, content)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_add", full)
+        with pytest.raises(UserError, match=r"pictures-000001\.tar.*No space left"):
+            draw(prompts, tmp_path / "set", tiny_model)
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["pictures-000000.tar", "synthesis.json"]
+    assert draw(prompts, tmp_path / "set", tiny_model)["pictures"] == 8
 
 
 def test_prompts_that_are_none_are_named(tiny_model: Path, tmp_path: Path) -> None:

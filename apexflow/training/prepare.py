@@ -81,7 +81,7 @@ def check_pictures(recipe: Recipe, pictures: bool) -> None:
         raise UserError(
             f"{recipe.data.source or recipe.data.cache} holds prompts alone, and {recipe.method} with these settings starts "
             "from pictures: draw them with `apexflow synthesize`, or use a method that starts from noise alone "
-            "(apex with objective.path_weight=0 or objective.share=1)"
+            "(apex with objective.path_weight=0)"
         )
 
 
