@@ -41,6 +41,7 @@ PRINTED = {
     "pairing": "printed",
     "real": "reference",
     "path_velocity": "sample",
+    "path_rows": "all",
     "reference": "reference",
     "guidance": 1.0,
 }

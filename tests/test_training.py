@@ -34,6 +34,7 @@ METHODS = {
         "objective.pairing=printed",
         "objective.real=reference",
         "objective.path_velocity=sample",
+        "objective.path_rows=all",
         "objective.reference=reference",
         "objective.guidance=1",
     ],
