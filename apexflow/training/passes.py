@@ -51,7 +51,10 @@ def count_passes(objective: Any, rows: int, total: int | None = None, shape: Seq
     return made
 
 
-def cost(passes: list[Pass], checkpointing: bool = False) -> float:
-    """Work of the passes in forward passes of one row: 3 with a graph (backward is two), 4 if they are computed again."""
+def cost(passes: list[Pass], checkpointing: bool = False, frozen: bool = False) -> float:
+    """Work of the passes in forward passes of one row.
+
+    With a graph, backward adds two, or one where the weights are `frozen` under a LoRA, and checkpointing another.
+    """
     kept = sum(made.rows for made in passes if made.graph)
-    return kept * (4 if checkpointing else 3) + sum(made.rows for made in passes if not made.graph)
+    return kept * (1 + (1 if frozen else 2) + checkpointing) + sum(made.rows for made in passes if not made.graph)
