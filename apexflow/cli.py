@@ -98,7 +98,12 @@ def train(
     from apexflow.training.loop import train as run
 
     loaded = load_recipe(recipe, overrides or [])
-    model = run(loaded, resume)
+    try:
+        model = run(loaded, resume)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise UserError(_no_room(loaded)) from error
     report = model.parent / "report.html"
     _show({"model": str(model), "report": str(report)}, as_json, f"model: {model}\nreport: {report}")
 
@@ -123,6 +128,30 @@ def export_command(
         raise UserError(f"unknown scheduler {scheduler!r}: take stock, any-step or original")
     result = export(source, output, scheduler, merge, base)  # type: ignore[arg-type]
     _show(result, as_json, f"{result['kind']}: {result['output']}\nhow to use it: {output / 'README.md'}")
+
+
+@app.command("plan")
+def plan_command(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Over how many GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB of one GPU.")] = 80.0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Text tokens of the longest prompt. Default: the most that the model reads."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe needs on each GPU before anything is loaded, and what to switch on where it does not fit."""
+    from apexflow.training.config import load_recipe
+    from apexflow.training.plan import GIB, advise, plan, plan_table
+
+    loaded = load_recipe(recipe, overrides or [])
+    found = plan(loaded, gpus, tokens)
+    advice = advise(loaded, round(memory * GIB), gpus, tokens)
+    fits = found.peak <= memory * GIB
+    result = found.to_dict() | {"fits": fits, "switch_on": [[change, then.to_dict()] for change, then in advice]}
+    _show(result, as_json, plan_table(found, advice, memory))
 
 
 @data_app.command("scenes")
@@ -155,6 +184,13 @@ def demo(
 
     result = run_demo(output, minutes, force)
     _show(result, as_json, score_table(result["scores"]) + f"\nreport: {result['report']}")
+
+
+def _no_room(recipe: Any) -> str:
+    """What to do about a run that is out of memory, from its plan."""
+    from apexflow.training.plan import out_of_memory
+
+    return out_of_memory(recipe, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:

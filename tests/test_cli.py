@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from apexflow import cli
@@ -319,3 +320,33 @@ def test_a_run_is_exported(run: Run, recipe_file: Path, tiny_model: Path, tmp_pa
     assert run("export", tmp_path / "run" / "model", "-o", tmp_path / "copy", "--scheduler", "original")[0] == 0
     refused(run("export", tmp_path / "run", "-o", tmp_path / "lora"), "exists")
     refused(run("export", tmp_path / "run", "-o", tmp_path / "x", "--scheduler", "euler"), "euler", "any-step")
+
+
+# -- Plans -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_what_fits_and_what_to_switch_on(run: Run, recipe_file: Path) -> None:
+    code, out, _ = run("plan", recipe_file, "--tokens", 8, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["fits"] and result["switch_on"] == [] and result["peak_gib"] < 3
+    assert set(result["parts_gib"]) >= {"trained weights", "optimizer", "activations", "allowance"}
+    code, out, _ = run("plan", recipe_file, "batch=4", "--tokens", 8, "--memory", 0.5)
+    assert code == 0 and "does not fit" in out and "tuning.checkpointing=true" in out and "larger GPUs" in out
+    refused(run("plan", recipe_file, "model=someone/else"), "someone/else", "folder")
+    refused(run("plan", recipe_file, "data.size=50"), "50")
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_out_of_memory_says_what_the_plan_says(
+    run: Run, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise kind("CUDA out of memory")
+
+    monkeypatch.setattr("apexflow.training.loop.training_step", full)
+    refused(run("train", recipe_file), "out of memory", "apexflow plan", "GiB", "tuning.checkpointing=true")
+
+
+def test_a_shift_that_the_model_cannot_see_and_a_side_that_it_cannot_take(run: Run, recipe_file: Path) -> None:
+    refused(run("train", recipe_file, "data.size=50"), "50", "multiples")
+    refused(run("train", recipe_file, "tuning.storage=fp8"), "tuning.storage", "tuning.kind=lora")

@@ -46,7 +46,8 @@ class Backbone(Protocol):
     which DDP must be told of. shift_defaults: (a, b) of Eq. (16). normalizes_text: whether the network RMS-normalises
     the text first, so that scaling it by a positive factor changes nothing (see `check_shift`). time_shift: s of
     `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side. flow_scheduler: whether the stock pipeline
-    hands its network's answer to the scheduler as z - x on linear transport.
+    hands its network's answer to the scheduler as z - x on linear transport. depth: the key of the transformer's config
+    that counts its like blocks, if it has such.
     """
 
     family: ClassVar[str]
@@ -62,6 +63,7 @@ class Backbone(Protocol):
     shift_defaults: tuple[float, float]
     normalizes_text: bool
     flow_scheduler: bool
+    depth: str | None
 
     @property
     def device(self) -> torch.device: ...
@@ -71,6 +73,11 @@ class Backbone(Protocol):
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """`F(x_t, t, c)` of the paper, answered by `network`, a module of the transformer's class; t (B,) in [0, 1]."""
+        ...
+
+    @property
+    def text_width(self) -> tuple[int, int | None]:
+        """Width of a condition's embeddings, and of its pooled vector where there is one."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

@@ -8,7 +8,7 @@ linear transport is `x_lin = x_vp / (alpha + gamma)` at `t = alpha / (alpha + ga
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +22,16 @@ Epsilon = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DiscreteVP:
-    """The table of a DDPM, `log_ratio` = log(alpha / gamma) by index, ascending, (N,) in float64."""
+    """The table of a DDPM, `log_ratio` = log(alpha / gamma) by index, ascending, (N,) in float64.
+
+    t_max: the time of the last index, .936 for SDXL, .994 for PixArt. Nothing above it was trained.
+    """
 
     log_ratio: Tensor
+    t_max: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "t_max", float(self.log_ratio[-1].sigmoid()))
 
     @classmethod
     def of(cls, scheduler: Any) -> DiscreteVP:
@@ -37,11 +44,6 @@ class DiscreteVP:
             raise UserError(f"the scheduler {type(scheduler).__name__} has no DDPM table: restore the original")
         signal = signal.double().cpu().clamp_min(1e-12)  # zero terminal SNR ends at 0
         return cls(((1 - signal) / signal).log() / 2)
-
-    @property
-    def t_max(self) -> float:
-        """The time of the last index: .936 for SDXL, .994 for PixArt. Nothing above it was trained."""
-        return float(self.log_ratio[-1].sigmoid())
 
     @property
     def time_shift(self) -> float:

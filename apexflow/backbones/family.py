@@ -35,6 +35,7 @@ class Family:
     shift_defaults: tuple[float, float] = (-0.5, 1.0)
     normalizes_text: bool = False
     flow_scheduler: bool = True
+    depth: str | None = None
 
     def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
         self.settings = settings
@@ -53,6 +54,11 @@ class Family:
     @property
     def device(self) -> torch.device:
         return device_of(self.transformer)
+
+    @property
+    def text_width(self) -> tuple[int, int | None]:
+        """Width of a condition's embeddings, and of its pooled vector where there is one."""
+        return self.config.joint_attention_dim, self.config.get("pooled_projection_dim")
 
     def encoder(self, name: str) -> Any:
         """One of several text encoders, by the name of its folder."""

@@ -29,6 +29,7 @@ class Flux(Family):
 
     family: ClassVar[str] = "flux"
     pipeline = "FluxPipeline"
+    depth = "num_layers"
     defaults: ClassVar[Settings] = Settings(steps=28, instruction=False, max_tokens=512, embedded_guidance=3.5)
 
     def __init__(self, parts: dict[str, Any], settings: Settings) -> None:

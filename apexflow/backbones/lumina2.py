@@ -28,6 +28,7 @@ class Lumina2(Family):
         *("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),
     )
     normalizes_text = True
+    depth = "num_layers"
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Lumina2:
@@ -42,6 +43,10 @@ class Lumina2(Family):
             "tokenizer": AutoTokenizer,
         }
         return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+
+    @property
+    def text_width(self) -> tuple[int, int | None]:
+        return self.config.cap_feat_dim, None
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t."""

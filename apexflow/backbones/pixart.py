@@ -30,6 +30,7 @@ class PixArt(Family):
     family: ClassVar[str] = "pixart"
     pipeline = "PixArtSigmaPipeline"
     flow_scheduler = False
+    depth = "num_layers"
     defaults: ClassVar[Settings] = Settings(steps=20, guidance=4.5, instruction=False, max_tokens=300)
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
@@ -54,6 +55,10 @@ class PixArt(Family):
         pipeline = read_index(folder)["_class_name"]
         defaults = replace(cls.defaults, max_tokens=MAX_TOKENS[pipeline])
         return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, defaults), pipeline)
+
+    @property
+    def text_width(self) -> tuple[int, int | None]:
+        return self.config.caption_channels, None
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 4, h, w), answered in the dtype of x_t."""

@@ -34,6 +34,7 @@ class QwenImage(Family):
     defaults: ClassVar[Settings] = Settings(steps=50, guidance=4.0, instruction=False, max_tokens=512)
     lora_targets: Sequence[str] = LORA_TARGETS
     normalizes_text = True
+    depth = "num_layers"
 
     def __init__(self, parts: dict[str, Any], settings: Settings) -> None:
         super().__init__(parts, settings)
@@ -54,6 +55,10 @@ class QwenImage(Family):
             "tokenizer": AutoTokenizer,
         }
         return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+
+    @property
+    def text_width(self) -> tuple[int, int | None]:
+        return self.config.joint_attention_dim, None
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t."""

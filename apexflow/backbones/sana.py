@@ -33,6 +33,7 @@ class Sana:
     shift_defaults: tuple[float, float] = (-0.5, 1.0)
     normalizes_text: bool = False
     flow_scheduler: bool = True
+    depth: str | None = "num_layers"
 
     def __init__(
         self,
@@ -65,6 +66,10 @@ class Sana:
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+    @property
+    def text_width(self) -> tuple[int, int | None]:
+        return self.transformer.config.caption_channels, None
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, C, h, w), answered in the dtype of x_t."""

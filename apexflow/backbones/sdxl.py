@@ -65,6 +65,11 @@ class StableDiffusionXL(Family):
         zero_null = bool(read_index(folder).get("force_zeros_for_empty_prompt", True))
         return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults), zero_null)
 
+    @property
+    def text_width(self) -> tuple[int, int | None]:
+        sizes = 6 * self.config.addition_time_embed_dim
+        return self.config.cross_attention_dim, self.config.projection_class_embeddings_input_dim - sizes
+
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 4, h, w), answered in the dtype of x_t; c needs pooled embeddings."""
         if c.pooled is None:

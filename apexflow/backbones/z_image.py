@@ -31,6 +31,7 @@ class ZImage(Family):
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
     normalizes_text = True
+    depth = "n_layers"
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> ZImage:
@@ -45,6 +46,10 @@ class ZImage(Family):
             "tokenizer": AutoTokenizer,
         }
         return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+
+    @property
+    def text_width(self) -> tuple[int, int | None]:
+        return self.config.cap_feat_dim, None
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t."""

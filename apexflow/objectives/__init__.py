@@ -121,7 +121,11 @@ def further_of(objective: Any) -> tuple[Further, ...]:
 
 class Objective(Protocol):
     """A training method. `needs` names the roles it calls beside the student, "reference" (EMA) and "teacher", and says
-    "second_time" where it asks with a second time."""
+    "second_time" where it asks with a second time.
+
+    One that shifts conditions (Eq. 16) also has `condition_shift`, its (a, b) or None where it has no use for them, and
+    `for_family(defaults, given)`, itself with the family's pair for those of a and b that a recipe has not `given`.
+    """
 
     @property
     def needs(self) -> tuple[str, ...]: ...

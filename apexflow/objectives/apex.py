@@ -5,8 +5,8 @@ Where the paper leaves a choice, the choice is a field of `APEX`; `docs/paper.md
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -178,6 +178,18 @@ class APEX:
         """Whether any row starts from a picture x; not where all that are used stand at t = 1, which is z alone."""
         from_noise = self.pairing == "rows" and self.endpoint_weight > 0 and (self.share == 1 or self.path_weight == 0)
         return not from_noise or (self.path_velocity == "sample" and self.path_weight > 0)
+
+    @property
+    def condition_shift(self) -> tuple[float, float] | None:
+        """(a, b) of Eq. (16), where the endpoint objective uses them."""
+        return (self.a, self.b) if self.endpoint_weight > 0 else None
+
+    def for_family(self, defaults: tuple[float, float], given: Collection[str]) -> APEX:
+        """The same with a model family's (a, b) in place of those that a recipe has not given."""
+        a, b = (
+            own if name in given else other for name, own, other in zip("ab", (self.a, self.b), defaults, strict=True)
+        )
+        return replace(self, a=a, b=b)
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1, lines 2-22, for one micro-batch."""

@@ -44,6 +44,7 @@ class Tuning:
     rank: int = 32
     alpha: int | None = None  # the rank when not given
     text_encoder: bool = False
+    storage: Literal["fp8"] | None = None  # of a LoRA's frozen base: 8 bits a weight, computed in the run's precision
     checkpointing: bool | None = None  # compute activations again in backward; None: from half a billion parameters on
 
 
@@ -107,6 +108,8 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if self.tuning.storage and (self.tuning.kind != "lora" or self.parallel == "fsdp"):
+            raise ValueError("tuning.storage goes with tuning.kind=lora, and not with parallel=fsdp")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if not 0 <= self.caption_dropout <= 1:

@@ -209,6 +209,8 @@ def parallel_kind(recipe: Recipe, transformer: nn.Module, device: torch.device) 
         raise UserError("tuning.text_encoder is trained with whole weights: set parallel=ddp")
     if recipe.parallel != "auto":
         return recipe.parallel
+    if recipe.tuning.storage:  # layers are cast as they run, which sharding does not see
+        return "ddp"
     if device.type != "cuda" or recipe.tuning.text_encoder:
         return "ddp"
     weights = sum(p.numel() * p.element_size() for p in transformer.parameters())

@@ -28,7 +28,7 @@ from apexflow.training.distributed import gather, in_turn, joined, leads, own_de
 from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind, shard
 from apexflow.training.further import make_furthers
 from apexflow.training.journal import Journal
-from apexflow.training.prepare import null_condition, prepare
+from apexflow.training.prepare import null_condition, prepare, suited_objective
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Place, Roles, leave, make_roles
 from apexflow.training.run import CHECKPOINTS, Run, Trainee, restore, save
@@ -87,8 +87,8 @@ def start(recipe: Recipe, resume: bool) -> Run:
             )
     torch.manual_seed(recipe.seed)
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
-    objective = recipe.build_objective()
     backbone, data = in_turn(lambda: prepare(recipe, folder, device))
+    objective = suited_objective(recipe, backbone)
     null = null_condition(recipe, backbone, data).to(device)
     with together():
         kind = parallel_kind(recipe, backbone.transformer, device)

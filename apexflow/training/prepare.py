@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from apexflow.backbones import Backbone, load_backbone, resolve
+from apexflow.backbones import Backbone, check_shift, load_backbone, resolve
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet, check_made_by, is_cache
 from apexflow.data.caching import CacheSettings, encoders_on, make_cache
@@ -22,6 +22,7 @@ from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
 from apexflow.progress import Progress
 from apexflow.training.config import Data, Recipe
+from apexflow.training.roles import loaded_dtype
 
 CACHE_HOME = Path("runs") / "cache"
 
@@ -35,7 +36,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Backbon
     source = finished or captioned_source(recipe)
     check_pictures(recipe, CachedSet(source).has_pictures if finished else recognise(source).kind.pictures)
     model = resolve(recipe.model if recipe.model != "miniature" else str(miniature(recipe, folder, source)))
-    backbone = load_backbone(str(model), "cpu")
+    backbone = load_backbone(str(model), "cpu", loaded_dtype(recipe))
     settings = cache_settings(recipe)
     if finished is None:
         cache = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
@@ -83,6 +84,19 @@ def check_pictures(recipe: Recipe, pictures: bool) -> None:
             "from pictures: draw them with `apexflow synthesize`, or use a method that starts from noise alone "
             "(apex with objective.path_weight=0)"
         )
+
+
+def suited_objective(recipe: Recipe, backbone: Backbone) -> Any:
+    """The recipe's objective with the family's condition shift where the recipe gives none.
+
+    UserError for a shift that the family cannot see.
+    """
+    objective = recipe.build_objective()
+    if hasattr(objective, "for_family"):
+        objective = objective.for_family(backbone.shift_defaults, recipe.objective)
+    if (shift := getattr(objective, "condition_shift", None)) is not None:
+        check_shift(backbone, *shift)
+    return objective
 
 
 def captioned_source(recipe: Recipe) -> Path:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Backbone, second_time
+from apexflow.backbones.parts import compute_dtype
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Networks
@@ -139,6 +140,8 @@ class LoraRoles:
         self.trained = {name.replace(".default.", "."): p for name, p in named.items() if ".default." in name}
         self.average = {name.replace(".ema.", "."): p.data for name, p in named.items() if ".ema." in name}
         self._activate("default")
+        if tuning.storage == "fp8":
+            store_narrow(transformer, frozen)
 
     def _activate(self, name: str | None) -> None:
         for layer in self._layers:
@@ -212,7 +215,12 @@ class LoraRoles:
         self.average = {name: whole(tensor) for name, tensor in self.average.items()}
         with second_time.without(transformer) as second:
             state = transformer.state_dict()
-        tensors = {k.replace(".base_layer.", "."): whole(v) for k, v in state.items() if ".lora_" not in k}
+        compute = compute_dtype(transformer)
+        tensors = {
+            name.replace(".base_layer.", "."): tensor.to(compute) if tensor.itemsize == 1 else whole(tensor)
+            for name, tensor in state.items()
+            if ".lora_" not in name
+        }
         layers = {id(layer) for layer in self._layers}
         for name, module in transformer.named_modules():
             if id(module) in layers:
@@ -254,7 +262,7 @@ def make_roles(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], place
     does not exist.
     """
     tuning = recipe.tuning
-    frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    frozen = frozen_dtype(recipe)
     if checkpointed(tuning, backbone.transformer):
         backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if tuning.kind == "lora" and tuning.text_encoder:
@@ -266,6 +274,29 @@ def make_roles(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], place
     if tuning.kind == "lora":
         return LoraRoles(backbone, tuning, frozen, place)
     return FullRoles(backbone, needs, tuning.text_encoder, frozen, place)
+
+
+def frozen_dtype(recipe: Recipe) -> torch.dtype:
+    """The precision in which frozen weights are kept, unless `tuning.storage` says a narrower one."""
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+def loaded_dtype(recipe: Recipe) -> torch.dtype:
+    """The precision in which a model is read: what is trained whole stays in float32."""
+    return frozen_dtype(recipe) if recipe.tuning.kind == "lora" else torch.float32
+
+
+def store_narrow(transformer: nn.Module, compute: torch.dtype) -> None:
+    """Keep the matrices of the base in fp8 (e4m3) and compute in `compute`, layer by layer.
+
+    Comes after the adapters, which stay as they are: cast with the base, they could not be trained. Convolutions stay too:
+    backward reads their weight after it has gone back to eight bits.
+    """
+    from diffusers.hooks import apply_layerwise_casting
+
+    kept = ("pos_embed", "norm", "lora_")
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    apply_layerwise_casting(transformer, torch.float8_e4m3fn, compute, kept, convolutions)
 
 
 def checkpointed(tuning: Tuning, transformer: nn.Module) -> bool:

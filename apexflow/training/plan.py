@@ -1,0 +1,185 @@
+"""`apexflow plan`: the peak memory of a recipe on each GPU before anything is loaded, and what to switch on if it is too much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import torch
+
+from apexflow.backbones import Backbone
+from apexflow.backbones.presets import load_shapes
+from apexflow.training.config import Recipe
+from apexflow.training.memory import activations, kept_for_backward, network_sizes
+from apexflow.training.passes import Pass, count_passes
+from apexflow.training.roles import checkpointed, loaded_dtype
+
+GIB = 2**30
+# Not counted but allowed for: the CUDA context, workspaces of the kernels, and what the allocator loses to fragments.
+ALLOWANCE = 2 * GIB
+FRAGMENTS = 0.03
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each of `gpus` GPUs, by what they are, at the start of backward; `update` is the same in the optimizer's step.
+
+    cached: bytes a picture that the cache of latents and embeddings holds, on disk or in main memory.
+    """
+
+    parts: dict[str, int]
+    update: int
+    trainable: int
+    checkpointing: bool
+    micro_batch: int
+    gpus: int
+    cached: int
+    passes: list[Pass]
+
+    @property
+    def peak(self) -> int:
+        return round(max(sum(self.parts.values()), self.update) * (1 + FRAGMENTS)) + ALLOWANCE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, sizes in GiB."""
+        parts = {name: round(size / GIB, 3) for name, size in self.parts.items()}
+        return {
+            "peak_gib": round(self.peak / GIB, 2),
+            "parts_gib": parts | {"allowance": round((ALLOWANCE + self.peak * FRAGMENTS) / GIB, 3)},
+            "trainable": self.trainable,
+            "checkpointing": self.checkpointing,
+            "micro_batch": self.micro_batch,
+            "gpus": self.gpus,
+            "cached_bytes_a_picture": self.cached,
+            "rows_with_gradient": sum(made.rows for made in self.passes if made.graph) / self.micro_batch,
+            "rows_without_gradient": sum(made.rows for made in self.passes if not made.graph) / self.micro_batch,
+        }
+
+
+def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
+    """What a recipe takes on each of `gpus` GPUs; `tokens` of text a prompt, by default the most that the model reads.
+
+    Reads configs alone. `recipe.micro_batch` counts rows on one GPU. UserError for a model whose configs are not known.
+    """
+    backbone = shapes_of(recipe)
+    size = recipe.data.size or backbone.default_size
+    shape = backbone.latent_shape((size, size))
+    tokens = tokens or backbone.settings.max_tokens
+    objective = recipe.build_objective()
+    own = recipe.batch // gpus if recipe.batch > gpus else 1
+    rows = min(recipe.micro_batch or own, own)
+    with kept_for_backward([]) as losses:
+        passes = count_passes(objective, rows, recipe.batch, shape)
+    again, blocks = checkpointed(recipe.tuning, backbone.transformer), blocks_of(backbone)
+    needed = activations(backbone, recipe, passes, shape, tokens)
+    sizes = network_sizes(backbone, recipe, objective.needs)
+    shared = gpus if is_sharded(recipe, gpus) else 1
+    width, pooled = backbone.text_width
+    latents = 2 * math.prod(shape)
+    text = 2 * (tokens * width + (pooled or 0))
+    parts = {
+        "trained weights": sizes.trained // shared,
+        "frozen weights": sizes.frozen // shared,
+        "average (EMA)": sizes.average // shared,
+        "gradients": sizes.trained // shared,
+        "optimizer": 2 * sizes.trained // shared,
+        "activations": needed.kept + losses.bytes,
+        "one block again": needed.block,
+        "batch": 2 * rows * (latents + text),
+    }
+    if shared > 1:
+        parts["one block whole"] = (sizes.trained + sizes.frozen) // max(blocks, 1)
+    held = sum(parts[name] for name in ("trained weights", "frozen weights", "average (EMA)", "gradients", "optimizer"))
+    update = held + sizes.trained // shared  # the optimizer's intermediates are as large as what it steps
+    return Plan(parts, update, sizes.trained // 4, again, rows, gpus, latents + text, passes)
+
+
+def shapes_of(recipe: Recipe) -> Backbone:
+    """The recipe's model on the meta device, in the precision in which its weights are loaded."""
+    model = "mini-teacher" if recipe.model == "miniature" else recipe.model  # of the same shapes
+    return _shapes(model, loaded_dtype(recipe))
+
+
+@lru_cache(maxsize=1)
+def _shapes(model: str, dtype: torch.dtype) -> Backbone:
+    return load_shapes(model, dtype)
+
+
+def is_sharded(recipe: Recipe, gpus: int) -> bool:
+    """Whether weights are spread over the GPUs."""
+    return gpus > 1 and recipe.parallel == "fsdp"
+
+
+def blocks_of(backbone: Backbone) -> int:
+    """How many blocks the network has."""
+    return sum(len(part) for part in backbone.transformer.children() if isinstance(part, torch.nn.ModuleList))
+
+
+# -- What to switch on -------------------------------------------------------------------------------------------------
+
+
+def advise(recipe: Recipe, limit: int, gpus: int = 1, tokens: int | None = None) -> list[tuple[str, Plan]]:
+    """Changes that make a recipe fit into `limit` bytes, each on top of those before it, up to the first that fits.
+
+    Each is (what to add to the command, the plan then). Empty if it fits as it is.
+    """
+    found: list[tuple[str, Plan]] = []
+    if plan(recipe, gpus, tokens).peak <= limit:
+        return found
+    for change, changed, count in _changes(recipe, gpus):
+        recipe, gpus = changed, count
+        found.append((change, plan(recipe, gpus, tokens)))
+        if found[-1][1].peak <= limit:
+            break
+    return found
+
+
+def out_of_memory(recipe: Recipe, gpus: int = 1) -> str:
+    """What a run that ran out of memory is told: what the plan says, and what to switch on."""
+    first = f"out of memory: `apexflow plan` counts {plan(recipe, gpus).peak / GIB:.1f} GiB on each of {gpus} GPU(s)"
+    changes = islice(_changes(recipe, gpus), 2)
+    told = [f"{change} ({plan(changed, count).peak / GIB:.1f} GiB)" for change, changed, count in changes]
+    return f"{first}; switch on {', then '.join(told)}" if told else first
+
+
+def _changes(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Recipe, int]]:
+    """In the order of what they cost: time, then precision, then what is tuned, then money."""
+    tuning = recipe.tuning
+    if tuning.checkpointing is not True:
+        tuning = replace(tuning, checkpointing=True)
+        yield "tuning.checkpointing=true", (recipe := replace(recipe, tuning=tuning)), gpus
+    rows = recipe.micro_batch or max(recipe.batch // gpus, 1)
+    while rows > 1:
+        rows = max(rows // 4, 1)
+        yield f"micro_batch={rows}", (recipe := replace(recipe, micro_batch=rows)), gpus
+    if tuning.kind == "lora" and tuning.storage is None:
+        tuning = replace(tuning, storage="fp8")
+        yield "tuning.storage=fp8", (recipe := replace(recipe, tuning=tuning)), gpus
+    for count in (2, 4, 8, 16):
+        if count > gpus:
+            yield f"parallel=fsdp on {count} GPUs", (recipe := replace(recipe, parallel="fsdp")), count
+    if tuning.kind == "full" and not tuning.text_encoder:
+        tuning = replace(tuning, kind="lora")
+        yield "tuning.kind=lora", replace(recipe, tuning=tuning), gpus
+
+
+def plan_table(found: Plan, advice: list[tuple[str, Plan]], memory: float) -> str:
+    """A plan and its advice as text."""
+    shown = found.to_dict()
+    lines = [f"{name:20} {size:8.2f} GiB" for name, size in shown["parts_gib"].items() if size >= 0.005]
+    rows = f"{shown['rows_with_gradient']:g} rows with and {shown['rows_without_gradient']:g} without gradient a row"
+    lines += [
+        f"{'peak on each GPU':20} {shown['peak_gib']:8.2f} GiB of {memory:g}",
+        f"{found.gpus} GPU(s), {found.micro_batch} rows at a time, {found.trainable:,} trainable parameters, {rows}; "
+        f"checkpointing {'on' if found.checkpointing else 'off'}; the cache takes {found.cached / 1e6:.2f} MB a picture",
+    ]
+    if found.peak > memory * GIB:
+        lines.append("does not fit. Switch on, one after the other:")
+        lines += [f"  {change:28} {then.peak / GIB:8.2f} GiB" for change, then in advice]
+        if not advice or advice[-1][1].peak > memory * GIB:
+            lines.append("  and it still does not fit: take more or larger GPUs")
+    return "\n".join(lines)

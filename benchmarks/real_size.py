@@ -1,0 +1,206 @@
+"""A real training step at real size: time, peak memory and TFLOP/s of APEX and of flow matching, with random weights.
+
+    python benchmarks/real_size.py [--cases sana-0.6b ...] [--batches 1 4 8] [--steps 5] [--output results/real-size.json]
+    python benchmarks/real_size.py --tiny    # the same path on two-layer networks, in seconds on a CPU
+
+Weights are drawn from the configs that ship with the package, so nothing is downloaded; latents and embeddings are random, as a
+cache would hand them over. SANA is tuned whole, Qwen-Image as a LoRA of rank 64 with checkpointing, all at 512 x 512 in bf16. A
+batch goes through in one piece. The work of a step is counted from one forward pass: backward is twice as much, once where
+weights are frozen, and checkpointing adds the forward pass again. A case that has no room says so and the next one goes on.
+
+No GPU has run this yet: the numbers are open, and results/ holds none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from provenance import provenance
+
+from apexflow.backbones import load_backbone
+from apexflow.backbones.presets import presets, write_configs
+from apexflow.training.config import Data, Recipe, Tuning
+from apexflow.training.engine import Engine
+from apexflow.training.memory import example_inputs
+from apexflow.training.passes import cost, count_passes
+from apexflow.training.plan import GIB, plan
+from apexflow.training.roles import loaded_dtype, make_roles
+from apexflow.training.run import Run, Trainee
+from apexflow.training.step import training_step
+
+METHODS = ("apex", "flow_matching")
+CASES = {
+    "sana-0.6b": ("Efficient-Large-Model/Sana_600M_512px_diffusers", Tuning(checkpointing=False)),
+    "sana-1.6b": ("Efficient-Large-Model/Sana_1600M_512px_diffusers", Tuning(checkpointing=False)),
+    "qwen-image-lora-r64": ("Qwen/Qwen-Image", Tuning(kind="lora", rank=64, checkpointing=True)),
+}
+TINY = {
+    "SanaTransformer2DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 16,
+    },
+    "QwenImageTransformer2DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": [4, 6, 6],
+    },
+}
+
+
+@dataclass
+class RandomSet:
+    """Latents and embeddings as a cache would hand them over, all of one length."""
+
+    backbone: Any
+    shape: tuple[int, ...]
+    tokens: int
+
+    def batch_rows(self, step: int, rows: list[int], batch: int, seed: int) -> list[int]:
+        return rows
+
+    def latents(self, index: list[int]) -> torch.Tensor:
+        return torch.randn(len(index), *self.shape)
+
+    def condition(self, index: list[int]) -> Any:
+        return example_inputs(self.backbone, len(index), self.shape, self.tokens)[2]
+
+
+def begin(case: str, method: str, batch: int, size: int, tokens: int, tiny: bool, device: torch.device) -> Run:
+    """A run at its first step, with random weights made on the device."""
+    model, tuning = CASES[case]
+    recipe = Recipe(
+        output="unused",
+        method=method,
+        model=model,
+        data=Data(size=size),
+        tuning=tuning,
+        batch=batch,
+        precision="bf16",
+        device=device.type,
+    )
+    backbone = shapes(model, tiny, loaded_dtype(recipe))
+    kind = type(backbone.transformer)
+    torch.set_default_dtype(loaded_dtype(recipe))
+    with torch.device(device):
+        torch.manual_seed(0)
+        backbone.transformer = kind.from_config(backbone.transformer.config).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    objective = recipe.build_objective()
+    shape = backbone.latent_shape((size, size))
+    roles = make_roles(backbone, recipe, objective.needs)
+    null = example_inputs(backbone, 1, shape, tokens)[2].to(device)
+    trainee = Trainee(roles.trained, torch.optim.AdamW(list(roles.trained.values()), lr=1e-6))
+    data = RandomSet(backbone, shape, tokens)
+    engine = Engine(roles.networks(null))
+    return Run(recipe, Path("unused"), backbone, data, objective, roles, engine, {"student": trainee}, device)
+
+
+def shapes(model: str, tiny: bool, dtype: torch.dtype) -> Any:
+    """The backbone on the meta device; its transformer shrunk where `tiny`."""
+    preset = json.loads(presets()[model].read_text())
+    if tiny:
+        preset["transformer"] |= TINY[preset["transformer"]["_class_name"]]
+    with tempfile.TemporaryDirectory() as folder:
+        write_configs(preset, Path(folder))
+        return load_backbone(folder, "meta", dtype)
+
+
+def flops_a_row(run: Run) -> float:
+    """Floating-point operations of one forward pass of one row."""
+    inputs = example_inputs(run.backbone, 1, run.data.shape, run.data.tokens)
+    x_t, t, c = (part.to(run.device) for part in inputs)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
+        run.backbone.velocity(run.backbone.transformer, x_t, t, c)
+    return float(counter.get_total_flops())
+
+
+def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> dict[str, Any]:
+    """One row of the results. Memory is None where there is no GPU to ask."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
+    size, tokens = (64, 8) if given.tiny else (512, 256)
+    result = {"case": case, "method": method, "batch": batch, "size": size, "tokens": tokens, "tiny": given.tiny}
+    on_gpu = device.type == "cuda"
+    try:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        run = begin(case, method, batch, size, tokens, given.tiny, device)
+        seconds = timed_steps(run, given.steps)
+    except torch.OutOfMemoryError:
+        return result | {"out_of_memory": True}
+    passes = count_passes(run.objective, batch)
+    tuning = run.recipe.tuning
+    forwards = cost(passes, bool(tuning.checkpointing), frozen=tuning.kind == "lora")
+    work = forwards * flops_a_row(run)
+    planned = None if given.tiny else round(plan(run.recipe, tokens=tokens).peak / GIB, 2)
+    return result | {
+        "parameters": sum(p.numel() for p in run.backbone.transformer.parameters()),
+        "trained": sum(p.numel() for p in run.roles.trained.values()),
+        "seconds": seconds,
+        "forward_rows": forwards / batch,
+        "tflops_a_second": work / seconds / 1e12,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
+        "planned_gib": planned,
+    }
+
+
+def timed_steps(run: Run, steps: int) -> float:
+    """Median seconds a step, after two that are not counted."""
+    measured = []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        training_step(run)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        measured.append(time.perf_counter() - began)
+    return statistics.median(measured[2:])
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args(arguments)
+    if not given.tiny and not torch.cuda.is_available():
+        parser.error("real sizes need a GPU; --tiny checks the same path on a CPU")
+    results = []
+    for case in given.cases:
+        for batch in given.batches:
+            for method in METHODS:
+                results.append(measure(case, method, batch, given))
+                print(json.dumps(results[-1]), flush=True)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                if given.output:
+                    given.output.write_text(json.dumps({"rows": results} | provenance(), indent=1) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()

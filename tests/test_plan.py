@@ -1,0 +1,152 @@
+"""`apexflow plan`: counted on shapes, held against what is really saved; and every recipe that ships."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from apexflow.backbones import load_backbone
+from apexflow.backbones.presets import load_shapes, presets
+from apexflow.errors import UserError
+from apexflow.objectives import objectives
+from apexflow.training.config import Optimizer, Recipe, Tuning, load_recipe
+from apexflow.training.loop import start, training_step
+from apexflow.training.memory import activations, example_inputs, kept_for_backward, sizes_of
+from apexflow.training.passes import Pass, cost, count_passes
+from apexflow.training.plan import GIB, advise, plan
+from apexflow.training.step import make_batch
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def really_saved(run) -> int:
+    """Bytes that autograd keeps at the end of the forward passes of a real micro-batch."""
+    half = torch.autocast("cpu", torch.bfloat16, enabled=run.recipe.precision == "bf16")
+    batch = make_batch(run, torch.arange(run.recipe.batch))
+    with kept_for_backward([run.backbone.transformer]) as kept, half:
+        losses = run.objective(run.networks, batch, run.memory)
+    assert losses.total.requires_grad
+    return kept.bytes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_agrees_with_what_a_step_keeps(
+    recipe_file: Path, kind: str, precision: str, checkpointing: bool
+) -> None:
+    options = [f"tuning.kind={kind}", f"tuning.checkpointing={str(checkpointing).lower()}", f"precision={precision}"]
+    recipe = load_recipe(recipe_file, [*options, "tuning.rank=4", "batch=8"])
+    run = start(recipe, resume=False)
+    tokens = make_batch(run, torch.arange(8)).c.embeds.shape[1]
+    found = plan(recipe, tokens=tokens)
+    assert found.parts["activations"] == pytest.approx(really_saved(run), rel=0.15)
+    assert (found.parts["one block again"] > 0) == checkpointing
+    # The networks and the optimizer, to the byte.
+    sizes = sizes_of(run.roles)
+    assert found.parts["trained weights"] == sizes.trained and found.parts["frozen weights"] == sizes.frozen
+    assert found.parts["average (EMA)"] == sizes.average
+    training_step(run)
+    moments = [t for state in run.trainees["student"].optimizer.state.values() for n, t in state.items() if n != "step"]
+    assert found.parts["optimizer"] == sum(t.numel() * t.element_size() for t in moments)
+    assert found.trainable == sum(p.numel() for p in run.roles.trained.values())
+
+
+def test_a_deep_network_is_extrapolated_from_a_shallow_one(tmp_path: Path) -> None:
+    from apexflow.backbones.miniature import build_miniature
+    from apexflow.data.scenes import vocabulary
+
+    built = build_miniature(vocabulary(), seed=0, width=32, depth=6)
+    built.save(tmp_path, built.settings)
+    for checkpointing in (False, True):
+        recipe = Recipe(output="x", model=str(tmp_path), tuning=Tuning(checkpointing=checkpointing))
+        real = load_backbone(str(tmp_path))
+        network = real.transformer.requires_grad_(True)
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        backbone, passes = load_shapes(str(tmp_path)), [Pass("student", 4, True), Pass("student", 2, True)]
+        found = activations(backbone, recipe, passes, (8, 8, 8), 16)
+        with kept_for_backward([network]) as kept:
+            alive = [real.velocity(network, *example_inputs(real, made.rows, (8, 8, 8), 16)) for made in passes]
+        assert len(alive) == 2 and found.kept == pytest.approx(kept.bytes, rel=0.01)
+        assert found.block < found.kept or checkpointing
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_is_planned(path: Path) -> None:
+    recipe = load_recipe(path)
+    if recipe.model.startswith("runs/"):  # what another recipe makes, of the same shapes
+        recipe = replace(recipe, model="mini-teacher")
+    gpus = 16 if recipe.parallel == "fsdp" else 1
+    found = plan(recipe, gpus, 256)
+    assert 0 < found.peak < 80 * GIB
+    if "qwen-image" in recipe.output:
+        assert recipe.batch == 64 and recipe.precision == "bf16" and recipe.objective["path_weight"] == 1.0
+    if "lora-r" in recipe.output:
+        assert found.trainable == {32: 212_336_640, 64: 424_673_280}[recipe.tuning.rank]
+        assert found.peak < 62 * GIB  # the target for one 80 GB card
+
+
+def test_advice_ends_where_it_fits() -> None:
+    recipe = Recipe(output="x", batch=64)
+    assert advise(recipe, 10_000 * GIB, tokens=16) == []
+    most = plan(recipe, tokens=16).peak
+    few = plan(replace(recipe, micro_batch=16, tuning=Tuning(checkpointing=True)), tokens=16).peak
+    steps = advise(recipe, few, tokens=16)
+    peaks = [most, *(found.peak for _, found in steps)]
+    assert [change for change, _ in steps] == ["tuning.checkpointing=true", "micro_batch=16"]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] <= few < peaks[-2]
+
+
+def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:
+    recipe = Recipe(output="x", precision="bf16", batch=4, tuning=Tuning(kind="lora", checkpointing=False))
+    plain, narrow = (
+        plan(replace(recipe, tuning=replace(recipe.tuning, storage=kind)), tokens=16) for kind in (None, "fp8")
+    )
+    assert 0.5 < narrow.parts["frozen weights"] / plain.parts["frozen weights"] < 0.9
+    assert narrow.parts["trained weights"] == plain.parts["trained weights"]
+    full = replace(recipe, tuning=Tuning(checkpointing=False), batch=8)
+    whole, shared = plan(full, 4, 16), plan(replace(full, parallel="fsdp"), 4, 16)
+    for name in ("trained weights", "frozen weights", "average (EMA)", "gradients", "optimizer"):
+        assert shared.parts[name] == whole.parts[name] // 4
+
+
+def test_presets_have_the_published_sizes() -> None:
+    found = presets()
+    assert {"Qwen/Qwen-Image", "black-forest-labs/FLUX.1-schnell"} <= set(found)
+    for model in (
+        "Efficient-Large-Model/Sana_600M_512px_diffusers",
+        "Tongyi-MAI/Z-Image",
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    ):
+        backbone = load_shapes(model)
+        count = sum(p.numel() for p in backbone.transformer.parameters())
+        assert count == json.loads(found[model].read_text())["params"]["transformer"]
+        assert next(backbone.transformer.parameters()).device.type == "meta"
+    with pytest.raises(UserError, match="give the folder"):
+        load_shapes("someone/else")
+
+
+@pytest.mark.parametrize("method", objectives())
+def test_passes_are_counted_for_every_method(method: str) -> None:
+    passes = count_passes(Recipe(output="x", method=method).build_objective(), 8)
+    assert sum(made.rows for made in passes if made.graph) >= 4
+    assert cost(passes, checkpointing=True) > cost(passes) > 0
+
+
+def test_passes_of_known_methods() -> None:
+    matching = count_passes(objectives()["flow_matching"](), 8)
+    assert matching == [Pass("student", 8, True)] and cost(matching) == 24 and cost(matching, True) == 32
+    for path_rows, without in (("all", 20), ("others", 12)):  # teacher and secant on those rows, the real branch on half
+        made = count_passes(objectives()["apex"](guidance=1.0, path_steps=1, path_rows=path_rows), 8)
+        assert sum(p.rows for p in made if p.graph) == 12  # the endpoint objective runs on its own rows alone
+        assert sum(p.rows for p in made if not p.graph) == without
+
+
+def test_eight_bits_go_with_a_lora_alone() -> None:
+    with pytest.raises(ValueError, match="storage"):
+        Recipe(output="x", tuning=Tuning(storage="fp8"), optimizer=Optimizer())
