@@ -31,7 +31,7 @@ def plan(tmp_path: Path, tiny_model: Path, scene_folder: Path) -> Plan:
     """Two methods on the tiny model, a handful of steps."""
     recipe = replace(comparison_recipe(), model=str(tiny_model), data=Data(source=str(scene_folder)), batch=2)
     return Plan(
-        tmp_path / "out", recipe, METHODS, images=8, rates=(1e-4, 1e-3), nfe=(1, 2), seeds=3, per_prompt=2, limit=6
+        tmp_path / "out", recipe, METHODS, images=8, rates=(1e-4, 1e-3), nfe=(1, 2), seeds=2, per_prompt=2, limit=2
     )
 
 
@@ -64,7 +64,7 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: list[tuple[str, float
             assert set(budget["nfe"]) == {"1", "2"}
             for report in budget["nfe"].values():
                 assert {"overall", "overall_se", "tasks", "diversity", "distance"} <= set(report)
-                assert report["pictures"] == 6 * 2 * 3
+                assert report["pictures"] == 2 * 2 * 2
     assert rows["scm"]["budgets"]["time"]["steps"] == 4  # the first method sets the time
     assert rows[BASIS]["time"] == pytest.approx(1) and rows[BASIS]["memory"] == pytest.approx(1)
     assert rows["scm"]["memory"] > 1
@@ -78,8 +78,6 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: list[tuple[str, float
 
     before = len(calls)
     assert run_comparison(plan)["rows"] == rows and len(calls) == before  # nothing is done twice
-    run_comparison(replace(plan, methods=(*METHODS, "cm")))
-    assert {call[0] for call in calls[before:]} == {"cm"}  # a further method joins
     with pytest.raises(UserError, match="other images"):
         run_comparison(replace(plan, images=16))
 
@@ -93,13 +91,13 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     def cut(*_: Any) -> Any:
         raise PowerCut
 
-    small = replace(plan, rates=(1e-4,), nfe=(1,), seeds=1)
+    small = replace(plan, methods=(BASIS,), rates=(1e-4,), nfe=(1,), seeds=1, per_prompt=1)
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "score_at", cut)
         with pytest.raises(PowerCut):
             run_comparison(small)
     before = list(calls)
-    assert len(before) == 2
+    assert len(before) == 1
     run_comparison(small)
     assert not set(calls[len(before) :]) & set(before)
 
@@ -116,7 +114,7 @@ def test_a_diverged_run_is_marked_and_the_rest_goes_on(plan: Plan, monkeypatch: 
         return model
 
     monkeypatch.setattr(training, "train", train)
-    results = run_comparison(replace(plan, nfe=(1,), seeds=1))
+    results = run_comparison(replace(plan, nfe=(1,), seeds=1, per_prompt=1))
     rows = results["rows"]
     assert rows["scm"]["rate"] == 1e-4 and rows["scm"]["diverged"] == "1/4"
     assert rows[BASIS]["rate"] is None and rows[BASIS]["diverged"] == "2/2" and rows["scm"]["time"] is None

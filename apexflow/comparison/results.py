@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from apexflow.comparison.page import write_page
@@ -13,6 +13,7 @@ from apexflow.comparison.tables import markdown
 from apexflow.comparison.train import costs, once, sweep, train_to_budgets
 from apexflow.errors import UserError
 from apexflow.evaluation.files import read_json, write_json, write_text
+from apexflow.generator import load
 from apexflow.progress import console
 
 
@@ -86,11 +87,12 @@ def _to_budgets(plan: Plan, name: str, tried: dict[str, Any], first: float | Non
 def _scores(plan: Plan, name: str, label: str, model: str) -> dict[str, Any]:
     """Scores by number of evaluations, and the strips of pictures."""
     folder = plan.output / "scores" / label
+    loaded = cache(lambda: load(model, plan.recipe.device))  # once, and only if something is left to score
     by_steps = {
-        str(steps): once(folder / f"nfe-{steps}.json", partial(score_at, plan, name, model, steps))
+        str(steps): once(folder / f"nfe-{steps}.json", partial(score_at, plan, name, loaded, steps))
         for steps in plan.nfe
     }
-    once(folder / "strips.json", partial(draw_strips, plan, name, model, folder / "strips"))
+    once(folder / "strips.json", partial(draw_strips, plan, name, loaded, folder / "strips"))
     return {"nfe": by_steps}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,14 @@ KEPT = ("overall", "overall_se", "strict", "tasks", "diversity", "evaluations", 
 
 def quick_score(plan: Plan, model: Path) -> dict[str, float]:
     """One step, one picture a prompt: what the sweep chooses by."""
-    report = score(plan, load(str(model), plan.recipe.device), {}, 1, [QUICK_SEED], 1, QUICK_PROMPTS)
+    limit = min(QUICK_PROMPTS, plan.limit or QUICK_PROMPTS)
+    report = score(plan, load(str(model), plan.recipe.device), {}, 1, [QUICK_SEED], 1, limit)
     return {key: report[key] for key in ("overall", "distance")}
 
 
-def score_at(plan: Plan, name: str, model: str, steps: int) -> dict[str, Any]:
+def score_at(plan: Plan, name: str, model: Callable[[], Generator], steps: int) -> dict[str, Any]:
     """A model at one number of steps, by its method's own sampler (`name` "teacher": the flow's), over the plan's seeds."""
-    generator = load(model, plan.recipe.device)
-    return score(plan, generator, own_sampler(plan, name), steps, range(plan.seeds), plan.per_prompt, plan.limit)
+    return score(plan, model(), own_sampler(plan, name), steps, range(plan.seeds), plan.per_prompt, plan.limit)
 
 
 def score(
@@ -100,10 +100,10 @@ def true_statistics(cache: str) -> tuple[np.ndarray, np.ndarray]:
     return statistics(torch.cat(parts).numpy())
 
 
-def draw_strips(plan: Plan, name: str, model: str, folder: Path) -> dict[str, Any]:
+def draw_strips(plan: Plan, name: str, model: Callable[[], Generator], folder: Path) -> dict[str, Any]:
     """A row of pictures at one step, a prompt each, and a row of one prompt at every number of steps."""
     sampling = own_sampler(plan, name)
-    generator = load(model, plan.recipe.device)
+    generator = model()
     prompts = grid_prompts()
     folder.mkdir(parents=True, exist_ok=True)
     row = generator.generate(prompts, 1, GRID_SEED, guidance=1.0, **sampling)
