@@ -210,7 +210,7 @@ def compare(
     guidance: Annotated[float, typer.Option(help="Scale that is trained into every method that can.")] = 2.5,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the evaluation.")] = 3,
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only this many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only this many prompts.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train every method from one teacher at equal budgets, and score them side by side: tables, curves, pictures, one page."""

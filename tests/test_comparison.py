@@ -124,7 +124,12 @@ def test_a_diverged_run_is_marked_and_the_rest_goes_on(plan: Plan, monkeypatch: 
 def test_unknown_methods_and_bad_numbers_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown method 'meanflo', did you mean 'meanflow'"):
         Plan(tmp_path, methods=("meanflo",))
-    for options, named in (({"images": 0}, "images"), ({"rates": ()}, "rates"), ({"nfe": (0,)}, "nfe")):
+    for options, named in (
+        ({"images": 0}, "images"),
+        ({"limit": 1}, "limit"),
+        ({"rates": ()}, "rates"),
+        ({"nfe": (0,)}, "nfe"),
+    ):
         with pytest.raises(UserError, match=named):
             Plan(tmp_path, **options)  # type: ignore[arg-type]
 

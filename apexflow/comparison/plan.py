@@ -59,6 +59,8 @@ class Plan:
         for name in ("images", "seeds", "per_prompt"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.limit is not None and self.limit < 2:
+            raise UserError(f"limit must be at least 2, since a distance needs several pictures; got {self.limit}")
         if not self.rates or min(self.rates) <= 0 or not 0 < self.sweep <= 1:
             raise UserError(f"rates must be above 0 and sweep in (0, 1], got {self.rates} and {self.sweep}")
         if not self.nfe or min(self.nfe) < 1:

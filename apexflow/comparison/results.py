@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from apexflow.comparison.page import write_page
@@ -37,7 +40,8 @@ def run_comparison(plan: Plan) -> dict[str, Any]:
         console.print(f"{name}: {_summary(rows[name])}")
     for name in names:
         rows[name] |= _relative(rows, held, name)
-    results = {"plan": plan.identity(), "teacher": plan.recipe.model, "rows": rows}
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    results = {"plan": plan.identity(), "teacher": plan.recipe.model, "rows": rows, "command": command}
     write_json(plan.output / "results.json", results)
     write_text(plan.output / "results.md", markdown(results))
     results["report"] = str(write_page(plan, results))
