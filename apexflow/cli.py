@@ -193,6 +193,34 @@ def _no_room(recipe: Any) -> str:
     return out_of_memory(recipe, int(os.environ.get("WORLD_SIZE", "1")))
 
 
+@app.command()
+def compare(
+    methods: Annotated[
+        list[str] | None, typer.Argument(help="Methods, the one that sets the wall time first. Default: every one.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the comparison; an interrupted one goes on.")
+    ] = Path("runs/compare"),
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe with teacher, data, batch and tuning. Default: the miniature on scenes.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Training pictures that each method sees.")] = 6400,
+    nfe: Annotated[str, typer.Option(help="Network evaluations a picture, with commas.")] = "1,2,4,8,20",
+    rates: Annotated[str, typer.Option(help="Learning rates that are tried for each, with commas.")] = "1e-4,3e-4,1e-3",
+    guidance: Annotated[float, typer.Option(help="Scale that is trained into every method that can.")] = 2.5,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the evaluation.")] = 3,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only this many prompts.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train every method from one teacher at equal budgets, and score them side by side: tables, curves, pictures, one page."""
+    from apexflow.comparison.command import compare_command
+
+    given = {"images": images, "seeds": seeds, "per_prompt": per_prompt, "limit": limit, "guidance": guidance}
+    result, text = compare_command(tuple(methods or ()), output, recipe, nfe, rates, given)
+    _show(result, as_json, text)
+
+
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     if _speaks():
         typer.echo(json.dumps(result) if as_json else text)

@@ -15,6 +15,10 @@ class ToldElsewhere(UserError):
     """The same mistake in a process whose neighbour tells it: exits with 2 and says nothing."""
 
 
+class Diverged(UserError):
+    """A training whose loss stays non-finite."""
+
+
 class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
 

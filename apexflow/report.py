@@ -50,7 +50,7 @@ def write_report(
         recipe_section(recipe),
         tag("footer", "Written by apexflow. Everything on this page is inside this file."),
     ]
-    return _write(folder / NAME, _page(heading, "".join(body)))
+    return write(folder / NAME, page(heading, "".join(body)))
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], list[Line]]:
@@ -167,7 +167,8 @@ def _grid(caption: str, path: Path) -> str:
         raise UserError(f"the grid {path} for the report cannot be read as a picture: check the file") from error
 
 
-def _page(heading: str, body: str) -> str:
+def page(heading: str, body: str) -> str:
+    """A whole page of markup that loads nothing from outside."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{text(POLICY)}">'
@@ -176,10 +177,11 @@ def _page(heading: str, body: str) -> str:
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>{body}</main></body></html>\n'
 
 
-def _write(path: Path, page: str) -> Path:
+def write(path: Path, markup: str) -> Path:
+    """Write a page, whole or not at all; its path. UserError where it cannot be written."""
     partial = path.with_name(f".partial-{path.name}")
     try:
-        partial.write_bytes(page.encode("utf-8", "replace"))  # a file name may hold bytes that are no text
+        partial.write_bytes(markup.encode("utf-8", "replace"))  # a file name may hold bytes that are no text
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from apexflow.comparison.tables import budget_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 DOCUMENTS = ("README.md", "docs/paper.md", "docs/log.md", "docs/evaluation.md")
@@ -86,11 +88,30 @@ def scoring(result: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def comparison(result: dict[str, Any]) -> str:
+    """Both budgets of `apexflow compare`, and what they are."""
+    plan, rows = result["plan"], result["rows"]
+    told = f"{plan['images']:,} images a run at batch {plan['recipe']['batch']}, {plan['seeds']} seeds."
+    images, wall = (markdown(budget_table(rows, budget, plan["nfe"])) for budget in ("images", "time"))
+    return f"{told}\n\nEqual images:\n\n{images}\n\nEqual wall time:\n\n{wall}"
+
+
+def data_steps(result: dict[str, Any]) -> str:
+    columns = sorted({steps for row in result["rows"].values() for steps in row}, key=int)
+    rows = [["", *[f"{steps} steps" for steps in columns]]]
+    for name, row in result["rows"].items():
+        cells = [row.get(steps, {}) for steps in columns]
+        rows.append([name, *["diverged" if "diverged" in c else f"{c['overall']:.3f}" if c else "" for c in cells]])
+    return markdown(rows)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scores": ("scores.json", scores),
     "speed": ("speed.json", speed),
     "step-cost": ("step-cost.json", step_cost),
     "scoring": ("scoring.json", scoring),
+    "comparison": ("comparison.json", comparison),
+    "data-steps": ("data-steps.json", data_steps),
     "weights": ("ablate-weights.json", ablation),
     "shift": ("ablate-shift.json", ablation),
     "readings": ("ablate-readings.json", ablation),

@@ -77,6 +77,31 @@ def test_scenes_evaluate_and_train_speak_json(run: Run, tiny_model: Path, recipe
     assert code == 0 and Path(json.loads(out)["report"]).is_file()
 
 
+def test_compare_takes_a_recipe_and_speaks_json(run: Run, recipe_file: Path, tmp_path: Path) -> None:
+    few = ["--images", 4, "--nfe", "1", "--rates", "1e-4", "--seeds", 1, "--per-prompt", 1, "--limit", 2]
+    folder = tmp_path / "compared"
+    code, output, errors = run("compare", "flow_matching", "-o", folder, "--recipe", recipe_file, *few, "--json")
+    assert code == 0, errors
+    result = json.loads(output)
+    assert result["rows"]["flow_matching"]["budgets"]["images"]["images"] == 4
+    assert Path(result["report"]).is_file() and (folder / "results.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["flow-matching"], ("unknown method 'flow-matching'", "did you mean 'flow_matching'")),
+        (["apex", "--nfe", "one"], ("--nfe", "'one'")),
+        (["apex", "--rates", "0"], ("rates", "above 0")),
+        (["apex", "--recipe", "nowhere.yaml"], ("nowhere.yaml", "cannot be read")),
+    ],
+    ids=str,
+)
+def test_a_comparison_that_cannot_be(run: Run, tmp_path: Path, arguments: list[str], words: tuple[str, ...]) -> None:
+    refused(run("compare", *arguments, "-o", tmp_path / "compared"), *words)
+    assert not (tmp_path / "compared").exists()
+
+
 def test_help_of_every_command(run: Run) -> None:
     for command in (
         [],

@@ -53,7 +53,7 @@ def test_imports_point_down() -> None:
         "backbones",
         "data generator",
     ]
-    order += ["evaluation reporting", "training report export", "demo", "cli"]
+    order += ["evaluation reporting", "training report export", "demo comparison", "cli"]
     layers = {name: level for level, names in enumerate(order) for name in names.split()}
     for path in (ROOT / "apexflow").rglob("*.py"):
         own = path.relative_to(ROOT / "apexflow").parts[0].removesuffix(".py")

@@ -141,7 +141,10 @@ def test_passes_are_counted_for_every_method(method: str) -> None:
 def test_passes_of_known_methods() -> None:
     matching = count_passes(objectives()["flow_matching"](), 8)
     assert matching == [Pass("student", 8, True)] and cost(matching) == 24 and cost(matching, True) == 32
-    for path_rows, without in (("all", 20), ("others", 12)):  # teacher and secant on those rows, the real branch on half
+    for path_rows, without in (
+        ("all", 20),
+        ("others", 12),
+    ):  # teacher and secant on those rows, the real branch on half
         made = count_passes(objectives()["apex"](guidance=1.0, path_steps=1, path_rows=path_rows), 8)
         assert sum(p.rows for p in made if p.graph) == 12  # the endpoint objective runs on its own rows alone
         assert sum(p.rows for p in made if not p.graph) == without

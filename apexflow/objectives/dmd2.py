@@ -49,6 +49,11 @@ class DMD2:
             raise ValueError(f"gan and judge_gan must be at least 0, got {self.gan} and {self.judge_gan}")
 
     @property
+    def needs_pictures(self) -> bool:
+        """Only the judge looks at data: without it, prompts alone are enough."""
+        return self.gan > 0
+
+    @property
     def further(self) -> tuple[Further, ...]:
         """The critic, and a judge on its middle block."""
         return (Further("critic"), *[Further("judge", "judge", on="critic")] * (self.gan > 0))

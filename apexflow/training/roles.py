@@ -71,6 +71,12 @@ class FullRoles:
         modules = {"student": self.backbone.transformer, "reference": self._averages["transformer"], "teacher": teacher}
         return {name: held(field_of(self.backbone, part), part.parameters(), part) for name, part in modules.items()}
 
+    @property
+    def everything(self) -> list[nn.Module]:
+        """Every module that is held."""
+        held_ones = [*self._modules.values(), *self._averages.values(), *self._further.values()]
+        return held_ones if self.teacher is None else [*held_ones, self.teacher]
+
     def network(self, name: str) -> nn.Module:
         """The module that answers for the teacher or a further role."""
         found = self.teacher if name == "teacher" else self._further[name]
@@ -183,6 +189,11 @@ class LoraRoles:
                 self._activate("default")
 
         return answer
+
+    @property
+    def everything(self) -> list[nn.Module]:
+        """Every module that is held: one."""
+        return [self.backbone.transformer]
 
     def network(self, name: str) -> nn.Module:
         """The module that answers for every role."""

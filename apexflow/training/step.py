@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from apexflow.conditioning import Condition, replace_rows
-from apexflow.errors import UserError
+from apexflow.errors import Diverged
 from apexflow.objectives import Batch
 from apexflow.randomness import RowRandom, mix
 from apexflow.training.config import Recipe
@@ -37,7 +37,7 @@ def training_step(run: Run) -> dict[str, float]:
     else:
         run.bad += 1
         if run.bad >= recipe.bad_steps:
-            raise UserError(
+            raise Diverged(
                 f"the loss was not finite for {run.bad} steps in a row (step {run.step}): lower "
                 f"optimizer.learning_rate; the last checkpoint is in {run.folder / CHECKPOINTS}"
             )

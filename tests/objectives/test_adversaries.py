@@ -93,6 +93,16 @@ def test_dmd2s_student_takes_every_fifth_step() -> None:
     assert [turn for turn, student in enumerate(taken) if student] == [0, 5, 10]
 
 
+@pytest.mark.parametrize("gan", [0.0, 5e-3])
+def test_only_the_judge_looks_at_pictures(gan: float) -> None:
+    def loss(fill: float) -> float:
+        objective = DMD2(gan=gan)
+        batch = make_batch(x=torch.full((4, 1, 4, 4), fill))
+        return objective(make_roles(objective).networks(), batch, {}).everything.item()
+
+    assert (loss(0.0) != loss(1.0)) == DMD2(gan=gan).needs_pictures
+
+
 def test_without_gan_there_is_no_judge() -> None:
     assert [declared.name for declared in DMD2(gan=0).further] == ["critic"]
     assert [declared.name for declared in DMD2().further] == ["critic", "judge"]

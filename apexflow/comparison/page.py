@@ -1,0 +1,101 @@
+"""One HTML page of a comparison: tables, curves over the number of evaluations, pictures, and the stability of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from apexflow.comparison.chart import lines_chart
+from apexflow.comparison.plan import Plan
+from apexflow.comparison.scores import grid_prompts, strips
+from apexflow.comparison.tables import budget_table, sweep_table, task_table
+from apexflow.report import page, write
+from apexflow.reporting import curves, pictures
+from apexflow.reporting.markup import section, tag, text
+from apexflow.training.journal import read_metrics
+
+LABEL, GAP = 130, 2  # pixels for a row's name, and between pictures
+
+
+def write_page(plan: Plan, results: dict[str, Any]) -> Path:
+    """Write `report.html` and the picture grids beside it; its path."""
+    rows, nfe = results["rows"], list(plan.nfe)
+    prompts = grid(plan, rows, "prompts", [str(index + 1) for index in range(len(grid_prompts()))])
+    steps = grid(plan, rows, "nfe", [f"NFE {number}" for number in nfe])
+    body = [
+        tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
+        section("Equal images", shown(budget_table(rows, "images", nfe))),
+        section("Equal wall time", shown(budget_table(rows, "time", nfe))),
+        section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
+        section("Tasks at one step", shown(task_table(rows))),
+        section("The same prompts and noise at one step", _picture(prompts), "; ".join(_numbered(grid_prompts()))),
+        section("One prompt at every number of steps", _picture(steps), grid_prompts()[0]),
+        section("Stability: loss and gradient norm", tag("div", _training(plan, rows), class_="charts")),
+        section(
+            "The sweep of learning rates", shown(sweep_table(rows)), "One-step scores, and the seconds that it took."
+        ),
+    ]
+    return write(plan.output / "report.html", page("apexflow comparison", "".join(body)))
+
+
+def shown(rows: list[list[str]]) -> str:
+    """A table as markup."""
+    head, *rest = rows
+    top = tag("tr", tag("td") + "".join(tag("th", text(cell), scope="col") for cell in head[1:]))
+    lines = [tag("tr", tag("th", text(r[0]), scope="row") + "".join(tag("td", text(c)) for c in r[1:])) for r in rest]
+    whole = tag("table", tag("thead", top) + tag("tbody", "".join(lines)), class_="scores")
+    return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label="comparison")
+
+
+def _nfe_charts(rows: dict[str, Any], nfe: list[int]) -> str:
+    charts = []
+    for budget, title in (("images", "equal images"), ("time", "equal wall time")):
+        series = {
+            name: [one["nfe"][str(steps)]["overall"] for steps in nfe]
+            for name, row in rows.items()
+            if "nfe" in (one := row.get("budgets", {}).get(budget, {}))
+        }
+        charts.append(lines_chart(f"mini-GenEval, {title}", [str(steps) for steps in nfe], series))
+    return "".join(charts)
+
+
+def _training(plan: Plan, rows: dict[str, Any]) -> str:
+    charts = []
+    for name in rows:
+        lines = read_metrics(plan.output / "runs" / name / "run")
+        for key in ("loss", "grad_norm"):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                curve = curves.Curve(f"{name}: {key.replace('_', ' ')}", points)
+                charts.append(curves.figure(curve, (0, lines[-1]["step"])))
+    return "".join(charts)
+
+
+def _numbered(prompts: list[str]) -> list[str]:
+    return [f"{index + 1}: {prompt}" for index, prompt in enumerate(prompts)]
+
+
+def _picture(path: Path) -> str:
+    return tag("div", pictures.figure(pictures.picture_tag(path, path.stem), "", "grid wide"), class_="pictures")
+
+
+def grid(plan: Plan, rows: dict[str, Any], kind: str, heads: list[str]) -> Path:
+    """A sheet with a row a method and a column a prompt or a number of steps, names beside and above."""
+    found = {name: paths for name in rows if (paths := strips(plan, name, kind))}
+    with Image.open(next(iter(found.values()))[0]) as first:
+        width, height = first.size
+    sheet = Image.new("RGB", (LABEL + len(heads) * (width + GAP), 16 + len(found) * (height + GAP)), "white")
+    drawing = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        drawing.text((LABEL + column * (width + GAP), 2), head, fill="black")
+    for row, (name, paths) in enumerate(found.items()):
+        top = 16 + row * (height + GAP)
+        drawing.text((2, top + height // 2 - 6), name, fill="black")
+        for column, path in enumerate(paths):
+            with Image.open(path) as picture:
+                sheet.paste(picture, (LABEL + column * (width + GAP), top))
+    path = plan.output / f"grid-{kind}.png"
+    sheet.save(path)
+    return path

@@ -1,0 +1,138 @@
+"""What is compared, and at which budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from apexflow.data.cache import is_cache
+from apexflow.errors import UserError
+from apexflow.objectives import objectives
+from apexflow.training.config import Data, Preview, Recipe, suggest
+
+NEVER = 10**9
+# Readings of a method that are compared beside its defaults: method, and fields of its dataclass.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "apex-printed": (
+        "apex",
+        {
+            "pairing": "printed",
+            "real": "reference",
+            "path_velocity": "sample",
+            "reference": "reference",
+            "guidance": 1.0,
+        },
+    ),
+    "meanflow-distilled": ("meanflow", {"velocity": "teacher"}),
+}
+EVERYONE = ("apex", "apex-printed", *(name for name in objectives() if name != "apex"))
+BASIS = "flow_matching"  # what step costs are relative to
+TEACHER = "teacher"
+IMAGES, TIME = "images", "time"
+BUDGETS = (IMAGES, TIME)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One comparison. `recipe` says teacher, data, batch, tuning and seed; methods differ in nothing but themselves.
+
+    images: how many training pictures each method sees; the other budget is the wall time that the first method needs for
+    them. rates: learning rates that are tried for every method, each on `sweep` of the images. nfe, seeds, per_prompt,
+    limit: of the evaluation. guidance: trained into every method that can (the teacher's own when not given).
+    """
+
+    output: Path
+    recipe: Recipe = field(default_factory=lambda: comparison_recipe())
+    methods: tuple[str, ...] = EVERYONE
+    images: int = 6400
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    sweep: float = 0.25
+    nfe: tuple[int, ...] = (1, 2, 4, 8, 20)
+    seeds: int = 3
+    per_prompt: int = 2
+    limit: int | None = None
+    guidance: float = 2.5
+
+    def __post_init__(self) -> None:
+        for name in ("images", "seeds", "per_prompt"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.limit is not None and self.limit < 2:
+            raise UserError(f"limit must be at least 2, since a distance needs several pictures; got {self.limit}")
+        if not self.rates or min(self.rates) <= 0 or not 0 < self.sweep <= 1:
+            raise UserError(f"rates must be above 0 and sweep in (0, 1], got {self.rates} and {self.sweep}")
+        if not self.nfe or min(self.nfe) < 1:
+            raise UserError(f"nfe must be at least 1 each, got {self.nfe}")
+        for name in self.methods:
+            known = {**dict.fromkeys(EVERYONE), **VARIANTS}
+            if name not in known:
+                raise UserError(f"unknown method {name!r}{suggest(name, known)}; methods: {', '.join(known)}")
+
+    @property
+    def steps(self) -> int:
+        """Steps of the budget in images."""
+        return max(1, self.images // self.recipe.batch)
+
+    @property
+    def sweep_steps(self) -> int:
+        return max(1, round(self.sweep * self.steps))
+
+    def entry(self, name: str) -> tuple[str, dict[str, Any]]:
+        """The method of a name and the fields of its dataclass that the comparison sets."""
+        method, given = VARIANTS.get(name, (name, {}))
+        return method, {**guided(objectives()[method](), self.guidance), **given}
+
+    def recipe_for(self, name: str, folder: Path, rate: float, steps: int) -> Recipe:
+        """The run of one method at one learning rate."""
+        method, objective = self.entry(name)
+        cache = self.output / "cache"
+        source = None if is_cache(cache) else self.recipe.data.source  # drawn and cached once
+        settings = replace(self.recipe.optimizer, learning_rate=rate, warmup=min(20, steps))
+        return replace(
+            self.recipe,
+            output=str(folder),
+            method=method,
+            objective=objective,
+            data=replace(self.recipe.data, source=source, cache=str(cache)),
+            optimizer=settings,
+            steps=steps,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """All that moves a result, as JSON has it; methods apart, since further ones may join later."""
+        plain = asdict(self)
+        del plain["output"], plain["methods"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+def comparison_recipe() -> Recipe:
+    """What all methods share when no recipe is given: the shipped teacher on drawn scenes, short runs."""
+    return Recipe(
+        output="",
+        data=Data(source="scenes", count=10000, seed=2),
+        preview=Preview(every=NEVER, count=1),
+        ema_decay=0.98,
+        checkpoint_every=100,
+        keep=1,
+        sampling_steps=1,
+        sampling_guidance=1.0,
+    )
+
+
+def guided(objective: Any, scale: float) -> dict[str, Any]:
+    """The fields that train guidance of `scale` into a method, nested ones in full; {} where it knows none."""
+    found: dict[str, Any] = {}
+    for one in fields(objective):
+        value = getattr(objective, one.name)
+        if one.name == "guidance":
+            found["guidance"] = scale
+        elif is_dataclass(value) and not isinstance(value, type) and any(f.name == "guidance" for f in fields(value)):
+            found[one.name] = asdict(value) | {"guidance": scale}
+    return found
+
+
+def needed(methods: Sequence[str]) -> list[str]:
+    """The methods in order, and the one that step costs are measured against."""
+    return list(dict.fromkeys([*methods, BASIS]))

@@ -1,0 +1,124 @@
+"""Scores of a comparison: mini-GenEval, a feature distance to true pictures, and diversity, at every number of evaluations."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from apexflow.comparison.plan import IMAGES, TEACHER, Plan
+from apexflow.data.cache import CachedSet
+from apexflow.data.scenes import scenes
+from apexflow.evaluation.drawing import features
+from apexflow.evaluation.fid import fid_from_statistics, statistics
+from apexflow.evaluation.files import open_picture
+from apexflow.evaluation.runner import Settings, evaluate, over_seeds
+from apexflow.evaluation.suite import SUFFIXES
+from apexflow.generator import MAX_BATCH, Generator, load
+from apexflow.objectives import objectives
+
+SIDE = 4  # latents are averaged to this many places a side: few enough features for some hundred pictures
+MOST_TRUE = 2000
+QUICK_PROMPTS, QUICK_SEED = 60, 1000  # other noise than the comparison's own
+GRID_PROMPTS, GRID_SEED = 8, 11
+KEPT = ("overall", "overall_se", "strict", "tasks", "diversity", "evaluations", "pictures")
+
+
+def quick_score(plan: Plan, model: Path) -> dict[str, float]:
+    """One step, one picture a prompt: what the sweep chooses by."""
+    limit = min(QUICK_PROMPTS, plan.limit or QUICK_PROMPTS)
+    report = score(plan, load(str(model), plan.recipe.device), {}, 1, [QUICK_SEED], 1, limit)
+    return {key: report[key] for key in ("overall", "distance")}
+
+
+def score_at(plan: Plan, name: str, model: Callable[[], Generator], steps: int) -> dict[str, Any]:
+    """A model at one number of steps, by its method's own sampler (`name` "teacher": the flow's), over the plan's seeds."""
+    return score(plan, model(), own_sampler(plan, name), steps, range(plan.seeds), plan.per_prompt, plan.limit)
+
+
+def score(
+    plan: Plan,
+    generator: Generator,
+    sampler: dict[str, Any],
+    steps: int,
+    seeds: Sequence[int],
+    per_prompt: int,
+    limit: int | None,
+) -> dict[str, Any]:
+    """The numbers of a comparison's row, without guidance: it is trained in where it can be."""
+    reports, seen = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in seeds:
+            folder = Path(scratch) / str(seed)
+            settings = Settings(steps=steps, guidance=1.0, per_prompt=per_prompt, seed=seed, limit=limit, **sampler)
+            reports.append(evaluate(generator, settings, folder, name=f"{steps} step{'s' * (steps > 1)}"))
+            seen.append(_pictures_features(generator, folder / "pictures"))
+            shutil.rmtree(folder)
+    report = over_seeds(reports)
+    mine = statistics(torch.cat(seen).numpy())
+    return {key: report[key] for key in KEPT if key in report} | {
+        "distance": fid_from_statistics(*mine, *true_statistics(str(plan.output / "cache")))
+    }
+
+
+def own_sampler(plan: Plan, name: str) -> dict[str, Any]:
+    """What a method recommends to sample with; nothing for the teacher."""
+    sampler = {} if name == TEACHER else objectives()[plan.entry(name)[0]].sampler
+    return {key: type(getattr(Settings(), key))(value) for key, value in sampler.items()}
+
+
+def _pictures_features(generator: Generator, folder: Path) -> Tensor:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    shape = generator.backbone.latent_shape((generator.backbone.default_size,) * 2)
+    parts = []
+    for begin in range(0, len(paths), MAX_BATCH):
+        pictures = [open_picture(path) for path in paths[begin : begin + MAX_BATCH]]
+        parts.append(pooled(features(generator, pictures).reshape(len(pictures), *shape)))
+    return torch.cat(parts)
+
+
+def pooled(latents: Tensor) -> Tensor:
+    """(B, features): latents (B, C, h, w) averaged over at most SIDE x SIDE places."""
+    height, width = (min(SIDE, length) for length in latents.shape[-2:])
+    return adaptive_avg_pool2d(latents.float(), (height, width)).flatten(1)
+
+
+@lru_cache(maxsize=1)
+def true_statistics(cache: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the features of true pictures: the training set's, from its cache."""
+    data = CachedSet(Path(cache))
+    count = min(len(data), MOST_TRUE)
+    parts = [pooled(data.latents(list(range(i, min(i + 256, count))))) for i in range(0, count, 256)]
+    return statistics(torch.cat(parts).numpy())
+
+
+def draw_strips(plan: Plan, name: str, model: Callable[[], Generator], folder: Path) -> dict[str, Any]:
+    """A row of pictures at one step, a prompt each, and a row of one prompt at every number of steps."""
+    sampling = own_sampler(plan, name)
+    generator = model()
+    prompts = grid_prompts()
+    folder.mkdir(parents=True, exist_ok=True)
+    row = generator.generate(prompts, 1, GRID_SEED, guidance=1.0, **sampling)
+    column = [generator.generate(prompts[:1], steps, GRID_SEED, guidance=1.0, **sampling)[0] for steps in plan.nfe]
+    for kind, pictures in (("prompts", row), ("nfe", column)):
+        for index, picture in enumerate(pictures):
+            picture.save(folder / f"{kind}-{index}.png")
+    return {"prompts": len(row), "nfe": len(column)}
+
+
+def strips(plan: Plan, name: str, kind: str) -> list[Path]:
+    """The pictures of a row, in order."""
+    folder = plan.output / "scores" / (name if name == TEACHER else f"{name}-{IMAGES}") / "strips"
+    return sorted(folder.glob(f"{kind}-*.png"), key=lambda path: int(path.stem.rpartition("-")[2]))
+
+
+def grid_prompts() -> list[str]:
+    return [scene.caption for scene in scenes(GRID_PROMPTS, seed=GRID_SEED)]

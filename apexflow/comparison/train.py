@@ -1,0 +1,96 @@
+"""Training of a comparison: the sweep of learning rates, then each method to both budgets. What is finished is not repeated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from apexflow.comparison.cost import measure, seconds_a_step
+from apexflow.comparison.plan import BUDGETS, Plan
+from apexflow.comparison.scores import quick_score
+from apexflow.errors import Diverged
+from apexflow.evaluation.files import read_json, write_json
+from apexflow.training.journal import read_metrics
+from apexflow.training.loop import train
+
+
+def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` answers, kept in a file: made once, whatever interrupts the rest."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, make())
+    return read_json(path, "a result of the comparison")
+
+
+def costs(plan: Plan, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Memory of every method; UserError before any training if one cannot be taken."""
+    return {name: once(plan.output / "costs" / f"{name}.json", partial(measure, plan, name)) for name in names}
+
+
+def sweep(plan: Plan, name: str) -> dict[str, Any]:
+    """Every learning rate on a share of the budget: scores, seconds, the best rate (None where all diverged)."""
+    tried = {
+        rate: once(plan.output / "sweep" / name / f"{rate:g}.json", partial(_try, plan, name, rate))
+        for rate in plan.rates
+    }
+    whole = {rate: result for rate, result in tried.items() if "diverged" not in result}
+    best = max(whole, key=lambda rate: (whole[rate]["overall"], -whole[rate]["distance"]), default=None)
+    return {
+        "rate": best,
+        "tried": {f"{rate:g}": result for rate, result in tried.items()},
+        "seconds": sum(result["seconds"] for result in tried.values()),
+        "seconds_a_step": min((result["seconds_a_step"] for result in whole.values()), default=None),
+    }
+
+
+def _try(plan: Plan, name: str, rate: float) -> dict[str, Any]:
+    folder = plan.output / "sweep" / name / f"run-{rate:g}"
+    result = _trained(plan, name, folder, rate, plan.sweep_steps)
+    if "diverged" not in result:
+        result |= quick_score(plan, folder / "model")
+    shutil.rmtree(folder)
+    return result
+
+
+def train_to_budgets(plan: Plan, name: str, rate: float, steps: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """One run to both budgets, the model kept at each; the smaller first. A run that diverges marks what it has not reached."""
+    folder = plan.output / "runs" / name
+    results: dict[str, dict[str, Any]] = {}
+    for budget in sorted(BUDGETS, key=lambda budget: steps[budget]):
+        if any("diverged" in result for result in results.values()):
+            results[budget] = next(result for result in results.values() if "diverged" in result)
+            continue
+        made = folder / f"{budget}.json"
+        results[budget] = once(made, partial(_stage, plan, name, rate, budget, steps[budget]))
+    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+    return results
+
+
+def _stage(plan: Plan, name: str, rate: float, budget: str, steps: int) -> dict[str, Any]:
+    folder = plan.output / "runs" / name
+    result = _trained(plan, name, folder / "run", rate, steps)
+    if "diverged" not in result:
+        shutil.rmtree(folder / f"model-{budget}", ignore_errors=True)
+        shutil.copytree(folder / "run" / "model", folder / f"model-{budget}")
+    return result
+
+
+def _trained(plan: Plan, name: str, folder: Path, rate: float, steps: int) -> dict[str, Any]:
+    """Train, or go on with an interrupted run; a run that diverged is marked, not fatal."""
+    recipe = plan.recipe_for(name, folder, rate, steps)
+    diverged = {}
+    try:
+        train(recipe, resume=folder.is_dir() and any(folder.iterdir()))
+    except Diverged as error:
+        diverged = {"diverged": str(error)}
+    lines = read_metrics(folder)
+    return {
+        "steps": len(lines),
+        "images": len(lines) * recipe.batch,
+        "seconds": lines[-1]["seconds"],
+        "seconds_a_step": seconds_a_step(lines),
+        **diverged,
+    }

@@ -1,0 +1,113 @@
+"""The paper's Table 5 in miniature: which data, and how many steps of APEX on them; mini-GenEval at one step.
+
+    python benchmarks/data_steps.py [--steps 100 200 400] [--only words] [--output results/data-steps.json]
+
+Rows: drawn scenes by their number, captions of scenes without pictures, and whatever `--data NAME=PATH` adds (pictures that
+`apexflow synthesize` drew, say). One run a row, scored at each number of steps. Cells in the output file are kept, and an
+interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from provenance import provenance
+
+from apexflow.data.scenes import scenes
+from apexflow.errors import Diverged
+from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.generator import load
+from apexflow.progress import console
+from apexflow.training.config import Data, Optimizer, Preview, Recipe
+from apexflow.training.loop import train
+
+HOME = Path("runs/data-steps")
+SIZES = (100, 1000, 10000)
+SEED = 2
+
+
+def rows(given: list[str]) -> dict[str, Data]:
+    """The data of every row; captions are written where the row needs them."""
+    found = {f"{count:,} scenes": Data(source="scenes", count=count, seed=SEED) for count in SIZES}
+    captions = HOME / "captions.txt"
+    captions.parent.mkdir(parents=True, exist_ok=True)
+    captions.write_text("".join(f"{scene.caption}\n" for scene in scenes(SIZES[-1], SEED)))
+    found[f"{SIZES[-1]:,} captions alone"] = Data(source=str(captions))
+    for one in given:
+        name, _, path = one.partition("=")
+        found[name] = Data(source=path)
+    return found
+
+
+def run_row(name: str, data: Data, given: argparse.Namespace, cells: dict[str, Any]) -> dict[str, Any]:
+    """One run, stopped and scored at each number of steps; a run that diverges is marked from there on."""
+    folder = HOME / name.replace(" ", "-").replace(",", "")
+    for steps in given.steps:
+        if str(steps) in cells:
+            continue
+        recipe = Recipe(
+            output=str(folder),
+            model=given.model,
+            data=data,
+            optimizer=Optimizer(learning_rate=given.learning_rate, warmup=20),
+            preview=Preview(every=10**6, count=1),
+            steps=steps,
+            batch=given.batch,
+            ema_decay=0.98,
+            checkpoint_every=10**6,
+            keep=1,
+            sampling_steps=1,
+            sampling_guidance=1.0,
+        )
+        try:
+            model = train(recipe, resume=folder.is_dir() and any(folder.iterdir()))
+        except Diverged as error:
+            return cells | {str(steps): {"diverged": str(error)}}
+        settings = Settings(steps=1, guidance=1.0, per_prompt=given.per_prompt, limit=given.limit)
+        report = evaluate(load(str(model)), settings, name=f"{name}, {steps} steps")
+        cells[str(steps)] = {key: report[key] for key in ("overall", "overall_se", "strict", "tasks")}
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mini-teacher")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--per-prompt", type=int, default=1)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--data", nargs="*", default=[], metavar="NAME=PATH")
+    parser.add_argument("--only", nargs="*", help="Only the rows whose name holds one of these words.")
+    parser.add_argument("--output", type=Path, default=Path("results/data-steps.json"))
+    given = parser.parse_args()
+    given.steps.sort()
+    settings = {key: getattr(given, key) for key in ("batch", "learning_rate", "per_prompt", "limit")}
+    table: dict[str, Any] = {}
+    if given.output.is_file():
+        earlier = json.loads(given.output.read_text())
+        if earlier["settings"] != settings:
+            sys.exit(f"{given.output} was made with {earlier['settings']}: choose another --output")
+        table = earlier["rows"]
+    for name, data in rows(given.data).items():
+        if given.only and not any(word in name for word in given.only):
+            continue
+        table[name] = run_row(name, data, given, table.get(name, {}))
+        write_json(given.output, {"rows": table, "settings": settings, "teacher": given.model} | provenance())
+        console.print(f"{name}: {', '.join(f'{steps} steps {shown(cell)}' for steps, cell in table[name].items())}")
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+def shown(cell: dict[str, Any]) -> str:
+    return "diverged" if "diverged" in cell else f"{cell['overall']:.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The comparison: equal budgets, the same data, resumed without repeats, one page; and what is refused or marked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apexflow.comparison import results as comparison
+from apexflow.comparison import train as training
+from apexflow.comparison.chart import lines_chart
+from apexflow.comparison.cost import held, saved_for_backward, seconds_a_step
+from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison_recipe, guided
+from apexflow.comparison.results import run_comparison
+from apexflow.comparison.scores import own_sampler, pooled
+from apexflow.comparison.train import once
+from apexflow.errors import Diverged, UserError
+from apexflow.objectives import objectives
+from apexflow.training.config import Data, load_recipe, parse
+from apexflow.training.loop import start
+
+METHODS = ("scm", BASIS)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny_model: Path, scene_folder: Path) -> Plan:
+    """Two methods on the tiny model, a handful of steps."""
+    recipe = replace(comparison_recipe(), model=str(tiny_model), data=Data(source=str(scene_folder)), batch=2)
+    return Plan(
+        tmp_path / "out", recipe, METHODS, images=8, rates=(1e-4, 1e-3), nfe=(1, 2), seeds=2, per_prompt=2, limit=2
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
+    """Every training that happens: method, learning rate, steps."""
+    seen: list[tuple[str, float, int]] = []
+    real = training.train
+
+    def train(recipe: Any, resume: bool = False) -> Path:
+        seen.append((recipe.method, recipe.optimizer.learning_rate, recipe.steps))
+        return real(recipe, resume)
+
+    monkeypatch.setattr(training, "train", train)
+    return seen
+
+
+def test_a_comparison_from_start_to_end(plan: Plan, calls: list[tuple[str, float, int]]) -> None:
+    results = run_comparison(plan)
+    rows = results["rows"]
+    assert list(rows) == ["teacher", "scm", "flow_matching"]
+    # The same sweep for all, then the same images for all; another run only where the time allows other steps.
+    sweeps = [call for call in calls if call[2] == plan.sweep_steps]
+    assert sorted(sweeps[:4]) == sorted((name, rate, 1) for name in METHODS for rate in plan.rates)
+    for name in METHODS:
+        row = rows[name]
+        assert row["rate"] in plan.rates and row["diverged"] == "0/4"
+        assert row["budgets"]["images"]["images"] == 8 and row["budgets"]["images"]["steps"] == 4
+        for budget in row["budgets"].values():
+            assert set(budget["nfe"]) == {"1", "2"}
+            for report in budget["nfe"].values():
+                assert {"overall", "overall_se", "tasks", "diversity", "distance"} <= set(report)
+                assert report["pictures"] == 2 * 2 * 2
+    assert rows["scm"]["budgets"]["time"]["steps"] == 4  # the first method sets the time
+    assert rows[BASIS]["time"] == pytest.approx(1) and rows[BASIS]["memory"] == pytest.approx(1)
+    assert rows["scm"]["memory"] > 1
+    out = plan.output
+    markdown, page = (out / "results.md").read_text(), (out / "report.html").read_text()
+    assert json.loads((out / "results.json").read_text())["rows"] == rows
+    for text in (markdown, page):
+        assert "scm" in text and "flow_matching" in text and "teacher" in text
+    assert page.count("<svg") >= 2 + 4 and page.count("<img") == 2 and "http" not in page.replace("http-equiv", "")
+    assert (out / "grid-prompts.png").is_file() and (out / "grid-nfe.png").is_file()
+
+    before = len(calls)
+    assert run_comparison(plan)["rows"] == rows and len(calls) == before  # nothing is done twice
+    with pytest.raises(UserError, match="other images"):
+        run_comparison(replace(plan, images=16))
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    plan: Plan, calls: list[tuple[str, float, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PowerCut(Exception):
+        pass
+
+    def cut(*_: Any) -> Any:
+        raise PowerCut
+
+    small = replace(plan, methods=(BASIS,), rates=(1e-4,), nfe=(1,), seeds=1, per_prompt=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "score_at", cut)
+        with pytest.raises(PowerCut):
+            run_comparison(small)
+    before = list(calls)
+    assert len(before) == 1
+    run_comparison(small)
+    assert not set(calls[len(before) :]) & set(before)
+
+
+def test_a_diverged_run_is_marked_and_the_rest_goes_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.train
+
+    def train(recipe: Any, resume: bool = False) -> Path:
+        model = real(recipe, resume)
+        if recipe.method == "scm" and recipe.optimizer.learning_rate == 1e-3:
+            raise Diverged("the loss was not finite")
+        if recipe.method == BASIS:
+            raise Diverged("the loss was not finite")
+        return model
+
+    monkeypatch.setattr(training, "train", train)
+    results = run_comparison(replace(plan, nfe=(1,), seeds=1, per_prompt=1))
+    rows = results["rows"]
+    assert rows["scm"]["rate"] == 1e-4 and rows["scm"]["diverged"] == "1/4"
+    assert rows[BASIS]["rate"] is None and rows[BASIS]["diverged"] == "2/2" and rows["scm"]["time"] is None
+    assert "diverged" in (plan.output / "results.md").read_text()
+
+
+def test_unknown_methods_and_bad_numbers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown method 'meanflo', did you mean 'meanflow'"):
+        Plan(tmp_path, methods=("meanflo",))
+    for options, named in (
+        ({"images": 0}, "images"),
+        ({"limit": 1}, "limit"),
+        ({"rates": ()}, "rates"),
+        ({"nfe": (0,)}, "nfe"),
+    ):
+        with pytest.raises(UserError, match=named):
+            Plan(tmp_path, **options)  # type: ignore[arg-type]
+
+
+def test_a_method_that_the_backbone_cannot_take_says_why(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apexflow.backbones.second_time.TIME_MODULES", ("elsewhere",))
+    with pytest.raises(UserError, match=r"method meanflow cannot be compared on .*cannot take a second time"):
+        run_comparison(replace(plan, methods=("meanflow",)))
+    assert not (plan.output / "sweep").exists()
+
+
+def test_a_folder_with_something_else_is_refused(plan: Plan) -> None:
+    plan.output.mkdir()
+    (plan.output / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="holds no comparison"):
+        run_comparison(plan)
+
+
+@pytest.mark.parametrize("name", [*EVERYONE, *VARIANTS])
+def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str, tmp_path: Path) -> None:
+    plan = Plan(tmp_path, guidance=3.5)
+    method, given = plan.entry(name)
+    objective = parse(objectives()[method], given, name)
+    scales = [objective, *(getattr(objective, part, None) for part in ("scm", "base"))]
+    found = [one.guidance for one in scales if hasattr(one, "guidance")]
+    assert found == ([] if name == BASIS else [1.0] if name == "apex-printed" else [3.5])
+    assert {"kappa", "rho"} <= set(own_sampler(plan, name)) and own_sampler(plan, "teacher") == {}
+    assert parse(objectives()[method], guided(objectives()[method](), 2.0), name) is not None
+
+
+def test_recipes_of_a_comparison_differ_in_the_method_alone(plan: Plan) -> None:
+    one, other = (plan.recipe_for(name, Path("run"), 1e-4, 10).to_dict() for name in METHODS)
+    assert {key for key in one if one[key] != other[key]} == {"method", "objective"}
+
+
+def test_memory_counts_weights_moments_and_what_backward_keeps(recipe_file: Path) -> None:
+    full = held(start(load_recipe(recipe_file, ["method=flow_matching"]), resume=False))
+    weights = sum(p.numel() * 4 for p in start_again(recipe_file).roles.trained.values())
+    assert full == weights * (1 + 1 + 3)  # student, average; gradient and two moments
+    x = torch.randn(10, 10, requires_grad=True)
+    with saved_for_backward() as saved:
+        (x.exp() * 2).exp()
+    assert sum(saved.values()) == 2 * 400  # both results of exp, once each
+
+
+def start_again(recipe_file: Path) -> Any:
+    return start(load_recipe(recipe_file, ["method=flow_matching"]), resume=True)
+
+
+def test_seconds_a_step_leave_out_pauses() -> None:
+    lines = [{"seconds": second} for second in (5.0, 6.0, 7.0, 60.0, 61.0)]
+    assert seconds_a_step(lines) == pytest.approx(1.0)
+    assert seconds_a_step(lines[:1]) == 5.0
+
+
+def test_a_result_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> dict[str, Any]:
+        made.append(1)
+        return {"a": 1}
+
+    assert once(tmp_path / "deep" / "one.json", make) == once(tmp_path / "deep" / "one.json", make) == {"a": 1}
+    assert made == [1]
+
+
+def test_features_are_latents_over_few_places() -> None:
+    assert pooled(torch.ones(2, 8, 8, 8)).shape == (2, 8 * 16)
+    assert pooled(torch.ones(2, 8, 2, 3)).shape == (2, 8 * 6)
+
+
+def test_names_of_lines_do_not_lie_upon_each_other() -> None:
+    figure = lines_chart("a & b", ["1", "2"], {"one": [0.1, 0.5], "<two>": [0.2, 0.5]})
+    assert "a &amp; b" in figure and "&lt;two&gt;" in figure
+    places = [float(part.split('"')[0]) for part in figure.split('x="416" y="')[1:]]
+    assert len(places) == 2 and abs(places[0] - places[1]) >= 10
