@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -319,3 +320,46 @@ def test_a_base_in_eight_bits_gives_the_gradients_of_the_base_that_it_is(
         assert torch.allclose(
             model.velocity(model.transformer, x, t, c), runs[0].networks.reference(x, t, c), atol=1e-5
         )
+
+
+def test_adam_in_eight_bits_is_an_extra(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"bitsandbytes: pip install 'apexflow\[8bit\]'"):
+        start(load_recipe(recipe_file, ["optimizer.kind=adamw8bit"]), resume=False)
+    with pytest.raises(UserError, match="sharded"):
+        load_recipe(recipe_file, ["optimizer.kind=adamw8bit", "parallel=fsdp"])
+
+
+class CountingAdam(torch.optim.Optimizer):
+    """Keeps state as the optimizer in eight bits does: a plain number of steps, moments as bytes, and a table."""
+
+    def __init__(self, parameters: list, lr: float, **_: object) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state |= {"step": 0, "state1": torch.zeros_like(parameter, dtype=torch.uint8), "qmap1": torch.zeros(5)}
+            assert isinstance(state["step"], int)
+            state["step"] += 1
+            state["state1"] += 1
+            state["qmap1"] += parameter.grad.abs().max()
+            parameter.data -= self.param_groups[0]["lr"] * state["qmap1"].sum() * parameter.grad
+
+
+def test_moments_in_eight_bits_are_resumed(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "adam_in_eight_bits", lambda: CountingAdam)
+    recipe = load_recipe(recipe_file, ["optimizer.kind=adamw8bit", "steps=4"])
+    run = start(recipe, resume=False)
+    for _ in range(2):
+        training_step(run)
+    save(run)
+    again = start(recipe, resume=True)
+    for one in (run, again):
+        training_step(one)
+    assert_same(run.roles.trained, again.roles.trained)
+    states = [list(one.trainees["student"].optimizer.state.values()) for one in (run, again)]
+    assert [s["step"] for s in states[0]] == [s["step"] for s in states[1]] and states[0][0]["step"] == 3

@@ -50,8 +50,9 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with warm-up and a schedule, and gradient clipping by norm."""
+    """AdamW with warm-up and a schedule, and gradient clipping by norm; "adamw8bit" keeps its moments in 8 bits."""
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -108,6 +109,8 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if self.optimizer.kind == "adamw8bit" and self.parallel == "fsdp":
+            raise ValueError("optimizer.kind=adamw8bit does not go with parallel=fsdp: its moments cannot be sharded")
         if self.tuning.storage and (self.tuning.kind != "lora" or self.parallel == "fsdp"):
             raise ValueError("tuning.storage goes with tuning.kind=lora, and not with parallel=fsdp")
         if not 0 <= self.ema_decay < 1:

@@ -209,7 +209,8 @@ def parallel_kind(recipe: Recipe, transformer: nn.Module, device: torch.device) 
         raise UserError("tuning.text_encoder is trained with whole weights: set parallel=ddp")
     if recipe.parallel != "auto":
         return recipe.parallel
-    if recipe.tuning.storage:  # layers are cast as they run, which sharding does not see
+    # Layers in eight bits are cast as they run, which sharding does not see; nor are moments in eight bits shared out.
+    if recipe.tuning.storage or recipe.optimizer.kind == "adamw8bit":
         return "ddp"
     if device.type != "cuda" or recipe.tuning.text_encoder:
         return "ddp"

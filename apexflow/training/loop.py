@@ -148,9 +148,19 @@ def _optimizer(
     recipe: Recipe, parameters: list[nn.Parameter], betas: tuple[float, float] | None = None
 ) -> torch.optim.Optimizer:
     settings = recipe.optimizer
-    return torch.optim.AdamW(
+    kind: Any = torch.optim.AdamW if settings.kind == "adamw" else adam_in_eight_bits()
+    return kind(
         parameters, lr=settings.learning_rate, betas=betas or settings.betas, weight_decay=settings.weight_decay
     )
+
+
+def adam_in_eight_bits() -> Any:
+    """bitsandbytes' AdamW8bit; UserError where the extra is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("optimizer.kind=adamw8bit needs bitsandbytes: pip install 'apexflow[8bit]'") from error
+    return AdamW8bit
 
 
 def preview(run: Run) -> None:

@@ -22,6 +22,7 @@ GIB = 2**30
 # Not counted but allowed for: the CUDA context, workspaces of the kernels, and what the allocator loses to fragments.
 ALLOWANCE = 2 * GIB
 FRAGMENTS = 0.03
+MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes a trained parameter
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
         "frozen weights": sizes.frozen // shared,
         "average (EMA)": sizes.average // shared,
         "gradients": sizes.trained // shared,
-        "optimizer": 2 * sizes.trained // shared,
+        "optimizer": sizes.trained // 4 * MOMENTS[recipe.optimizer.kind] // shared,
         "activations": needed.kept + losses.bytes,
         "one block again": needed.block,
         "batch": 2 * rows * (latents + text),
@@ -159,12 +160,17 @@ def _changes(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Recipe, int]]:
     if tuning.kind == "lora" and tuning.storage is None:
         tuning = replace(tuning, storage="fp8")
         yield "tuning.storage=fp8", (recipe := replace(recipe, tuning=tuning)), gpus
+    if recipe.optimizer.kind == "adamw":
+        narrow = replace(recipe, optimizer=replace(recipe.optimizer, kind="adamw8bit"))
+        yield "optimizer.kind=adamw8bit", (recipe := narrow), gpus
+    # Sharding goes with neither of the two.
+    wide = replace(recipe.optimizer, kind="adamw")
+    whole = replace(recipe, parallel="fsdp", optimizer=wide, tuning=replace(tuning, storage=None))
     for count in (2, 4, 8, 16):
         if count > gpus:
-            yield f"parallel=fsdp on {count} GPUs", (recipe := replace(recipe, parallel="fsdp")), count
+            yield f"parallel=fsdp on {count} GPUs, with full precision again", whole, count
     if tuning.kind == "full" and not tuning.text_encoder:
-        tuning = replace(tuning, kind="lora")
-        yield "tuning.kind=lora", replace(recipe, tuning=tuning), gpus
+        yield "tuning.kind=lora", replace(recipe, tuning=replace(tuning, kind="lora")), gpus
 
 
 def plan_table(found: Plan, advice: list[tuple[str, Plan]], memory: float) -> str:

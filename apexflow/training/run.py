@@ -85,10 +85,14 @@ def save(run: Run) -> Path:
 
 def _moments(run: Run) -> list[tuple[str, nn.Parameter, dict[str, Tensor]]]:
     return [
-        (name, parameter, trainee.optimizer.state.get(parameter, {}))
+        (name, parameter, {key: torch.as_tensor(value) for key, value in _state(trainee, parameter).items()})
         for trainee in run.trainees.values()
         for name, parameter in trainee.parameters.items()
     ]
+
+
+def _state(trainee: Trainee, parameter: nn.Parameter) -> dict[str, Any]:
+    return trainee.optimizer.state.get(parameter, {})
 
 
 def restore(run: Run, path: Path) -> None:
@@ -106,6 +110,12 @@ def restore(run: Run, path: Path) -> None:
         targets |= _memory_targets(run, found, state["world"])
     with together():
         read_into(path, targets)
+    for trainee in run.trainees.values():
+        for moments in trainee.optimizer.state.values():
+            if not moments[
+                "step"
+            ].is_floating_point():  # the optimizer in eight bits counts its steps in a plain integer
+                moments["step"] = int(moments["step"])
     run.step, run.bad, run.seconds = (state[key] for key in ("step", "bad", "seconds"))
     console.print(f"resumed {path}")
 
@@ -122,7 +132,10 @@ def _optimizer_targets(run: Run, found: dict[str, Tensor], what: str) -> dict[st
             raise UserError(f"{what}: optimizer state belongs to another model: {name} is not trained here")
         trainee, parameter = states[name]
         alike = saved.shape == parameter.shape
-        value = torch.empty_like(parameter.data, dtype=saved.dtype) if alike else torch.empty_like(saved, device="cpu")
+        where = (
+            "cpu" if saved.ndim == 0 else parameter.device
+        )  # the number of steps, or tables of moments in eight bits
+        value = torch.empty_like(parameter.data, dtype=saved.dtype) if alike else torch.empty_like(saved, device=where)
         trainee.optimizer.state[parameter][key] = targets[full] = value
     return targets
 

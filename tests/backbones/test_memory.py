@@ -1,0 +1,43 @@
+"""Activations counted on shapes against those that the real tiny networks keep, for networks of several kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apexflow.backbones import load_backbone
+from apexflow.errors import UserError
+from apexflow.training.config import Recipe, Tuning
+from apexflow.training.memory import activations, example_inputs, kept_for_backward
+from apexflow.training.passes import Pass
+from apexflow.training.roles import make_roles
+
+PASSES = [Pass("student", 4, True), Pass("teacher", 4, False), Pass("student", 2, True)]
+TOKENS = 16
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "checkpointing"),
+    [("qwen_image", "lora", True), ("qwen_image", "full", False), ("flux_dev", "lora", False), ("sdxl", "full", True)],
+)
+def test_counted_on_shapes_is_what_is_really_kept(name, kind, checkpointing, folder_of):
+    tuning = Tuning(kind=kind, rank=4, checkpointing=checkpointing)
+    recipe = Recipe(output="x", model=name, tuning=tuning, precision="bf16")
+    backbone, real = load_backbone(str(folder_of(name)), "meta"), load_backbone(str(folder_of(name)))
+    shape = backbone.latent_shape((32, 64))
+    found = activations(backbone, recipe, PASSES, shape, TOKENS)
+    make_roles(real, recipe, ())
+    with kept_for_backward([real.transformer]) as kept, torch.autocast("cpu", torch.bfloat16):
+        alive = [
+            real.velocity(real.transformer, *example_inputs(real, made.rows, shape, TOKENS))
+            for made in PASSES
+            if made.graph
+        ]
+    assert len(alive) == 2 and found.kept == pytest.approx(kept.bytes, rel=0.02)
+    assert (found.block > 0) == checkpointing
+
+
+def test_a_network_that_reads_numbers_is_named(folder_of):
+    backbone = load_backbone(str(folder_of("lumina2")), "meta")
+    with pytest.raises(UserError, match="lumina2 cannot be counted"):
+        activations(backbone, Recipe(output="x"), PASSES, backbone.latent_shape((32, 64)), TOKENS)
