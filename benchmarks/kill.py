@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,49 +23,70 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import provenance
 
+from apexflow.backbones.miniature import build_miniature
+from apexflow.data.scenes import vocabulary
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.journal import read_metrics
 
 RECIPE = """
-model: mini-teacher
-data: {source: scenes, count: 256, seed: 2}
+data: {source: scenes, count: 64, seed: 2}
 batch: 4
 checkpoint_every: 3
 preview: {every: 1000, count: 2}
 """
+LIBRARIES = [
+    "apexflow.training.loop",
+    "apexflow.generator",
+    "diffusers",
+    "transformers",
+    "peft",
+    "torch.utils.tensorboard",
+]
 
 
-def launch(processes: int, recipe: Path, overrides: list[str], resume: bool = False) -> list[subprocess.Popen]:
-    """The processes of a run, started as torchrun starts them."""
+def launch(processes: int, recipe: Path, overrides: list[str], resume: bool = False) -> list[Any]:
+    """The processes of a run, placed as torchrun places them, forked from one that has the libraries loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    command = [sys.executable, "-m", "apexflow.cli", "train", str(recipe), *overrides, *["--resume"] * resume]
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-        )
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": processes}
+    arguments = ["train", str(recipe), *overrides, *["--resume"] * resume]
+    started = [
+        context.Process(target=command, args=(place | {"RANK": rank, "LOCAL_RANK": rank}, arguments))
         for rank in range(processes)
     ]
+    for process in started:
+        process.start()
+    return started
 
 
-def finished(processes: list[subprocess.Popen]) -> None:
-    if any([process.wait() for process in processes]):
+def command(place: dict[str, object], arguments: list[str]) -> None:
+    from apexflow.cli import main as apexflow
+
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    sys.argv = ["apexflow", *arguments]
+    apexflow()
+
+
+def finished(processes: list[Any]) -> None:
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
         raise SystemExit("a run has failed")
 
 
-def kill_at(processes: list[subprocess.Popen], folder: Path, step: int) -> int:
+def kill_at(processes: list[Any], folder: Path, step: int) -> int:
     """SIGKILL to every process of a run once `step` is recorded; the step that was then reached."""
     while len(read_metrics(folder)) < step:
-        if any(process.poll() is not None for process in processes):
+        if not all(process.is_alive() for process in processes):
             raise SystemExit("a run ended before it could be killed")
         time.sleep(0.005)
     for process in processes:
         process.kill()
     for process in processes:
-        process.wait()
+        process.join()
     return len(read_metrics(folder))
 
 
@@ -90,7 +112,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(f"output: {folder / 'whole'}\nsteps: {given.steps}{RECIPE}")
+        model = folder / "model"
+        model.mkdir()
+        backbone = build_miniature(vocabulary(), seed=0, width=32, depth=1)
+        backbone.save(model, backbone.settings)
+        recipe.write_text(f"output: {folder / 'whole'}\nmodel: {model}\nsteps: {given.steps}{RECIPE}")
         common = [f"data.cache={folder / 'cache'}", *given.overrides]
         finished(launch(given.processes, recipe, common))
         for trial in range(given.times):
