@@ -41,7 +41,7 @@ def launch(task: Callable[..., None], world: int, *arguments: Any, errors: Path 
     return processes
 
 
-def wait(processes: list[Any], seconds: float = 240) -> list[int | None]:
+def wait(processes: list[Any], seconds: float = 600) -> list[int | None]:
     """Exit codes by rank."""
     deadline = time.monotonic() + seconds
     for process in processes:
@@ -52,7 +52,7 @@ def wait(processes: list[Any], seconds: float = 240) -> list[int | None]:
     return codes
 
 
-def until(true: Callable[[], Any], processes: list[Any], seconds: float = 240) -> None:
+def until(true: Callable[[], Any], processes: list[Any], seconds: float = 600) -> None:
     """Wait for something that running processes bring about."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -130,10 +130,11 @@ class Sharded(Engine):
             one = slice(0, 1)
             x, c = self._batch.x[one], self._batch.c[one]
             t = torch.full((1,), 0.5, device=x.device)
+            # All of it, since whoever waits may stand where no graph is built.
             with torch.set_grad_enabled(bool(agreed % 2)):
                 F = self._raw[agreed // 2](x, t, c)
-            if F.requires_grad:
-                self._owed.append(F.sum() * 0)
+                if F.requires_grad:
+                    self._owed.append(F.sum() * 0)
 
 
 @torch.no_grad()
