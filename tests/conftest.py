@@ -9,6 +9,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+# Tests share the cores as processes (pytest-xdist), and a process that a test starts must sum in the same order as its own.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from apexflow.backbones.miniature import build_miniature
 from apexflow.data.scenes import scenes, vocabulary
@@ -16,8 +18,8 @@ from apexflow.data.shards import write_scenes
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
