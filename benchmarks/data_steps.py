@@ -3,8 +3,8 @@
     python benchmarks/data_steps.py [--steps 100 200 400] [--only words] [--output results/data-steps.json]
 
 Rows: drawn scenes by their number, captions of scenes without pictures (for which only the endpoint objective is left), and
-whatever `--data NAME=PATH` adds (pictures that `apexflow synthesize` drew, say). One run a row, scored at each number of steps. Cells in the output file are kept, and an
-interrupted run goes on.
+whatever `--data NAME=PATH` adds (pictures that `apexflow synthesize` drew, say). One run a row, scored at each number of
+steps. Cells in the output file are kept, and an interrupted run goes on.
 """
 
 from __future__ import annotations
