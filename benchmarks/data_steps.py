@@ -2,9 +2,9 @@
 
     python benchmarks/data_steps.py [--steps 100 200 400] [--only words] [--output results/data-steps.json]
 
-Rows: drawn scenes by their number, captions of scenes without pictures, and whatever `--data NAME=PATH` adds (pictures that
-`apexflow synthesize` drew, say). One run a row, scored at each number of steps. Cells in the output file are kept, and an
-interrupted run goes on.
+Rows: drawn scenes by their number, captions of scenes without pictures (for which only the endpoint objective is left), and
+whatever `--data NAME=PATH` adds (pictures that `apexflow synthesize` drew, say). One run a row, scored at each number of
+steps. Cells in the output file are kept, and an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from apexflow.training.loop import train
 HOME = Path("runs/data-steps")
 SIZES = (100, 1000, 10000)
 SEED = 2
+ALONE = f"{SIZES[-1]:,} captions alone, endpoint only"
 
 
 def rows(given: list[str]) -> dict[str, Data]:
@@ -39,7 +40,7 @@ def rows(given: list[str]) -> dict[str, Data]:
     captions = HOME / "captions.txt"
     captions.parent.mkdir(parents=True, exist_ok=True)
     captions.write_text("".join(f"{scene.caption}\n" for scene in scenes(SIZES[-1], SEED)))
-    found[f"{SIZES[-1]:,} captions alone"] = Data(source=str(captions))
+    found[ALONE] = Data(source=str(captions))
     for one in given:
         name, _, path = one.partition("=")
         found[name] = Data(source=path)
@@ -56,6 +57,7 @@ def run_row(name: str, data: Data, given: argparse.Namespace, cells: dict[str, A
             output=str(folder),
             model=given.model,
             data=data,
+            objective={"path_weight": 0.0} if name == ALONE else {},
             optimizer=Optimizer(learning_rate=given.learning_rate, warmup=20),
             preview=Preview(every=10**6, count=1),
             steps=steps,

@@ -113,6 +113,7 @@ def comparison_recipe() -> Recipe:
         output="",
         data=Data(source="scenes", count=10000, seed=2),
         preview=Preview(every=NEVER, count=1),
+        batch=16,
         ema_decay=0.98,
         checkpoint_every=100,
         keep=1,

@@ -65,7 +65,8 @@ def train_to_budgets(plan: Plan, name: str, rate: float, steps: dict[str, int]) 
             continue
         made = folder / f"{budget}.json"
         results[budget] = once(made, partial(_stage, plan, name, rate, budget, steps[budget]))
-    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+    for spent in ("checkpoints", "model"):  # the models at each budget are kept beside the run
+        shutil.rmtree(folder / "run" / spent, ignore_errors=True)
     return results
 
 
