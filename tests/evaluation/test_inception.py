@@ -106,7 +106,9 @@ def test_tensorflow_resize_takes_the_corner_not_the_centre() -> None:
 def test_what_each_protocol_feeds_the_network() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     seen = {protocol: prepare(noise, protocol, 64) for protocol in ("sana", "clean", "torch-fidelity")}
-    assert all(x.shape == (3, 299, 299) and x.dtype == torch.float32 and x.abs().max() < 1 + 1e-5 for x in seen.values())
+    assert all(
+        x.shape == (3, 299, 299) and x.dtype == torch.float32 and x.abs().max() < 1 + 1e-5 for x in seen.values()
+    )
     assert all((seen["sana"] - seen[other]).abs().mean() > 0.05 for other in ("clean", "torch-fidelity"))
     white = Image.new("RGB", (64, 64), "white")
     torch.testing.assert_close(prepare(white, "sana", 64), torch.full((3, 299, 299), 1.0))
