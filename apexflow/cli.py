@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.data.command import cache, synthesize
-from apexflow.errors import Stopped, ToldElsewhere, UserError
+from apexflow.errors import Stopped, ToldElsewhere, UserError, is_taken, writing
 from apexflow.evaluation.command import convert_detector, evaluate
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ def generate(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
-    size: Annotated[int | None, typer.Option(help="Side in pixels. Default: the model's own.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     kappa: Annotated[float, typer.Option(help="Extrapolation ratio of the any-step sampler (Eq. 21).")] = 0.0,
     rho: Annotated[float, typer.Option(help="Share of fresh noise at each step, 0 to 1.")] = 0.0,
@@ -56,16 +56,20 @@ def generate(
     """Draw pictures from prompts."""
     import time
 
+    from apexflow.data.captioned import PICTURES
     from apexflow.generator import load, picture_grid
 
+    if output.suffix.lower() not in PICTURES:
+        raise UserError(f"cannot write a picture as {output.name!r}: end the name with .png")
     if output.exists() and not force:
         raise UserError(f"{output} exists: pass --force to overwrite it, or choose another with -o")
+    with writing(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
     generator = load(model, device)
     repeated = [prompt for prompt in prompts for _ in range(count)]
     began = time.perf_counter()
     pictures = generator.generate(repeated, steps, seed, size, guidance, kappa, rho, order)
     seconds = time.perf_counter() - began
-    output.parent.mkdir(parents=True, exist_ok=True)
     columns = min(len(pictures), 8) if count == 1 else count
     _save_picture(picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0], output)
     result = {
@@ -158,14 +162,14 @@ def plan_command(
 def data_scenes(
     folder: Annotated[Path, typer.Argument(help="Where the webdataset shards go.")],
     count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Same seed, same scenes.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same scenes.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Draw captioned scenes: circles, stars, hearts ... with GenEval-style captions."""
     from apexflow.data.scenes import scenes
     from apexflow.data.shards import write_scenes
 
-    if folder.exists() and any(folder.iterdir()):
+    if is_taken(folder):
         raise UserError(f"output {folder} exists: choose another folder")
     written = write_scenes(scenes(count, seed), folder)
     _show({"folder": str(folder), "scenes": written}, as_json, f"{folder}: {written} scenes")
@@ -174,7 +178,7 @@ def data_scenes(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="How long to tune the teacher.")] = 2.5,
+    minutes: Annotated[float, typer.Option(min=0, help="How long to tune the teacher.")] = 2.5,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -232,12 +236,14 @@ def _speaks() -> bool:
 
 
 def _save_picture(picture: Any, path: Path) -> None:
+    """Whole or not at all: a full disk leaves a picture that was there before as it is."""
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot write {path} ({error}): check the folder, the free space and the suffix (.png)"
-        ) from error
+        with writing(path):
+            picture.save(partial)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main() -> None:

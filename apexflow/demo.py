@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.scenes import scenes
-from apexflow.errors import UserError
+from apexflow.errors import UserError, is_taken
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import Generator, load, picture_grid
 from apexflow.report import write_report
@@ -40,10 +40,15 @@ def demo_recipe(output: Path, minutes: float) -> Recipe:
 
 def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any]:
     """Tune, score, draw and report; paths and scores. UserError if the folder exists (unless `force`)."""
-    if output.exists() and any(output.iterdir()):
+    if is_taken(output):
         if not force:
             raise UserError(
                 f"output {output} exists: pass --force to replace the earlier demo, or choose another with -o"
+            )
+        held = {entry.name for entry in output.iterdir()}
+        if "recipe.json" not in held and held != {"cache"}:
+            raise UserError(
+                f"output {output} holds something else than a run, which --force would delete: choose another"
             )
         shutil.rmtree(output)
     model = train(demo_recipe(output, minutes))

@@ -23,6 +23,12 @@ class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether an output folder holds something already; UserError when it is no folder."""
+    with writing(folder):
+        return folder.exists() and any(folder.iterdir())
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Within, a file that cannot be written is a UserError that names it."""

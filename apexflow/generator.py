@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -65,7 +66,7 @@ class Generator:
         """As `generate`, with a (seed, index) pair for each picture."""
         settings = self.backbone.settings
         guidance = settings.guidance if guidance is None else guidance
-        check_sampling(kappa, rho, order)
+        check_sampling(guidance, kappa, rho, order)
         times = self.times(steps)
         shape = self.backbone.latent_shape(_square(self.backbone.default_size if size is None else size))
         pictures: list[Image.Image] = []
@@ -121,11 +122,13 @@ def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
     return RowRandom.of_pictures(seeds, 0).normal(shape)
 
 
-def check_sampling(kappa: float, rho: float, order: int) -> None:
+def check_sampling(guidance: float, kappa: float, rho: float, order: int) -> None:
     """UserError for settings that the sampler does not take."""
+    if not math.isfinite(guidance):
+        raise UserError(f"guidance is {guidance}: give a number, 1 for none")
     if not 0 <= rho <= 1:
         raise UserError(f"rho is {rho}: the share of fresh noise lies in 0 to 1")
-    if kappa < 0:
+    if not 0 <= kappa < math.inf:
         raise UserError(f"kappa is {kappa}: the extrapolation ratio is at least 0")
     if order not in (1, 2):
         raise UserError(f"order is {order}: take 1, or 2 for Heun's correction")
@@ -158,7 +161,13 @@ def load(path_or_id: str = "mini-student", device: str = "auto", dtype: torch.dt
 
 
 def pick_device(name: str) -> str:
-    """ "auto" is CUDA where present, else the CPU."""
+    """ "auto" is CUDA where present, else the CPU. UserError for a device that is unknown or not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}: take auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"device {name!r} is not there (no GPU, or torch's CPU build): take cpu, or install torch for CUDA"
+        )
     return name

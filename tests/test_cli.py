@@ -164,6 +164,59 @@ def test_an_existing_output_is_never_overwritten(run: Run, recipe_file: Path, ti
     refused(run("evaluate", "--model", tiny_model, "-o", taken, "--limit", 1, "--steps", 1), "seed-0", "exists")
 
 
+COMMANDS = {
+    "generate": ("a star", "--steps", 1),
+    "evaluate": ("--limit", 1, "--steps", 1),
+    "cache": ("SCENES",),
+    "synthesize": ("SCENES", "--steps", 1),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_in_the_way_and_a_device_that_is_not_there_are_named(
+    run: Run, tiny_model: Path, scene_folder: Path, tmp_path: Path, command: str
+) -> None:
+    file = write(tmp_path / "file", "mine")
+    given = [str(scene_folder) if word == "SCENES" else word for word in COMMANDS[command]]
+    common = (command, *given, "--model", tiny_model)
+    refused(run(*common, "-o", file / "o.png"), "cannot write", "file")
+    refused(run(*common, "-o", tmp_path / "o.png", "--device", "gpu"), "unknown device 'gpu'", "cuda")
+    refused(run(*common, "-o", tmp_path / "o.png", "--size", 0), "--size")
+    if command != "cache":
+        refused(run(*common, "-o", tmp_path / "o.png", "--guidance", "nan"), "guidance is nan")
+    assert file.read_text() == "mine"
+
+
+def test_other_outputs_that_cannot_be(run: Run, recipe_file: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "file", "mine")
+    refused(run("data", "scenes", file), "cannot write", "file")
+    refused(run("data", "scenes", file / "below"), "cannot write", "file")
+    refused(run("data", "scenes", tmp_path / "s", "--seed", -1), "--seed")
+    refused(run("train", recipe_file, "steps=1", f"output={file}"), "cannot write", "file")
+    refused(run("generate", "a star", "-o", tmp_path / "picture"), "picture", ".png")
+    refused(run("demo", "-o", file), "cannot write", "file")
+    refused(run("demo", "-o", tmp_path / "d", "--minutes", -1), "--minutes")
+    refused(run("cache", tmp_path, "--verify"), "no finished cache")
+    refused(run("demo", "-o", tmp_path, "--force"), "delete")  # not a run: --force does not remove it
+    assert file.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_earlier_picture(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = write(tmp_path / "o.png", "mine")
+
+    def full(image: Image.Image, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    refused(
+        run("generate", "a star", "--model", tiny_model, "--steps", 1, "-o", picture, "--force"), "No space", "o.png"
+    )
+    assert picture.read_text() == "mine" and list(tmp_path.iterdir()) == [picture]
+
+
 # -- Data --------------------------------------------------------------------------------------------------------------
 
 

@@ -191,6 +191,8 @@ def check_made_by(folder: Path, found: Mapping[str, Any], expected: Mapping[str,
 
 def verify(folder: Path) -> dict[str, Any]:
     """Read every byte of a finished cache against its checksums; UserError names the first shard that differs."""
+    if not is_cache(folder):
+        raise UserError(f"no finished cache at {folder}: name the folder of one, or finish it with apexflow cache")
     cached = CachedSet(folder)
     files = [(entry["file"], entry["sha256"]) for entry in cached.index["shards"]]
     files += [(NULL, cached.index["null"])] if cached.has_text else []

@@ -29,7 +29,7 @@ from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.pictures import centred, to_bytes
 from apexflow.data.readers import Source, recognise
 from apexflow.data.shards import groups
-from apexflow.errors import UserError
+from apexflow.errors import UserError, writing
 from apexflow.progress import Progress
 
 WINDOW = 512  # records a shard
@@ -265,7 +265,8 @@ def flatten(conditions: list[Condition]) -> dict[str, Tensor]:
 
 def claim(folder: Path, made_by: dict[str, Any]) -> None:
     """Take a folder for one cache; UserError if it holds another one, or anything else."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
     others = [path for path in folder.iterdir() if path != marker and not path.name.endswith(".partial")]
     # Looked for after the listing: a process beside this one writes its claim before anything else.

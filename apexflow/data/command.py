@@ -13,7 +13,7 @@ from apexflow.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
-Size = Annotated[int | None, typer.Option(help="Side in pixels. Default: the model's own.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 

@@ -20,8 +20,8 @@ from apexflow.data.captioned import Sample, Skipped, pick_caption
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.readers import Source, recognise
 from apexflow.data.shards import groups, write_shard
-from apexflow.errors import UserError
-from apexflow.generator import MAX_BATCH, Generator
+from apexflow.errors import UserError, writing
+from apexflow.generator import MAX_BATCH, Generator, check_sampling
 from apexflow.progress import Progress
 
 SHARD = 64  # pictures: what a kill can cost
@@ -52,7 +52,9 @@ def synthesize(
     steps = len(generator.times(settings.steps)) - 1
     size = settings.size or generator.backbone.default_size
     generator.backbone.latent_shape((size, size))
-    claim(folder, made_by(origin, generator, settings, steps, size))
+    wanted = made_by(origin, generator, settings, steps, size)
+    check_sampling(wanted["guidance"], kappa=0.0, rho=0.0, order=1)
+    claim(folder, wanted)
     skipped = Skipped(files=len(origin.files))
     drawn = missing = 0
     with Progress(f"drawing {prompts.name}") as progress:
@@ -120,7 +122,8 @@ def made_by(origin: Source, generator: Generator, settings: Synthesis, steps: in
 
 def claim(folder: Path, wanted: dict[str, Any]) -> None:
     """Take a folder for one set; UserError if it holds another one, or anything else."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
     others = [path for path in folder.iterdir() if path != marker and not path.name.endswith(".partial")]
     if not marker.is_file():  # looked for after the listing: a process beside this one writes its claim first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +36,7 @@ def evaluate(
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Default: the model's own.", rich_help_panel=DRAW)] = None,
     size: Annotated[
-        int | None, typer.Option(help="Side in pixels. Default: the model's own.", rich_help_panel=DRAW)
+        int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.", rich_help_panel=DRAW)
     ] = None,
     seed: Annotated[int, typer.Option(help="First random seed.", rich_help_panel=DRAW)] = 0,
     seeds: Annotated[
@@ -85,9 +84,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Draw a suite's pictures and score them, or score pictures that are there."""
+    from apexflow.data.workers import worker_device
     from apexflow.evaluation.suite import Settings, Tools
 
-    place = _device(device)
+    place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
     if images is not None:
@@ -113,14 +113,6 @@ def _draw_and_score(
         this = replace(settings, seed=number)
         reports.append(evaluate(generator, this, folder, model, tools, Shard.from_environment(), score))
     return reports
-
-
-def _device(name: str) -> str:
-    """torchrun's processes take a card each."""
-    from apexflow.generator import pick_device
-
-    device = pick_device(name)
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def _show(reports: list[dict[str, Any]], as_json: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from apexflow.backbones.parts import quiet
 from apexflow.data.fingerprint import fingerprint
-from apexflow.errors import UserError
+from apexflow.errors import UserError, writing
 from apexflow.evaluation.drawing import EVALUATIONS, Shard, diversity, draw, pending
 from apexflow.evaluation.files import read_json, write_json
 from apexflow.evaluation.scoring import Scored, score
@@ -148,10 +148,11 @@ def _generation(generator: Generator, settings: Settings, prompts: Sequence[Prom
     backbone = generator.backbone
     times, size = generator.times(settings.steps), settings.size or backbone.default_size
     backbone.latent_shape((size, size))  # tells of a size that the model cannot draw before the folder is taken
-    check_sampling(settings.kappa, settings.rho, settings.order)
+    guidance = backbone.settings.guidance if settings.guidance is None else settings.guidance
+    check_sampling(guidance, settings.kappa, settings.rho, settings.order)
     return asdict(settings) | {
         "steps": len(times) - 1,
-        "guidance": backbone.settings.guidance if settings.guidance is None else settings.guidance,
+        "guidance": guidance,
         "times": times.tolist(),
         "size": size,
         "weights": fingerprint(backbone.transformer),
@@ -166,7 +167,8 @@ def versions() -> dict[str, str]:
 
 def _claim(folder: Path, marker: str, settings: dict[str, Any]) -> None:
     """Take a new folder, or go on in one with the same settings; UserError if it holds anything else."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     # Listed before the marker is looked for: a process beside this one writes the marker first.
     foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     path = folder / marker
@@ -194,11 +196,12 @@ def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = reports[0]
     if len(reports) == 1:
         return first
-    numbers = ("overall", "strict", "images", "prompts", "diversity")
+    numbers = ("overall", "strict", "images", "prompts", "diversity", "fid", "clip")
     merged = first | {key: _mean([r[key] for r in reports]) for key in numbers if key in first}
-    for key in ("tasks", "strict_tasks"):
+    for key in ("tasks", "strict_tasks", "l2"):
         if key in first:
-            merged[key] = {tag: _mean([r[key].get(tag) for r in reports]) for tag in first[key]}
+            tags = dict.fromkeys(tag for report in reports for tag in report[key])
+            merged[key] = {tag: _mean([r[key].get(tag) for r in reports]) for tag in tags}
     if None not in [r["overall"] for r in reports]:
         overalls = torch.tensor([r["overall"] for r in reports], dtype=torch.float64)
         # Pictures within a seed and seeds among each other both vary; the larger of the two estimates is the honest one.
@@ -207,8 +210,15 @@ def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return merged | {
         "pictures": sum(r["pictures"] for r in reports),
         "complete": all(r["complete"] for r in reports),
+        "missing": _of_seeds(reports, "missing"),
+        "extra": _of_seeds(reports, "extra"),
+        "failed": {f"seed-{r['seed']}/{name}": why for r in reports for name, why in r["failed"].items()},
         "seed": [r["seed"] for r in reports],
     }
+
+
+def _of_seeds(reports: Sequence[dict[str, Any]], key: str) -> list[str]:
+    return [f"seed-{report['seed']}/{name}" for report in reports for name in report[key]]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
-from apexflow.errors import Stopped, UserError, writing
+from apexflow.errors import Stopped, UserError, is_taken, writing
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import load
 from apexflow.objectives import further_of
@@ -81,7 +81,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
     folder, device = Path(recipe.output), own_device(recipe.device)
     with together():
         own_rows(recipe.batch)
-        if leads() and folder.exists() and any(folder.iterdir()) and not resume:
+        if leads() and is_taken(folder) and not resume:
             raise UserError(
                 f"output {folder} exists: pass --resume to go on with it, or choose another with output=FOLDER"
             )

@@ -281,11 +281,20 @@ def test_numbers_of_pictures_that_a_layout_cannot_hold() -> None:
 
 
 def test_seeds_of_any_suite_are_averaged() -> None:
-    reports = [
-        {"overall": value, "tasks": {"a": value}, "pictures": 3, "complete": True, "seed": value} for value in (1, 3)
-    ]
+    base = {"pictures": 3, "complete": True, "missing": [], "extra": [], "failed": {}}
+    reports = [base | {"overall": v, "tasks": {"a": v}, "seed": v, "fid": v, "clip": 2 * v} for v in (1, 3)]
     merged = over_seeds(reports)
     assert (merged["overall"], merged["tasks"], merged["pictures"], merged["seed"]) == (2, {"a": 2}, 6, [1, 3])
+    assert (merged["fid"], merged["clip"]) == (2, 4)
     assert merged["overall_se"] == pytest.approx(1)
     nothing = [report | {"overall": None} for report in reports]
     assert over_seeds(nothing)["overall"] is None
+
+
+def test_what_lacks_is_named_for_every_seed() -> None:
+    base = {"overall": 1, "tasks": {"a": 1}, "pictures": 3, "complete": False, "extra": []}
+    first = base | {"seed": 0, "missing": ["1.png"], "failed": {}}
+    second = base | {"seed": 1, "missing": [], "failed": {"2.png": "unreadable"}, "tasks": {"a": 1, "b": 0}}
+    merged = over_seeds([first, second])
+    assert merged["missing"] == ["seed-0/1.png"] and merged["failed"] == {"seed-1/2.png": "unreadable"}
+    assert merged["tasks"] == {"a": 1, "b": 0}  # a task that the first seed lacks
