@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import train_in_parts
 from torch import nn
 
 from apexflow.errors import UserError
@@ -13,7 +14,7 @@ from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
 from apexflow.training.further import blocks_at, tokens
 from apexflow.training.loop import start, train
-from apexflow.training.run import Run, save
+from apexflow.training.run import Run
 from apexflow.training.step import training_step
 
 KINDS = pytest.mark.parametrize("kind", ["full", "lora"])
@@ -74,12 +75,7 @@ def test_runs_with_further_networks_resume_exactly(recipe_file: Path, tmp_path: 
     common = [*overrides(method, kind), "steps=4", "checkpoint_every=100"]
     model = train(load_recipe(recipe_file, [*common, f"output={tmp_path / 'whole'}"]))
     parts = load_recipe(recipe_file, [*common, f"output={tmp_path / 'parts'}"])
-    run = start(parts, resume=False)
-    for _ in range(2):
-        training_step(run)
-    save(run)
-    training_step(run)
-    train(parts, resume=True)
+    train_in_parts(parts)
     one, other = (load_checkpoint(checkpoints(tmp_path / n / "checkpoints")[-1]).tensors for n in ("whole", "parts"))
     assert any(name.startswith("judge.") for name in one["trained"])
     for part in ("trained", "average", "optimizer"):

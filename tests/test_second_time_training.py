@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import train_in_parts
 from safetensors.torch import load_file
 
 from apexflow.backbones.second_time import FILE, second_time_of
@@ -14,7 +15,6 @@ from apexflow.training import loop
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import start, train
-from apexflow.training.run import save
 from apexflow.training.step import training_step
 
 KINDS = pytest.mark.parametrize("kind", ["full", "lora"])
@@ -27,12 +27,7 @@ def test_the_second_time_is_trained_averaged_and_resumed(recipe_file: Path, tmp_
     common = [*JUMPS, f"tuning.kind={kind}", "steps=4", "preview.every=100", "checkpoint_every=100"]
     train(load_recipe(recipe_file, [*common, f"output={tmp_path / 'whole'}"]))
     parts = load_recipe(recipe_file, [*common, f"output={tmp_path / 'parts'}"])
-    run = start(parts, resume=False)
-    for _ in range(2):
-        training_step(run)
-    save(run)
-    training_step(run)
-    train(parts, resume=True)
+    train_in_parts(parts)
     one, other = (load_checkpoint(checkpoints(tmp_path / n / "checkpoints")[-1]).tensors for n in ("whole", "parts"))
     for part in ("trained", "average"):
         names = [name for name in one[part] if "second_time" in name]

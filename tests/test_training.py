@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import train_in_parts
 from processes import command, launch, until, wait
 from safetensors.torch import load_file, save_file
 
@@ -61,14 +62,8 @@ def test_resume_after_a_stop_is_exact(recipe_file: Path, tmp_path: Path, method:
     common = [*method_overrides(method), f"tuning.kind={kind}", "tuning.rank=4"]
     whole = load_recipe(recipe_file, [*common, f"output={tmp_path / 'whole'}"])
     train(whole)
-    # Steps beyond the saved one are taken and lost, as when a process is killed.
     parts = load_recipe(recipe_file, [*common, f"output={tmp_path / 'parts'}"])
-    run = start(parts, resume=False)
-    for _ in range(2):
-        training_step(run)
-    save(run)
-    training_step(run)
-    train(parts, resume=True)
+    train_in_parts(parts)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     losses = [[m["loss"] for m in read_metrics(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0][2:] == losses[1]
