@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from apexflow.data.command import cache, synthesize
 from apexflow.errors import Stopped, ToldElsewhere, UserError, is_taken, writing
 from apexflow.evaluation.command import convert_detector, evaluate
+from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks
+from apexflow.training.command import plan, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,18 +24,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make or look at data sets.")
 app.add_typer(data_app, name="data")
-for command in (cache, synthesize, evaluate):
-    app.command()(command)
-app.command("convert-detector")(convert_detector)
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
-Steps = Annotated[int | None, typer.Option(help="Network evaluations a picture. Default: what the model was made for.")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-@app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help='What to draw: "a photo of a red star left of a blue ring".')],
     model: Model = "mini-student",
@@ -44,7 +35,7 @@ def generate(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
-    size: Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")] = None,
+    size: Size = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     kappa: Annotated[float, typer.Option(help="Extrapolation ratio of the any-step sampler (Eq. 21).")] = 0.0,
     rho: Annotated[float, typer.Option(help="Share of fresh noise at each step, 0 to 1.")] = 0.0,
@@ -78,42 +69,14 @@ def generate(
         "evaluations": generator.evaluations,
         "seconds": round(seconds, 4),
     }
-    _show(
+    show(
         result,
         as_json,
         f"{output}: {len(pictures)} picture(s), {generator.evaluations} evaluation(s) each, {seconds:.2f} s",
     )
 
 
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="For example steps=100 optimizer.learning_rate=1e-4."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of the recipe's output.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Train what a recipe describes: checkpoints, curves, sample grids, a saved model and a report."""
-    from apexflow.training.config import load_recipe
-    from apexflow.training.loop import train as run
-
-    loaded = load_recipe(recipe, overrides or [])
-    try:
-        model = run(loaded, resume)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        raise UserError(_no_room(loaded)) from error
-    report = model.parent / "report.html"
-    _show({"model": str(model), "report": str(report)}, as_json, f"model: {model}\nreport: {report}")
-
-
-@app.command("export")
-def export_command(
+def export(
     source: Annotated[str, typer.Argument(help="The folder of a run, a model, or a LoRA file (then with --base).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     merge: Annotated[
@@ -126,39 +89,14 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Hand a student to stock diffusers and ComfyUI: a LoRA file or a model folder, with a scheduler."""
-    from apexflow.export import export
+    from apexflow.export import export as hand_over
 
     if scheduler not in (None, "stock", "any-step", "original"):
         raise UserError(f"unknown scheduler {scheduler!r}: take stock, any-step or original")
-    result = export(source, output, scheduler, merge, base)  # type: ignore[arg-type]
-    _show(result, as_json, f"{result['kind']}: {result['output']}\nhow to use it: {output / 'README.md'}")
+    result = hand_over(source, output, scheduler, merge, base)  # type: ignore[arg-type]
+    show(result, as_json, f"{result['kind']}: {result['output']}\nhow to use it: {output / 'README.md'}")
 
 
-@app.command("plan")
-def plan_command(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Over how many GPUs.")] = 1,
-    memory: Annotated[float, typer.Option(min=0.1, help="GiB of one GPU.")] = 80.0,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Text tokens of the longest prompt. Default: the most that the model reads."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Say what a recipe needs on each GPU before anything is loaded, and what to switch on where it does not fit."""
-    from apexflow.training.config import load_recipe
-    from apexflow.training.plan import GIB, advise, plan, plan_table
-
-    loaded = load_recipe(recipe, overrides or [])
-    found = plan(loaded, gpus, tokens)
-    advice = advise(loaded, round(memory * GIB), gpus, tokens)
-    fits = found.peak <= memory * GIB
-    result = found.to_dict() | {"fits": fits, "switch_on": [[change, then.to_dict()] for change, then in advice]}
-    _show(result, as_json, plan_table(found, advice, memory))
-
-
-@data_app.command("scenes")
 def data_scenes(
     folder: Annotated[Path, typer.Argument(help="Where the webdataset shards go.")],
     count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 1000,
@@ -172,10 +110,9 @@ def data_scenes(
     if is_taken(folder):
         raise UserError(f"output {folder} exists: choose another folder")
     written = write_scenes(scenes(count, seed), folder)
-    _show({"folder": str(folder), "scenes": written}, as_json, f"{folder}: {written} scenes")
+    show({"folder": str(folder), "scenes": written}, as_json, f"{folder}: {written} scenes")
 
 
-@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(min=0, help="How long to tune the teacher.")] = 2.5,
@@ -187,17 +124,10 @@ def demo(
     from apexflow.evaluation.table import score_table
 
     result = run_demo(output, minutes, force)
-    _show(result, as_json, score_table(result["scores"]) + f"\nreport: {result['report']}")
+    if speaks():
+        show(result, as_json, score_table(result["scores"]) + f"\nreport: {result['report']}")
 
 
-def _no_room(recipe: Any) -> str:
-    """What to do about a run that is out of memory, from its plan."""
-    from apexflow.training.plan import out_of_memory
-
-    return out_of_memory(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-
-
-@app.command()
 def compare(
     methods: Annotated[
         list[str] | None, typer.Argument(help="Methods, the one that sets the wall time first. Default: every one.")
@@ -222,17 +152,36 @@ def compare(
 
     given = {"images": images, "seeds": seeds, "per_prompt": per_prompt, "limit": limit, "guidance": guidance}
     result, text = compare_command(tuple(methods or ()), output, recipe, nfe, rates, given)
-    _show(result, as_json, text)
+    if speaks():
+        show(result, as_json, text)
 
 
-def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
-    if _speaks():
-        typer.echo(json.dumps(result) if as_json else text)
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL:STEPS:GUIDANCE",
+            help="What is timed against the first; steps and guidance may be left out. Default: mini-teacher mini-student.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Pictures at once for the throughput, and rows of a training step.")
+    ] = 10,
+    size: Size = None,
+    train: Annotated[
+        Literal["full", "lora"] | None,
+        typer.Option(help="Time a training step of the first model too, by this tuning: APEX against flow matching."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time models on this machine: seconds for one picture, pictures a second, and what a training step costs."""
+    from apexflow.bench import Case, bench_table
+    from apexflow.bench import bench as measure
 
-
-def _speaks() -> bool:
-    """Whether this is the process that talks to the user: of those that torchrun started, the first."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    read = [Case.read(case) for case in cases or ("mini-teacher", "mini-student")]
+    result = measure(read, batch, size, device, train)
+    show(result, as_json, bench_table(result))
 
 
 def _save_picture(picture: Any, path: Path) -> None:
@@ -244,6 +193,12 @@ def _save_picture(picture: Any, path: Path) -> None:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+for command in (generate, train, evaluate, compare, export, bench, plan, cache, synthesize, demo):
+    app.command()(command)
+app.command("convert-detector")(convert_detector)
+data_app.command("scenes")(data_scenes)
 
 
 def main() -> None:
@@ -259,7 +214,7 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Stopped as stop:
-        _fail(f"stopped: {stop}" * _speaks(), 130)
+        _fail(f"stopped: {stop}" * speaks(), 130)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 130)
     except MemoryError:
@@ -273,7 +228,7 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, *rest: Any, **named: Any) -> None:
-    if _speaks():
+    if speaks():
         print(f"apexflow: warning: {message}", file=sys.stderr)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import subprocess
 import sys
 
 import torch
+
+from apexflow.bench import device_name
 
 
 def provenance() -> dict[str, object]:
@@ -15,22 +16,9 @@ def provenance() -> dict[str, object]:
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
     ).stdout
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{processor()}, {torch.get_num_threads()} threads"
-    )
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit + ("+changes" if changed.strip() else ""),
-        "device": device,
+        "device": device_name(),
         "torch": torch.__version__,
     }
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

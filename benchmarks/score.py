@@ -1,6 +1,6 @@
 """Score models on mini-GenEval at several step counts, all 553 prompts x 4 pictures, three seeds, held-out pairs apart.
 
-python benchmarks/score.py NAME=MODEL:STEPS[:GUIDANCE] ... [--seeds 3] [--per-prompt 4] [--output results/scores.json]
+python benchmarks/score.py NAME=MODEL[:STEPS[:GUIDANCE]] ... [--seeds 3] [--per-prompt 4] [--output results/scores.json]
 
 python benchmarks/score.py teacher=mini-teacher:50 student=mini-student:1 --output results/scores.json
 """
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import provenance
 
+from apexflow.bench import Case
 from apexflow.evaluation.runner import Settings, evaluate, over_seeds, write_json
 from apexflow.evaluation.table import score_table
 from apexflow.generator import load
@@ -23,7 +24,7 @@ from apexflow.generator import load
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", metavar="NAME=MODEL:STEPS[:GUIDANCE]")
+    parser.add_argument("cases", nargs="+", metavar="NAME=MODEL[:STEPS[:GUIDANCE]]")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--per-prompt", type=int, default=4)
     parser.add_argument("--limit", type=int)
@@ -34,13 +35,13 @@ def main() -> None:
         scores = json.loads(given.output.read_text())["scores"]  # cases already scored are kept
     for case in given.cases:
         name, _, rest = case.partition("=")
-        model, steps, *guidance = rest.split(":")
+        sampled = Case.read(rest)
         if name in scores:
             continue
-        generator = load(model)
+        generator = load(sampled.model)
         report = {}
         for suite in ("mini-geneval", "mini-geneval-held-out"):
-            common = {"suite": suite, "steps": int(steps), "guidance": float(guidance[0]) if guidance else None}
+            common = {"suite": suite, "steps": sampled.steps, "guidance": sampled.guidance}
             reports = [
                 evaluate(
                     generator, Settings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common), name=name
@@ -53,7 +54,7 @@ def main() -> None:
             | {
                 "held_out": report["mini-geneval-held-out"]["overall"],
                 "held_out_tasks": report["mini-geneval-held-out"]["tasks"],
-                "model": model,
+                "model": sampled.model,
                 "seeds": given.seeds,
             }
             | provenance()

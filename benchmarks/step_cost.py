@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -24,25 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import provenance
 
-from apexflow.training.config import Data, Recipe, Tuning
-from apexflow.training.loop import start
+from apexflow.bench import METHODS, begin, step_seconds
 from apexflow.training.run import Run
 from apexflow.training.step import training_step
-
-METHODS = ("flow_matching", "apex")
-
-
-def begin(method: str, kind: str, model: str, batch: int, folder: Path) -> Run:
-    data = Data(source="scenes", count=256, cache=str(folder / "cache"))
-    recipe = Recipe(
-        output=str(folder / f"{method}-{kind}"),
-        method=method,
-        model=model,
-        data=data,
-        batch=batch,
-        tuning=Tuning(kind=kind),
-    )
-    return start(recipe, resume=False)
 
 
 def count_passes(run: Run) -> dict[str, float]:
@@ -59,20 +41,6 @@ def count_passes(run: Run) -> dict[str, float]:
     training_step(run)
     del run.backbone.velocity
     return {name: count / run.recipe.batch for name, count in rows.items()}
-
-
-def times(runs: dict[str, Run], steps: int) -> dict[str, float]:
-    """Median seconds a step, the methods taking turns."""
-    measured = {name: [] for name in runs}
-    for index in range(steps + 2):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            training_step(run)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if index >= 2:
-                measured[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in measured.items()}
 
 
 def memory(method: str, kind: str, model: str, batch: int, folder: Path) -> float:
@@ -128,7 +96,7 @@ def main() -> None:
             folder = Path(scratch)
             runs = {method: begin(method, kind, given.model, given.batch, folder) for method in METHODS}
             passes = {name: count_passes(run) for name, run in runs.items()}
-            seconds = times(runs, given.steps)
+            seconds = step_seconds(runs, given.steps)
             del runs
             peaks = {method: memory(method, kind, given.model, given.batch, folder) for method in METHODS}
         result[kind] = {

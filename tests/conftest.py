@@ -12,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 # Tests share the cores as processes (pytest-xdist), and a process that a test starts must sum in the same order as its own.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from command_line import Run
+
+from apexflow import cli
 from apexflow.backbones.miniature import build_miniature
 from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
@@ -49,3 +52,20 @@ def recipe_file(tmp_path: Path, tiny_model: Path, scene_folder: Path) -> Path:
         "steps: 6\nbatch: 4\ncheckpoint_every: 2\npreview: {every: 3, count: 2}\noptimizer: {warmup: 2}\n"
     )
     return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`apexflow` with these arguments."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["apexflow", *map(str, arguments)])
+        code: int | str | None = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return int(code or 0), captured.out, captured.err
+
+    return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.errors import UserError
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
-Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show
 
 
 def cache(
@@ -67,8 +62,8 @@ def synthesize(
         Path, typer.Option("--output", "-o", help="Folder of the webdataset shards; an interrupted set goes on.")
     ],
     model: Model = "mini-teacher",
-    steps: Annotated[int | None, typer.Option(help="Default: what the model was made for.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="1 is none. Default: the model's own.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
     size: Size = None,
     caption: Annotated[
@@ -104,7 +99,3 @@ def listed(skipped: Mapping[str, str]) -> str:
     """The first records that were skipped, one a line; --json and cache.json have all."""
     lines = [f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:20]]
     return "".join(lines) + (f"\n  and {len(skipped) - 20} more" if len(skipped) > 20 else "")
-
-
-def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result) if as_json else text)

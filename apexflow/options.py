@@ -1,0 +1,30 @@
+"""What the commands share: options, and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
+Steps = Annotated[int | None, typer.Option(help="Network evaluations a picture. Default: what the model was made for.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="For example steps=100 optimizer.learning_rate=1e-4."),
+]
+
+
+def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(result) if as_json else text)
+
+
+def speaks() -> bool:
+    """Whether this is the process that talks to the user: of those that torchrun started, the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,67 @@
+"""`apexflow train` and `apexflow plan`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apexflow.errors import UserError
+from apexflow.options import Json, Overrides, show, speaks
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the recipe's output.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train what a recipe describes: checkpoints, curves, sample grids, a saved model and a report."""
+    from apexflow.training.config import load_recipe
+    from apexflow.training.loop import train as run
+
+    loaded = load_recipe(recipe, overrides or [])
+    try:
+        model = run(loaded, resume)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise UserError(_no_room(loaded)) from error
+    report = model.parent / "report.html"
+    if speaks():
+        show({"model": str(model), "report": str(report)}, as_json, f"model: {model}\nreport: {report}")
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Over how many GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB of one GPU.")] = 80.0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Text tokens of the longest prompt. Default: the most that the model reads."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe needs on each GPU before anything is loaded, and what to switch on where it does not fit."""
+    from apexflow.training.config import load_recipe
+    from apexflow.training.plan import GIB, advise, plan_table
+    from apexflow.training.plan import plan as count
+
+    loaded = load_recipe(recipe, overrides or [])
+    found = count(loaded, gpus, tokens)
+    advice = advise(loaded, round(memory * GIB), gpus, tokens)
+    fits = found.peak <= memory * GIB
+    result = found.to_dict() | {"fits": fits, "switch_on": [[change, then.to_dict()] for change, then in advice]}
+    show(result, as_json, plan_table(found, advice, memory))
+
+
+def _no_room(recipe: Any) -> str:
+    """What to do about a run that is out of memory, from its plan."""
+    from apexflow.training.plan import out_of_memory
+
+    return out_of_memory(recipe, int(os.environ.get("WORLD_SIZE", "1")))

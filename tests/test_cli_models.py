@@ -1,0 +1,67 @@
+"""Models on the command line that cannot be loaded or asked so: one line, exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import Run, generate, refused, write
+
+
+def copy_model(source: Path, target: Path) -> Path:
+    import shutil
+
+    shutil.copytree(source, target)
+    return target
+
+
+def test_a_folder_that_is_no_model_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(generate(run, "nosuch"), "nosuch", "mini-teacher")
+    refused(generate(run, tmp_path), "model_index.json")
+    model = copy_model(tiny_model, tmp_path / "foreign")
+    (model / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    refused(generate(run, model), "OtherPipeline")
+    (model / "model_index.json").write_text("{")
+    refused(generate(run, model), "JSON")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_or_truncated_part_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    model = copy_model(tiny_model, tmp_path / "m")
+    for file in (model / part).glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+        refused(generate(run, model), part)
+    shutil.rmtree(model / part)
+    refused(generate(run, model), part)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+def test_pickled_weights_are_refused(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = copy_model(tiny_model, tmp_path / "m")
+    weights = next((model / "transformer").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(suffix))
+    refused(generate(run, model), suffix, "pickle", "safetensors")
+    single = write(tmp_path / f"weights{suffix}", "x")
+    refused(generate(run, single), suffix)
+
+
+def test_steps_and_sizes_that_cannot_be(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run("generate", "a star", "--model", tiny_model, "--steps", 0), "steps")
+    refused(run("generate", "a star", "--model", tiny_model, "--steps", 1, "--size", 50), "50")
+    refused(run("generate", "a star", "--model", tiny_model, "--steps", "two"), "--steps")
+    refused(run("evaluate", "--model", tiny_model, "--suite", "mini-genval"), "mini-genval")
+    refused(run("generate"), "prompts")
