@@ -146,8 +146,12 @@ def test_a_full_disk_keeps_the_shards_before(
 def test_prompts_that_are_none_are_named(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('"a red star"\n{"prompt": " "}\n{"tag": 1}\n[\n"a blue ring"\n')
-    result = draw(path, tmp_path / "set", tiny_model)
+    with pytest.raises(UserError, match=r"3 of 5 records .*share 0\.5.*p\.jsonl:2: caption empty.*skip limit"):
+        draw(path, tmp_path / "set", tiny_model, skip_limit=0.5)
+    assert not (tmp_path / "set").exists()  # told before the first picture
+    result = draw(path, tmp_path / "set", tiny_model, skip_limit=0.6)
     assert result["pictures"] == 2
+    assert draw(path, tmp_path / "set", tiny_model, skip_limit=0.7) == result  # the limit is none of the set's settings
     assert result["skipped"].pop("p.jsonl:4").startswith("unreadable (")
     assert result["skipped"] == {"p.jsonl:2": "caption empty", "p.jsonl:3": "caption missing"}
     path.write_text('{"tag": 1}\n')

@@ -11,6 +11,10 @@ import typer
 from apexflow.errors import UserError
 from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show
 
+SkipLimit = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of unusable records that is borne; more stops the command.")
+]
+
 
 def cache(
     source: Annotated[Path, typer.Argument(help="A set of captioned pictures of any kind (docs/data.md), or prompts.")],
@@ -26,9 +30,7 @@ def cache(
         list[str] | None,
         typer.Option(help="Field or column with captions; may be given again, one is then drawn for each picture."),
     ] = None,
-    skip_limit: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of unusable records that is borne; more stops the command.")
-    ] = 0.05,
+    skip_limit: SkipLimit = 0.05,
     verify: Annotated[
         bool, typer.Option("--verify", help="SOURCE is a finished cache: read it against its checksums.")
     ] = False,
@@ -70,6 +72,7 @@ def synthesize(
         list[str] | None,
         typer.Option(help="Field or column with prompts; may be given again, one is then drawn for each picture."),
     ] = None,
+    skip_limit: SkipLimit = 0.05,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -80,7 +83,7 @@ def synthesize(
     from apexflow.data.jobs import synthesize_command
     from apexflow.data.synthesize import Synthesis
 
-    settings = Synthesis(steps, guidance, seed, size, tuple(caption or ()))
+    settings = Synthesis(steps, guidance, seed, size, tuple(caption or ()), skip_limit)
     result = synthesize_command(prompts, output, model, settings, device)
     more = "" if result["complete"] else "; this process has done its part, others are still to come"
     text = f"{output}: {result['pictures']} pictures, skipped {len(result['skipped'])}{more}"

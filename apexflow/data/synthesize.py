@@ -38,6 +38,7 @@ class Synthesis:
     seed: int = 0
     size: int | None = None
     captions: tuple[str, ...] = ()
+    skip_limit: float = 0.05  # share of records without a usable prompt that is borne
 
 
 def synthesize(
@@ -45,8 +46,8 @@ def synthesize(
 ) -> dict[str, Any]:
     """Draw this process's share of a set into `folder`, going on where an earlier call stopped; a summary.
 
-    prompts: a list of prompts, or any set with captions. Raises UserError for a folder that holds something else, prompts that
-    cannot be read, or steps and sizes that the model cannot take.
+    prompts: a list of prompts, or any set with captions. Raises UserError for a folder that holds something else, too many
+    unusable records, or steps and sizes that the model cannot take.
     """
     origin = recognise(prompts)
     steps = len(generator.times(settings.steps)) - 1
@@ -54,20 +55,18 @@ def synthesize(
     generator.backbone.latent_shape((size, size))
     wanted = made_by(origin, generator, settings, steps, size)
     check_sampling(wanted["guidance"], kappa=0.0, rho=0.0, order=1)
+    skipped = look_through(origin, settings)
     claim(folder, wanted)
-    skipped = Skipped(files=len(origin.files))
     drawn = missing = 0
-    with Progress(f"drawing {prompts.name}") as progress:
-        for number, window in enumerate(groups(origin.samples(skipped.broken), SHARD)):
-            chosen = usable(window, number * SHARD, settings.captions, skipped)
+    with Progress(f"drawing {prompts.name}", skipped.seen) as progress:
+        for number, window in enumerate(groups(origin.samples({}), SHARD)):
+            chosen = usable(window, number * SHARD, settings.captions, Skipped())
             path = folder / f"pictures-{number:06d}.tar"
             if number % world == rank and chosen and not path.is_file():
                 write_shard(path, _records(generator, chosen, settings, steps, size))
             drawn += len(chosen) if path.is_file() else 0
             missing += len(chosen) if not path.is_file() else 0
             progress.advance(len(window))
-    if not drawn and not missing:
-        skipped.check(0, prompts)
     return {
         "folder": str(folder),
         "pictures": drawn,
@@ -75,6 +74,15 @@ def synthesize(
         "skipped": skipped.broken | skipped.reasons,
         "steps": steps,
     }
+
+
+def look_through(origin: Source, settings: Synthesis) -> Skipped:
+    """What of a set has no usable prompt; UserError if that is too much. Reading is cheap beside drawing, so it comes first."""
+    skipped = Skipped(files=len(origin.files) if origin.kind.many_to_a_file else 0)
+    for window in groups(origin.samples(skipped.broken), SHARD):
+        usable(window, 0, settings.captions, skipped)
+    skipped.check(settings.skip_limit, origin.path)
+    return skipped
 
 
 def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skipped: Skipped) -> list[tuple[int, str]]:
@@ -116,7 +124,8 @@ def made_by(origin: Source, generator: Generator, settings: Synthesis, steps: in
     own = generator.backbone.settings.guidance
     guidance = own if settings.guidance is None else settings.guidance
     model = fingerprint(generator.backbone.transformer)
-    said = asdict(settings) | {"captions": list(settings.captions)}
+    said = {key: value for key, value in asdict(settings).items() if key != "skip_limit"}  # which no picture depends on
+    said["captions"] = list(settings.captions)
     return said | {"prompts": origin.identity(), "model": model, "steps": steps, "size": size, "guidance": guidance}
 
 

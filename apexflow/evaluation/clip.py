@@ -63,19 +63,17 @@ class Clip:
         self.device = torch.device(device)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Clip:
-        """From a folder in the transformers layout; no network. UserError when it is missing or is not QuickGELU."""
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu", activation: str = "quick_gelu") -> Clip:
+        """From a folder in the transformers layout; no network. UserError when it is missing or has another activation."""
         if not Path(folder).is_dir():
-            raise UserError(
-                f"no CLIP folder at {folder}: put openai/clip-vit-large-patch14 (transformers layout) there"
-            )
+            raise UserError(f"no CLIP folder at {folder}: docs/evaluation.md says what to put there")
         from transformers import AutoTokenizer, CLIPModel
 
         model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        # OpenAI's weights were trained with QuickGELU; plain GELU runs without complaint and moves every score.
+        # OpenAI's weights were trained with QuickGELU, LAION's with GELU; the other runs without complaint and moves every score.
         activations = {model.config.text_config.hidden_act, model.config.vision_config.hidden_act}
-        if activations != {"quick_gelu"}:
-            raise UserError(f"the CLIP in {folder} uses {sorted(activations)}: take one with hidden_act quick_gelu")
+        if activations != {activation}:
+            raise UserError(f"the CLIP in {folder} uses {sorted(activations)}: take one with hidden_act {activation}")
         return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), device)
 
     @torch.inference_mode()

@@ -11,14 +11,17 @@ import typer
 from apexflow.errors import UserError
 
 if TYPE_CHECKING:
+    from apexflow.evaluation.drawing import Shard
     from apexflow.evaluation.suite import Settings, Tools
 
 DRAW, SCORE = "Drawing", "Scoring"
+OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order")
 
 
 def evaluate(
+    ctx: typer.Context,
     suite: Annotated[
-        str, typer.Option(help="mini-geneval, mini-geneval-held-out, geneval, dpg, wise or mjhq.")
+        str, typer.Option(help="mini-geneval, mini-geneval-held-out, geneval, dpg, wise, mjhq or pickscore.")
     ] = "mini-geneval",
     output: Annotated[
         Path | None,
@@ -54,14 +57,17 @@ def evaluate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="The benchmark's own files (dpg, wise, mjhq; geneval: prompts).", rich_help_panel=SCORE),
+        typer.Option(
+            help="The benchmark's own files (dpg, wise, mjhq), or prompts (geneval, pickscore).", rich_help_panel=SCORE
+        ),
     ] = None,
     protocol: Annotated[
         str | None, typer.Option(help="Of dpg, wise or mjhq; see docs/evaluation.md.", rich_help_panel=SCORE)
     ] = None,
     detector: Annotated[Path | None, typer.Option(help="Mask2Former folder (geneval).", rich_help_panel=SCORE)] = None,
     clip: Annotated[
-        Path | None, typer.Option(help="CLIP ViT-L/14 folder (geneval, mjhq).", rich_help_panel=SCORE)
+        Path | None,
+        typer.Option(help="Folder of CLIP ViT-L/14 (geneval, mjhq) or PickScore.", rich_help_panel=SCORE),
     ] = None,
     inception: Annotated[
         Path | None, typer.Option(help="FID Inception weights, safetensors (mjhq).", rich_help_panel=SCORE)
@@ -85,25 +91,42 @@ def evaluate(
 ) -> None:
     """Draw a suite's pictures and score them, or score pictures that are there."""
     from apexflow.data.workers import worker_device
+    from apexflow.evaluation.drawing import Shard
     from apexflow.evaluation.suite import Settings, Tools
+    from apexflow.progress import console
 
+    if images is not None:
+        _refuse_for_images(ctx)
+    shard = Shard.from_environment()
+    console.quiet = not shard.leads
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
     if images is not None:
         from apexflow.evaluation.runner import score_folder
 
-        _show([score_folder(images, settings, output, str(images), tools)], as_json)
+        reports = [score_folder(images, settings, output, str(images), tools)] if shard.leads else []
     else:
-        _show(_draw_and_score(model, settings, seeds, output, tools, score), as_json)
+        reports = _draw_and_score(model, settings, seeds, output, tools, score, shard)
+    if shard.leads:
+        _show(reports, as_json)
+
+
+def _refuse_for_images(ctx: typer.Context) -> None:
+    """UserError for an option of the drawing where nothing is drawn."""
+    sources = {name: ctx.get_parameter_source(name) for name in OF_DRAWING}
+    given = [f"--{name}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given += [] if ctx.params["score"] else ["--no-score"]
+    if given:
+        raise UserError(f"{' and '.join(given)} cannot apply to --images, which draws nothing: leave it out")
 
 
 def _draw_and_score(
-    model: str, settings: Settings, seeds: int, output: Path | None, tools: Tools, score: bool
+    model: str, settings: Settings, seeds: int, output: Path | None, tools: Tools, score: bool, shard: Shard
 ) -> list[dict[str, Any]]:
     from dataclasses import replace
 
-    from apexflow.evaluation.runner import Shard, evaluate
+    from apexflow.evaluation.runner import evaluate
     from apexflow.generator import load
 
     generator = load(model, tools.device)
@@ -111,7 +134,7 @@ def _draw_and_score(
     for number in range(settings.seed, settings.seed + seeds):
         folder = output / f"seed-{number}" if output else None
         this = replace(settings, seed=number)
-        reports.append(evaluate(generator, this, folder, model, tools, Shard.from_environment(), score))
+        reports.append(evaluate(generator, this, folder, model, tools, shard, score))
     return reports
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +19,30 @@ from apexflow.generator import MAX_BATCH, Generator
 from apexflow.progress import Progress
 
 EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawing
+WAIT = 1.0  # seconds between looks at what the other processes have drawn
 BATCH_PIXELS = MAX_BATCH * 256**2  # a batch holds 32 small pictures, or two of 1024 x 1024
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which share of the pictures this process draws. The processes share a disk and need not speak to each other."""
+    """Which share of the pictures this process draws. The processes share a disk and need not speak to each other.
+
+    together: torchrun started them all and stops all when one fails, so the first may wait for the others. It alone scores.
+    """
 
     rank: int = 0
     world: int = 1
+    together: bool = False
 
     @classmethod
     def from_environment(cls) -> Shard:
         """What torchrun says (RANK, WORLD_SIZE), or everything."""
-        return cls(*worker())
+        return cls(*worker(), "TORCHELASTIC_RUN_ID" in os.environ)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process scores and speaks to the user. Processes started one by one each speak for themselves."""
+        return self.rank == 0 or not self.together
 
 
 def draw(
@@ -65,6 +77,17 @@ def draw(
 def pending(suite: Suite, prompts: Sequence[Prompt], folder: Path) -> int:
     """How many of the suite's pictures are still to be drawn, by whichever process."""
     return sum(not is_whole(folder / "pictures" / drawing.path) for drawing in suite.drawings(prompts))
+
+
+def wait_for_all(suite: Suite, prompts: Sequence[Prompt], folder: Path) -> None:
+    """Until every picture is drawn, by the processes beside this one."""
+    paths = [folder / "pictures" / drawing.path for drawing in suite.drawings(prompts)]
+    left = [path for path in paths if not is_whole(path)]
+    with Progress("drawn by all processes", len(paths), len(paths) - len(left)) as progress:
+        while left:
+            time.sleep(WAIT)
+            before, left = len(left), [path for path in left if not is_whole(path)]
+            progress.advance(before - len(left))
 
 
 def _groups(drawings: Sequence[Drawing], batch: int) -> Iterator[Sequence[Drawing]]:

@@ -28,11 +28,14 @@ class Panel:
 
 
 def check_judge(tools: Tools) -> None:
-    """UserError for a judge that is not named, or a server without a model name."""
+    """UserError for a judge that is not named, a server without a model name, or such a name without a server."""
     if tools.judge is None:
         raise UserError("--judge is missing: name an http:// address or the folder of a vision-language model")
-    if isinstance(tools.judge, str) and tools.judge.startswith("http") and not tools.judge_model:
+    served = isinstance(tools.judge, str) and tools.judge.startswith("http")
+    if served and not tools.judge_model:
         raise UserError(f"--judge-model is missing: name the model to ask for at {tools.judge}")
+    if tools.judge_model and not served:
+        raise UserError("--judge-model cannot apply to a judge that is no http:// address: leave it out")
 
 
 def make_panel(tools: Tools, options: Mapping[str, Any]) -> Panel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 
 from apexflow.data.scenes import COLORS, HELD_OUT, NUMBERS, RELATIONS, SHAPES, prompt_text
 from apexflow.evaluation.detector import Detection, detect
-from apexflow.evaluation.geneval import evaluate_image, filter_detections, summarize
+from apexflow.evaluation.geneval import evaluate_image, filter_detections, overall_error, summarize
 
 # As many prompts a task as GenEval has. Small tasks have fewer distinct prompts than that and repeat them, with other seeds.
 TASKS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
@@ -111,13 +110,11 @@ def _color_lookup(found: Sequence[Detection]) -> Any:
 
 
 def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means by task, their mean, the strict overall, and standard errors over pictures."""
+    """Means by task, their mean with its standard error over pictures, and the strict ones."""
     loose = summarize(rows)
     strict = summarize([{**row, "correct": row["strict"]} for row in rows])
-    counts = {tag: sum(row["tag"] == tag for row in rows) for tag in loose["tasks"]}
-    variance = sum(p * (1 - p) / counts[tag] for tag, p in loose["tasks"].items()) / len(counts) ** 2
     return loose | {
-        "overall_se": math.sqrt(variance),
+        "overall_se": overall_error(rows),
         "strict": strict["overall"],
         "strict_tasks": strict["tasks"],
         "pictures": len(rows),

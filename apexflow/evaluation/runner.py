@@ -20,7 +20,7 @@ import torch
 from apexflow.backbones.parts import quiet
 from apexflow.data.fingerprint import fingerprint
 from apexflow.errors import UserError, writing
-from apexflow.evaluation.drawing import EVALUATIONS, Shard, diversity, draw, pending
+from apexflow.evaluation.drawing import EVALUATIONS, Shard, diversity, draw, pending, wait_for_all
 from apexflow.evaluation.files import read_json, write_json
 from apexflow.evaluation.scoring import Scored, score
 from apexflow.evaluation.suite import Found, Prompt, Settings, Suite, Tools, prompts_sha256
@@ -44,8 +44,8 @@ def evaluate(
     """Draw and score a suite; its report.
 
     With a folder, pictures and rows are kept there and an interrupted run goes on. With a `shard`, this process draws
-    its share, and the process that finds all pictures drawn scores them: the others' reports say how many are "pending".
-    Without scores, the pictures are drawn for a later `score_folder`.
+    its share, and the process that finds all pictures drawn scores them (under torchrun the first, which waits for the
+    others): the others' reports say how many are "pending". Without scores, the pictures are drawn for a later `score_folder`.
     """
     if folder is None:
         if not with_scores or (shard and shard.world > 1):
@@ -54,6 +54,8 @@ def evaluate(
             )
         with tempfile.TemporaryDirectory() as scratch:
             return evaluate(generator, settings, Path(scratch) / "evaluation", name, tools)
+    shard = shard or Shard()
+    with_scores = with_scores and shard.leads
     suite = _suite(settings, tools)
     if with_scores:
         suite.check()
@@ -61,6 +63,8 @@ def evaluate(
     generation = _generation(generator, replace(settings, per_prompt=suite.per_prompt), prompts)
     _claim(folder, "generation.json", generation)
     draw(generator, settings, suite, prompts, folder, name, shard)
+    if shard.together and shard.leads:
+        wait_for_all(suite, prompts, folder)
     left = pending(suite, prompts, folder)
     if left or not with_scores:
         return {"suite": settings.suite, "name": name, "folder": str(folder), "pending": left}
@@ -174,7 +178,7 @@ def _claim(folder: Path, marker: str, settings: dict[str, Any]) -> None:
     path = folder / marker
     if path.is_file():
         before = read_json(path, "the evaluation")
-        differs = [key for key in settings if before.get(key) != settings[key]]
+        differs = [key for key in before | settings if before.get(key) != settings.get(key)]
         if differs:
             raise UserError(f"{folder} holds an evaluation with other {' and '.join(differs)}: choose another folder")
         return
@@ -192,18 +196,23 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several that differ by seed: means, and the standard error over seeds where there are several."""
+    """One report of several that differ by seed: means, and the standard error over seeds where there are several.
+
+    A sum that one seed lacks, its pictures being incomplete, the seeds together lack too.
+    """
     first = reports[0]
     if len(reports) == 1:
         return first
-    numbers = ("overall", "strict", "images", "prompts", "diversity", "fid", "clip")
-    merged = first | {key: _mean([r[key] for r in reports]) for key in numbers if key in first}
+    numbers = [n for n in ("overall", "strict", "images", "prompts", "diversity", "fid", "clip") if n in first]
+    values = {key: [report[key] for report in reports] for key in numbers}
+    merged = first | {key: None if None in found else _mean(found) for key, found in values.items()}
+    merged["overall_se"] = None
     for key in ("tasks", "strict_tasks", "l2"):
         if key in first:
             tags = dict.fromkeys(tag for report in reports for tag in report[key])
             merged[key] = {tag: _mean([r[key].get(tag) for r in reports]) for tag in tags}
-    if None not in [r["overall"] for r in reports]:
-        overalls = torch.tensor([r["overall"] for r in reports], dtype=torch.float64)
+    if merged["overall"] is not None:
+        overalls = torch.tensor(values["overall"], dtype=torch.float64)
         # Pictures within a seed and seeds among each other both vary; the larger of the two estimates is the honest one.
         within = (_mean([r.get("overall_se") for r in reports]) or 0.0) / len(reports) ** 0.5
         merged["overall_se"] = max(within, float(overalls.std() / len(reports) ** 0.5))

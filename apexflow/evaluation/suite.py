@@ -92,6 +92,7 @@ class Suite(ABC):
     allowed: ClassVar[tuple[int, ...]] = ()  # other numbers do not fit the layout; empty: any does
     spread_limit: ClassVar[bool] = True  # a limited run takes prompts from everywhere, or the first ones
     measures_diversity: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()  # the names of the tools that it uses; any other is refused
 
     def __init__(self, tools: Tools, per_prompt: int | None = None) -> None:
         self.tools = tools

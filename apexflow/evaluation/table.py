@@ -25,7 +25,7 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     for heading in ("", "NFE", *first["tasks"], "overall", *extras):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, report in scores.items():
-        error = f" ±{report['overall_se']:.3f}" if "overall_se" in report else ""
+        error = f" ±{report['overall_se']:.3f}" if report.get("overall_se") is not None else ""
         table.add_row(
             name,
             str(report.get("evaluations") or "?"),

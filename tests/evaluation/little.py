@@ -30,11 +30,12 @@ def detector(folder: Path) -> Path:
     return folder
 
 
-def clip(folder: Path) -> Path:
+def clip(folder: Path, activation: str = "quick_gelu") -> Path:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["hidden_act"] = activation
     text = {**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1}
     vision = {**sizes, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)

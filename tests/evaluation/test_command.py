@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from test_geneval_detector import checkpoint
 
 from apexflow import cli
+from apexflow.progress import console
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -66,6 +67,29 @@ def test_a_share_of_the_pictures_waits_for_the_others(
     assert code == 0 and "mini-GenEval" in text
 
 
+def test_under_torchrun_one_process_speaks(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("evaluate", "--model", tiny_model, "--steps", 1, "--limit", 2, "--per-prompt", 1, "-o", tmp_path / "e")
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(console, "quiet", False)  # put back afterwards
+    assert run(*common) == (0, "", "") and console.quiet
+    assert run("evaluate", "--images", tmp_path / "e" / "seed-0" / "pictures") == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    code, text, _ = run(*common)
+    assert code == 0 and "mini-GenEval" in text and not console.quiet
+
+
+def test_options_that_cannot_apply_are_told(run: Run, tmp_path: Path) -> None:
+    refused(run("evaluate", "--protocol", "clean"), "--protocol cannot apply to the suite mini-geneval")
+    refused(run("evaluate", "--suite", "geneval", "--fid-size", 8, "--judge", "x"), "--judge and --fid-size", "geneval")
+    drawing = ("--model", "m", "--seeds", 2, "--steps", 4, "--no-score")
+    refused(
+        run("evaluate", "--images", tmp_path, *drawing), "--model and --steps and --seeds and --no-score", "--images"
+    )
+
+
 def test_what_cannot_be_scored_is_told_before_anything_is_drawn(run: Run, tmp_path: Path) -> None:
     refused(run("evaluate", "--images", tmp_path / "none"), "none", "pictures folder")
     refused(run("evaluate", "--suite", "geneval"), "--detector", "docs/evaluation.md")
@@ -74,9 +98,23 @@ def test_what_cannot_be_scored_is_told_before_anything_is_drawn(run: Run, tmp_pa
     refused(run("evaluate", "--no-score"), "--output")
     prompts = tmp_path / "prompts.jsonl"
     scorers = ("--detector", tmp_path, "--clip", tmp_path, "--no-score", "-o", tmp_path / "e")
-    for text in ("{", '{"tag": "colors"}'):
-        prompts.write_text(text)
-        refused(run("evaluate", "--suite", "geneval", "--data", prompts, *scorers), "prompts.jsonl")
+    prompts.write_text("{")
+    refused(run("evaluate", "--suite", "geneval", "--data", prompts, *scorers), "cannot read", "prompts.jsonl")
+    clause = {"class": "dog", "count": 1}
+    own = {
+        "line 1": {"tag": "colors"},
+        "include": {"tag": "colors", "prompt": "p"},
+        "[relation, clause number]": {"tag": "x", "prompt": "p", "include": ["dog"]},
+        "unicorn": {"tag": "x", "prompt": "p", "include": [clause | {"class": "unicorn"}]},
+        "count of dog": {"tag": "x", "prompt": "p", "include": [clause | {"count": 0}]},
+        "crimson": {"tag": "x", "prompt": "p", "include": [clause | {"color": "crimson"}]},
+        "'near', 0": {"tag": "x", "prompt": "p", "include": [clause, clause | {"position": ["near", 0]}]},
+        "'above', 1": {"tag": "x", "prompt": "p", "include": [clause, clause | {"position": ["above", 1]}]},
+        "unicorns": {"tag": "x", "prompt": "p", "include": [], "exclude": [clause | {"class": "unicorns"}]},
+    }
+    for word, entry in own.items():
+        prompts.write_text(json.dumps(entry))
+        refused(run("evaluate", "--suite", "geneval", "--data", prompts, *scorers), "prompts.jsonl", word)
 
 
 def test_a_wrong_setting_leaves_the_folder_free(run: Run, tiny_model: Path, tmp_path: Path) -> None:

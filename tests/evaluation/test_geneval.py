@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import beta
 
 from apexflow.errors import UserError
 from apexflow.evaluation import geneval
@@ -236,6 +237,14 @@ def test_colour_prompts_and_crops() -> None:
     assert geneval.color_crop(image, [0.5, 1.5, 3.5, 4.4]).size == (4, 2)  # rounded half to even: 0, 2, 4, 4
     with pytest.raises(UserError, match="mask"):
         geneval.color_crop(image, [0, 0, 1, 1], mask.T)
+
+
+def test_the_overall_has_an_error_even_where_every_picture_is_right() -> None:
+    rows = [{"tag": "a", "correct": True}] * 20 + [{"tag": "b", "correct": False}] * 7
+    expected = np.hypot(beta(21, 1).std(), beta(1, 8).std()) / 2
+    assert geneval.overall_error(rows) == pytest.approx(expected)
+    half = [{"tag": "a", "correct": index % 2 == 0} for index in range(400)]
+    assert geneval.overall_error(half) == pytest.approx(0.5 / 20, rel=0.01)  # the binomial one
 
 
 def test_summary_is_the_mean_of_tasks_over_images() -> None:

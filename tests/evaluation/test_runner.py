@@ -15,8 +15,10 @@ from apexflow.errors import UserError
 from apexflow.evaluation import mini_geneval
 from apexflow.evaluation.geneval.prompt_set import PROMPTS_SHA256
 from apexflow.evaluation.geneval.prompt_set import prompts as geneval_prompts
-from apexflow.evaluation.runner import Settings, Shard, evaluate, score_folder
+from apexflow.evaluation.runner import Settings, Shard, Tools, evaluate, score_folder
 from apexflow.evaluation.suite import prompts_sha256
+from apexflow.evaluation.suites.mini_geneval import MiniGenEval
+from apexflow.evaluation.table import score_table
 from apexflow.generator import Generator, load
 
 QUICK = Settings(steps=1, guidance=1.0, per_prompt=2, limit=24)
@@ -157,6 +159,19 @@ def test_processes_share_the_drawing_and_the_last_one_scores(
         evaluate(generator, QUICK, shard=Shard(0, 2))
 
 
+def test_under_torchrun_the_first_process_waits_and_alone_scores(
+    generator: Generator, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[dict] = []
+
+    def second(seconds: float) -> None:
+        waited.append(evaluate(generator, QUICK, tmp_path / "e", shard=Shard(1, 2, together=True)))
+
+    monkeypatch.setattr("apexflow.evaluation.drawing.time.sleep", second)
+    report = evaluate(generator, QUICK, tmp_path / "e", shard=Shard(0, 2, together=True))
+    assert len(waited) == 1 and waited[0]["pending"] == 0 and same(report, report_of(whole))
+
+
 def test_fresh_noise_belongs_to_the_picture_not_to_the_batch(generator: Generator) -> None:
     prompts, seeds = ["a red star", "a blue ring"], [(3, 5), (3, 6)]
     together = generator.generate_seeded(prompts, seeds, 3, guidance=1.0, rho=0.7)
@@ -197,6 +212,12 @@ def test_a_folder_of_another_program_is_scored_and_what_lacks_is_named(tmp_path:
     report = score_folder(root, once, tmp_path / "scores")
     assert sorted(root.rglob("*")) == before
     assert report["images"] == 1.0 and report["pictures"] == 12 and len(report["missing"]) == 553 - 12
+    # A task without a picture has no mean, and the others' mean is no overall.
+    assert (
+        list(report["tasks"].values()) == [1.0, None, None, None, None, None] == list(report["strict_tasks"].values())
+    )
+    assert (report["overall"], report["strict"], report["overall_se"]) == (None, None, None)
+    assert "INCOMPLETE (541 missing), 12 pictures" in score_table({"x": report})
     places = sorted(root.iterdir())
     (places[0] / "samples" / "00000.png").write_bytes(b"no picture")
     (places[1] / "metadata.jsonl").write_text("{")
@@ -211,11 +232,35 @@ def test_a_folder_of_another_program_is_scored_and_what_lacks_is_named(tmp_path:
 
 def test_reworded_prompts_are_scored_and_change_the_hash(tmp_path: Path) -> None:
     metadata = foreign(tmp_path / "theirs", 2)
-    plain = score_folder(tmp_path / "theirs", Settings(per_prompt=1))
+    plain = score_folder(tmp_path / "theirs", Settings(per_prompt=1), tmp_path / "scores")
     place = sorted((tmp_path / "theirs").iterdir())[0]
     (place / "metadata.jsonl").write_text(json.dumps(metadata[0] | {"prompt": "in other words"}))
-    reworded = score_folder(tmp_path / "theirs", Settings(per_prompt=1))
+    reworded = score_folder(tmp_path / "theirs", Settings(per_prompt=1), tmp_path / "scores")
     assert reworded["pictures"] == 2 and reworded["prompts_sha256"] != plain["prompts_sha256"]
+    rows = [json.loads(line) for line in (tmp_path / "scores" / "results.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["in other words", metadata[1]["prompt"]]  # no row of the old prompt
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "missing"),
+    [
+        (["0000", "0002", "0003"], 4, ["0001"]),
+        (["00000", "00010"], 4, ["00001", "00002"]),
+        (["0001", "0002", "0004"], 4, ["0003"]),
+        (["0000", "00000"], 3, ["0001"]),
+        (["2", "10", "1"], 3, []),
+    ],
+)
+def test_a_hole_in_the_numbering_is_named(there: list[str], wanted: int, missing: list[str], tmp_path: Path) -> None:
+    foreign(tmp_path, 1)
+    samples = next(tmp_path.rglob("samples"))
+    picture = next(samples.iterdir()).rename(tmp_path / "picture.png")
+    for name in there:
+        shutil.copy(picture, samples / f"{name}.png")
+    found = MiniGenEval(Tools(), wanted).find(tmp_path, MiniGenEval(Tools()).choose(None)[0])
+    names = [name for name in found.missing if name.startswith(samples.parent.name)]
+    assert names == [f"{samples.parent.name}/samples/{name}.png" for name in missing]
+    assert [picture.path.stem for picture in found.pictures] == sorted(there, key=lambda name: (int(name), name))
 
 
 def test_folders_that_hold_nothing_to_score(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import sys
@@ -14,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPModel, CLIPTokenizer
 
 from apexflow.errors import UserError
 from apexflow.evaluation import features
+from apexflow.evaluation.clip import preprocess, tokenize
 from apexflow.evaluation.fid import fid_from_features
 from apexflow.evaluation.geneval import ColorClassifier
 from apexflow.evaluation.judge import question_messages
@@ -202,6 +205,7 @@ def test_mjhq(
     assert sorted(path.name for path in (tmp_path / "e" / "pictures").iterdir()) == [f"id{i}.jpg" for i in range(5)]
     assert "fid (sana, 64 px, 5 pictures)" in report["tasks"] and report["scoring"]["fid_size"] == 64
     assert report["reference_pictures"] == 5 and report["fid"] > 0
+    assert report["reference"] == str(data.resolve()) and len(report["scoring"]["reference_sha256"]) == 64
     assert report["clip"] == pytest.approx(np.mean([row["clip"] for row in rows_of(tmp_path / "e")]))
     # The same from the features themselves, and from statistics in a file.
     kept = {
@@ -215,6 +219,11 @@ def test_mjhq(
     again = Tools(inception=inception_file, reference=tmp_path / "reference.npz", data=data)
     scored = score_folder(tmp_path / "e" / "pictures", settings("mjhq", limit=5), None, "x", again)
     assert scored["fid"] == pytest.approx(report["fid"], rel=1e-6) and "clip" not in scored
+    file = hashlib.sha256((tmp_path / "reference.npz").read_bytes()).hexdigest()
+    assert scored["scoring"]["reference_sha256"] == file and scored["reference"] == str(tmp_path / "reference.npz")
+    # A folder holds one way of scoring: its rows would not fit another.
+    with pytest.raises(UserError, match="other clip_weights and reference_sha256"):
+        score_folder(tmp_path / "e" / "pictures", settings("mjhq", limit=5), tmp_path / "e", "x", again)
     # Another size and other protocols are other numbers.
     for changes in ({"fid_size": 32}, {"protocol": "clean"}, {"protocol": "torch-fidelity"}):
         other = Tools(data=data, inception=inception_file, **changes)
@@ -248,11 +257,43 @@ def test_mjhq_trouble(inception_file: Path, clip_folder: Path, tmp_path: Path) -
         (Tools(data=data, inception=tmp_path / "none"), "--inception"),
         (Tools(data=data, inception=wrong), "Mixed_5b.branch1x1"),
         (Tools(data=data, inception=inception_file, protocol="cleaner"), "cleaner"),
+        (Tools(data=data, inception=inception_file, protocol="clean", fid_size=64), "--fid-size"),
+        (Tools(data=data, clip=clip_folder, fid_size=64), "--inception"),
         (Tools(data=data, inception=inception_file, reference=wrong), "mu"),
         (Tools(inception=inception_file), "--data"),
     ):
         with pytest.raises(UserError, match=word):
             score_folder(pictures, all_of, None, "x", tools)
+
+
+def test_pickscore(generator: Generator, clip_folder: Path, tmp_path: Path) -> None:
+    model, prompts = little.clip(tmp_path / "pickscore", "gelu"), tmp_path / "prompts.txt"
+    prompts.write_text("a red star\n\na blue ring\na green heart\n")
+    tools = Tools(data=prompts, clip=model)
+    report = evaluate(generator, settings("pickscore", limit=None), tmp_path / "e", tools=tools)
+    pictures = sorted((tmp_path / "e" / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["00000.png", "00001.png", "00002.png"]
+    assert report["complete"] and [row["prompt"] for row in rows_of(tmp_path / "e")][1] == "a blue ring"
+    # As transformers' own model scores them, scale included.
+    texts = tokenize(CLIPTokenizer.from_pretrained(model), ["a red star", "a blue ring", "a green heart"])
+    pixels = torch.stack([preprocess(Image.open(path), 32) for path in pictures])
+    with torch.no_grad():
+        own = CLIPModel.from_pretrained(model)(input_ids=texts, pixel_values=pixels)
+    scores = own.logits_per_image.diag()
+    assert [row["pickscore"] for row in rows_of(tmp_path / "e")] == pytest.approx(scores.tolist(), rel=1e-5)
+    assert report["overall"] == pytest.approx(scores.mean().item(), rel=1e-5)
+    assert report["overall_se"] == pytest.approx(scores.std().item() / 3**0.5, rel=1e-3)
+    pictures[0].write_bytes(b"x")
+    pictures[1].unlink()
+    again = score_folder(pictures[0].parent, settings("pickscore", limit=None), tmp_path / "s", "x", tools)
+    assert (list(again["failed"]), again["missing"], again["complete"]) == (["00000.png"], ["00001.png"], False)
+    assert again["overall"] == pytest.approx(scores[2].item(), rel=1e-5) and again["overall_se"] is None
+    with pytest.raises(UserError, match="hidden_act gelu"):
+        score_folder(pictures[0].parent, settings("pickscore"), None, "x", Tools(data=prompts, clip=clip_folder))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"a red star"\n""\n')
+    with pytest.raises(UserError, match=r"prompts\.jsonl:2: caption empty"):
+        score_folder(pictures[0].parent, settings("pickscore"), None, "x", Tools(data=prompts, clip=model))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +308,13 @@ def test_mjhq_trouble(inception_file: Path, clip_folder: Path, tmp_path: Path) -
         ("wise", Tools(data=Path("."), judge=_no), "checkout"),
         ("wise", Tools(data=Path("."), judge=_no, protocol="x"), "legacy"),
         ("mini-genevall", Tools(), "mini-geneval"),
+        ("mini-geneval", Tools(data=Path(".")), "--data cannot apply"),
+        ("geneval", Tools(protocol="x"), "--protocol cannot apply"),
+        ("dpg", Tools(data=Path("."), judge=_no, clip=Path(".")), "--clip cannot apply"),
+        ("wise", Tools(data=Path("."), judge=_no, judge_model="m"), "--judge-model cannot apply"),
+        ("mjhq", Tools(data=Path("."), judge=_no), "--judge cannot apply"),
+        ("pickscore", Tools(data=Path(".")), "--clip"),
+        ("pickscore", Tools(clip=Path(".")), "--data"),
     ],
 )
 def test_what_a_suite_lacks_is_named(suite: str, tools: Tools, word: str, tmp_path: Path) -> None:
@@ -275,7 +323,7 @@ def test_what_a_suite_lacks_is_named(suite: str, tools: Tools, word: str, tmp_pa
 
 
 def test_numbers_of_pictures_that_a_layout_cannot_hold() -> None:
-    for suite, count in (("dpg", 3), ("wise", 2), ("mjhq", 4)):
+    for suite, count in (("dpg", 3), ("wise", 2), ("mjhq", 4), ("pickscore", 2)):
         with pytest.raises(UserError, match=f"{count} pictures a prompt"):
             SUITES[suite](Tools(), count)
 
@@ -287,8 +335,9 @@ def test_seeds_of_any_suite_are_averaged() -> None:
     assert (merged["overall"], merged["tasks"], merged["pictures"], merged["seed"]) == (2, {"a": 2}, 6, [1, 3])
     assert (merged["fid"], merged["clip"]) == (2, 4)
     assert merged["overall_se"] == pytest.approx(1)
-    nothing = [report | {"overall": None} for report in reports]
-    assert over_seeds(nothing)["overall"] is None
+    for lacking in (reports, reports[:1]):  # what one seed lacks, all lack
+        nothing = over_seeds([report | {"overall": None} for report in lacking] + reports[len(lacking) :])
+        assert (nothing["overall"], nothing["overall_se"]) == (None, None)
 
 
 def test_what_lacks_is_named_for_every_seed() -> None:

@@ -11,6 +11,7 @@ from apexflow.evaluation.geneval.scoring import (
     filter_detections,
     iou,
     kept_indices,
+    overall_error,
     relative_position,
     summarize,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "filter_detections",
     "iou",
     "kept_indices",
+    "overall_error",
     "postprocess",
     "preprocess",
     "prompts",

@@ -62,6 +62,35 @@ def jsonl() -> str:
     return text
 
 
+def fault(entry: Any) -> str | None:
+    """Why a user's prompt cannot be scored; without this check its pictures would just all come out wrong."""
+    if not isinstance(entry, dict) or not {"tag", "include", "prompt"} <= entry.keys():
+        return "it needs tag, include and prompt"
+    try:
+        clauses = [_clause_fault(clause, number) for number, clause in enumerate(entry["include"])]
+        clauses += [_clause_fault(clause, 0) for clause in entry.get("exclude", [])]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "a clause holds class, count, and where asked for color and position: [relation, clause number]"
+    return next(filter(None, clauses), None)
+
+
+def _clause_fault(clause: dict[str, Any], number: int) -> str | None:
+    if clause["class"] not in NAMES:
+        return f"the detector knows no {clause['class']!r}"
+    if clause["count"] < 1:
+        return f"the count of {clause['class']} is {clause['count']}"
+    if clause.get("color", COLORS[0]) not in COLORS:
+        return f"no colour is called {clause['color']!r}: there are {', '.join(COLORS)}"
+    if "position" not in clause:
+        return None
+    relation, target = clause["position"]
+    if relation not in RELATIONS or not 0 <= target < number:
+        return (
+            f"position {[relation, target]!r} is not one of {', '.join(RELATIONS)} with the number of an earlier clause"
+        )
+    return None
+
+
 def _draw_all(rng: np.random.Generator) -> list[dict[str, Any]]:
     """All six tasks in the one order that consumes the random stream as the official generator does."""
     entries = [_single(NAMES[i]) for i in rng.choice(len(NAMES), size=len(NAMES), replace=False)]

@@ -8,6 +8,7 @@ take the same five options, under their official names, so one dict of options s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -233,6 +234,22 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "images": sum(images) / len(images),
         "prompts": sum(any(values) for values in by_prompt.values()) / len(by_prompt),
     }
+
+
+def overall_error(rows: Iterable[Mapping[str, Any]]) -> float:
+    """One standard error of the overall, for the pictures being a sample of what the model draws.
+
+    A task's share of right pictures has the spread of its posterior under a uniform prior: close to the binomial one, and
+    not zero where all pictures are right or all are wrong.
+    """
+    tasks: dict[str, list[bool]] = {}
+    for row in rows:
+        tasks.setdefault(row["tag"], []).append(bool(row["correct"]))
+    variances = [
+        (sum(seen) + 1) * (len(seen) - sum(seen) + 1) / ((len(seen) + 2) ** 2 * (len(seen) + 3))
+        for seen in tasks.values()
+    ]
+    return math.sqrt(sum(variances)) / len(tasks)
 
 
 def _prompt_key(row: Mapping[str, Any]) -> str:

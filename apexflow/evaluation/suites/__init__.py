@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 from apexflow.errors import UserError
 from apexflow.evaluation.suite import Suite, Tools
@@ -10,6 +11,7 @@ from apexflow.evaluation.suites.dpg import DpgBench
 from apexflow.evaluation.suites.geneval import GenEval
 from apexflow.evaluation.suites.mini_geneval import MiniGenEval, MiniGenEvalHeldOut
 from apexflow.evaluation.suites.mjhq import Mjhq
+from apexflow.evaluation.suites.pickscore import PickScore
 from apexflow.evaluation.suites.wise import Wise
 
 SUITES: dict[str, Callable[[Tools, int | None], Suite]] = {
@@ -19,11 +21,17 @@ SUITES: dict[str, Callable[[Tools, int | None], Suite]] = {
     "dpg": DpgBench,
     "wise": Wise,
     "mjhq": Mjhq,
+    "pickscore": PickScore,
 }
 
 
 def make_suite(name: str, tools: Tools, per_prompt: int | None = None) -> Suite:
-    """UserError for a name that is not in the table."""
+    """UserError for a name that is not in the table, and for a tool that the suite has no use for."""
     if name not in SUITES:
         raise UserError(f"unknown suite {name!r}; suites: {', '.join(SUITES)}")
-    return SUITES[name](tools, per_prompt)
+    suite = SUITES[name](tools, per_prompt)
+    given = [field.name for field in fields(Tools) if field.name != "device" and getattr(tools, field.name) is not None]
+    idle = [f"--{tool.replace('_', '-')}" for tool in given if tool not in suite.takes]
+    if idle:
+        raise UserError(f"{' and '.join(idle)} cannot apply to the suite {name}: leave out what it has no use for")
+    return suite

@@ -28,6 +28,7 @@ class DpgBench(Suite):
     """One picture file a prompt: a grid of 4 samples, or 1 with --per-prompt 1."""
 
     allowed = (1, 4)
+    takes = ("data", "judge", "judge_model", "protocol")
 
     @property
     def mode(self) -> str:

@@ -30,6 +30,7 @@ CLIP = "a folder with openai/clip-vit-large-patch14"
 class GenEval(GenEvalFolders):
     """The official protocol; `loaded` once scoring began."""
 
+    takes = ("data", "detector", "clip")
     loaded: tuple[detector.Mask2FormerDetector, color.ColorClassifier] | None = None
 
     def prompts(self) -> list[dict[str, Any]]:
@@ -66,7 +67,8 @@ class GenEval(GenEvalFolders):
 
     def aggregate(self, rows: Sequence[Mapping[str, Any]], work: Path) -> dict[str, Any]:
         official = {line for line in prompt_set.jsonl().splitlines()}
-        report = scoring.summarize(rows) | {"official_prompts": all(row["metadata"] in official for row in rows)}
+        sums = scoring.summarize(rows) | {"overall_se": scoring.overall_error(rows)}
+        report = self.of_all_tasks(sums) | {"official_prompts": all(row["metadata"] in official for row in rows)}
         if not any(json.loads(row["details"]) for row in rows):
             report["warning"] = "the detector found nothing in any picture: look at its weights and at the pictures"
         return report
@@ -78,8 +80,9 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the GenEval prompts at {path}: {error}") from None
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not {"tag", "prompt"} <= row.keys():
-            raise UserError(f"{path} line {number + 1} is no GenEval prompt: it needs tag, include and prompt")
+        fault = prompt_set.fault(row)
+        if fault:
+            raise UserError(f"{path} line {number + 1} is no GenEval prompt: {fault}")
     return rows
 
 

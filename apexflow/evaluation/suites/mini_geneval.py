@@ -28,7 +28,7 @@ class MiniGenEval(GenEvalFolders):
                 yield {"filename": picture.name} | mini_geneval.score_picture(image, picture.metadata)
 
     def aggregate(self, rows: Sequence[Mapping[str, Any]], work: Path) -> dict[str, Any]:
-        return mini_geneval.aggregate(rows)
+        return self.of_all_tasks(mini_geneval.aggregate(rows))
 
 
 class MiniGenEvalHeldOut(MiniGenEval):

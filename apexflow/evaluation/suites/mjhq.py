@@ -7,6 +7,7 @@ torch-fidelity; their numbers, and those of two picture sizes (--fid-size), do n
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,7 @@ class Mjhq(Suite):
 
     pictures_a_prompt = 1
     allowed = (1,)
+    takes = ("data", "clip", "inception", "reference", "protocol", "fid_size")
     spread_limit = False
     asked: Sequence[Prompt] = ()
     size: int | None = None  # at which FID looks at the pictures, known once they are found
@@ -63,8 +65,15 @@ class Mjhq(Suite):
         return None if self.tools.clip is None else Clip.load(self.tools.clip, self.tools.device)
 
     def check(self) -> None:
+        given = [name for name in ("protocol", "fid_size", "reference") if getattr(self.tools, name) is not None]
+        if given and self.tools.inception is None:
+            raise UserError(f"--{given[0].replace('_', '-')} is about FID: name --inception too, or leave it out")
         if self.protocol not in PROTOCOLS:
             raise UserError(f"--protocol {self.protocol!r} is unknown: FID has {', '.join(PROTOCOLS)}")
+        if self.tools.fid_size is not None and self.protocol != PROTOCOLS[0]:
+            raise UserError(
+                f"--fid-size cannot apply to --protocol {self.protocol}, which resizes to 299: leave it out"
+            )
         if self.tools.inception is None and self.tools.clip is None:
             raise UserError("--inception (for FID), --clip (for the CLIP score) or both are needed")
         if self.tools.inception is not None:
@@ -89,10 +98,11 @@ class Mjhq(Suite):
         return found
 
     def settings(self) -> dict[str, Any]:
-        weights = {} if self.clip is None else {"clip_weights": fingerprint(self.clip.model)}
+        found: dict[str, Any] = {} if self.clip is None else {"clip_weights": fingerprint(self.clip.model)}
         if self.network is not None:
-            weights["inception_weights"] = self.network.fingerprint()
-        return {"protocol": self.protocol, "fid_size": self.size} | weights
+            found |= {"protocol": self.protocol, "fid_size": self.size if self.protocol == PROTOCOLS[0] else None}
+            found |= {"inception_weights": self.network.fingerprint(), "reference_sha256": self._reference_sha256()}
+        return found
 
     def score(self, pictures: Sequence[Picture], work: Path) -> Iterator[Row]:
         store = FeatureStore(work / "features")
@@ -145,7 +155,7 @@ class Mjhq(Suite):
             fid = fid_from_statistics(mean, covariance, *reference)
             size = f", {self.size} px" if self.protocol == "sana" else ""
             report["tasks"][f"fid ({self.protocol}{size}, {count} pictures)"] = fid
-            report |= {"fid": fid, "reference_pictures": reference_count}
+            report |= {"fid": fid, "reference": str(self.reference.resolve()), "reference_pictures": reference_count}
         if self.clip is not None:
             report["clip"] = sum(row["clip"] for row in rows) / len(rows)
             report["tasks"]["clip"] = report["clip"]
@@ -153,9 +163,9 @@ class Mjhq(Suite):
 
     def _reference(self, network: Inception, work: Path) -> tuple[Array, Array, int | None]:
         """Mean, covariance and number of the reference pictures: a file's, or made once from pictures."""
-        if self.tools.reference is not None and self.tools.reference.is_file():
-            return *read_statistics(self.tools.reference), None
-        paths = self._own_reference() if self.tools.reference is None else _pictures(self.tools.reference)
+        if self.reference.is_file():
+            return *read_statistics(self.reference), None
+        paths = self.reference_pictures
         store, keys = FeatureStore(work / "reference"), {picture_key(path, str(path)): path for path in paths}
         known = store.keys()
         todo = [path for key, path in keys.items() if key not in known]
@@ -165,6 +175,24 @@ class Mjhq(Suite):
                 self._add_reference(network, part, store)
                 progress.advance(len(part))
         return statistics(store, keys)
+
+    @property
+    def reference(self) -> Path:
+        """A file with mu and sigma, or a folder of pictures."""
+        return self.tools.reference or self.root
+
+    @cached_property
+    def reference_pictures(self) -> list[Path]:
+        return self._own_reference() if self.tools.reference is None else _pictures(self.reference)
+
+    def _reference_sha256(self) -> str:
+        """Of the file, or of the names and sizes of the pictures."""
+        if self.reference.is_file():
+            return hashlib.sha256(self.reference.read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        for path in self.reference_pictures:
+            digest.update(f"{path.relative_to(self.reference).as_posix()}:{path.stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def _own_reference(self) -> list[Path]:
         """MJHQ's own pictures of the prompts: <category>/<id>.jpg somewhere below the folder."""

@@ -29,6 +29,7 @@ class Wise(Suite):
 
     pictures_a_prompt = 1
     allowed = (1,)
+    takes = ("data", "judge", "judge_model", "protocol")
 
     @property
     def protocol(self) -> str:
