@@ -1,8 +1,9 @@
-"""How long scoring takes beside the networks: FID's square root at 2048 features, and all of mini-GenEval's pictures.
+"""How long scoring takes: FID's square root at 2048 features, all of mini-GenEval's pictures, and each network on one picture.
 
     python benchmarks/scoring.py --output results/scoring.json
 
-Wall-clock seconds depend on what else the machine does; processor seconds (all threads together) hardly do.
+The networks have their real sizes and random weights, which take as long as trained ones. Wall-clock seconds depend on what
+else the machine does; processor seconds (all threads together) hardly do.
 """
 
 from __future__ import annotations
@@ -16,19 +17,30 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "evaluation"))
 
 import numpy as np
+from little import inception_tensors
+from PIL import Image
 from provenance import provenance
+from transformers import CLIPConfig, CLIPModel, Mask2FormerForUniversalSegmentation
 
 from apexflow.data.scenes import draw_scene, render
+from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.drawing import Drawing
 from apexflow.evaluation.fid import fid_from_statistics
 from apexflow.evaluation.files import save_picture, write_json, write_text
+from apexflow.evaluation.geneval import Mask2FormerDetector
+from apexflow.evaluation.geneval.convert import detector_config
+from apexflow.evaluation.inception import Inception, prepare
 from apexflow.evaluation.runner import Settings, score_folder
 from apexflow.evaluation.suite import Tools
 from apexflow.evaluation.suites import make_suite
 
 FEATURES = 2048
+SIDE = 1024  # of the picture that each network looks at
+VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:
@@ -64,11 +76,30 @@ def mini_geneval() -> dict[str, Any]:
         return {"pictures": len(drawings)} | timed(lambda: score_folder(folder, Settings()))
 
 
+def networks() -> dict[str, dict[str, float]]:
+    """The preparation of the picture included."""
+    picture = Image.effect_noise((SIDE, SIDE), 60).convert("RGB")
+    finder = Mask2FormerDetector(Mask2FormerForUniversalSegmentation(detector_config()))
+    inception = Inception(inception_tensors(1))
+    large = CLIPConfig(vision_config={**VISION, "patch_size": 14}, text_config=TEXT, projection_dim=768)
+    clip = Clip(CLIPModel(large), lambda text, **_: {"input_ids": [0, 1]})
+    work: dict[str, Callable[[], Any]] = {
+        "mask2former": lambda: finder.detect(picture),
+        "clip": lambda: clip.score([picture], [""]),
+        "inception": lambda: inception.features(prepare(picture, "sana", SIDE)[None]),
+    }
+    return {name: timed(once) for name, once in work.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    result = {"fid_square_root_2048": square_root(), "mini_geneval": mini_geneval()} | provenance()
+    result = {
+        "fid_square_root_2048": square_root(),
+        "mini_geneval": mini_geneval(),
+        "networks": networks(),
+    } | provenance()
     print(result)
     if given.output:
         write_json(given.output, result)

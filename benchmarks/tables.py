@@ -85,7 +85,22 @@ def scoring(result: dict[str, Any]) -> str:
     }
     rows = [["scoring alone", "processor time"]]
     rows += [[title, f"{result[name]['processor_seconds']:.1f} s"] for name, title in names.items()]
+    one = {name: network["processor_seconds"] for name, network in result["networks"].items()}
+    rows += [
+        ["Mask2Former Swin-S, one picture", f"{one['mask2former']:.1f} s"],
+        ["CLIP ViT-L/14, one picture and its prompt", f"{one['clip']:.1f} s"],
+        ["FID's Inception, one picture", f"{one['inception']:.1f} s"],
+        ["GenEval, from these: 2,212 pictures, 1,176 colours", hours(2212 * one["mask2former"] + 1176 * one["clip"])],
+        [
+            "MJHQ-30K, from these: 30,000 pictures and as many references",
+            hours(6e4 * one["inception"] + 3e4 * one["clip"]),
+        ],
+    ]
     return markdown(rows)
+
+
+def hours(seconds: float) -> str:
+    return f"{seconds / 3600:.0f} h"
 
 
 def comparison(result: dict[str, Any]) -> str:

@@ -32,6 +32,18 @@ def test_agrees_with_the_matrix_square_root() -> None:
     assert fid_from_statistics(mu2, s2, mu1, s1) == pytest.approx(expected, rel=1e-9)
 
 
+def test_agrees_with_the_eigenvalues_of_the_product_without_full_rank() -> None:
+    for rows, size in ((20, 64), (64, 64), (3, 40)):
+        a, b = (
+            RNG.standard_normal((rows, size)) * np.linspace(0.01, 3, size),
+            RNG.standard_normal((rows + 5, size)) + 0.3,
+        )
+        s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        root = np.sqrt(np.linalg.eigvals(s1 @ s2).astype(complex)).sum().real
+        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+        assert fid_from_features(a, b) == pytest.approx(expected, rel=1e-6)
+
+
 def test_features_and_rank_deficient_sets() -> None:
     a, b = RNG.standard_normal((20, 64)), RNG.standard_normal((30, 64)).astype(np.float32) + 1
     assert fid_from_features(a, a) == pytest.approx(0, abs=1e-9)

@@ -55,6 +55,13 @@ def grades(c: int, r: int, a: int) -> dict[str, int]:
         ("1\n2", None),
         ("3\n1\n1", None),
         ("<think>Consistency: 2\nRealism: 1\nAesthetic Quality: 0", None),
+        ("***Consistency***: 2\nRealism: 1\nAesthetic Quality: 0", None),  # up to two stars
+        ("Consistency (0-2): 2\nRealism: 1\nAesthetic Quality: 0", None),
+        ("Consistency -1\nRealism: 1\nAesthetic Quality: 0", None),
+        ("Consistency\n2\nRealism :1\nAesthetic quality 0", grades(2, 1, 0)),
+        ("2, 1, 0", None),
+        ("I cannot judge this picture.", None),
+        ('{"Consistency": 2, "Realism": 1, "Aesthetic Quality": 0}', None),  # the quote stands where a star may
         ("", None),
     ],
 )
@@ -72,6 +79,13 @@ def test_legacy_replies(reply: str, expected: dict[str, int] | None) -> None:
         ("Score: 1.", 1),
         ("Score: 10", None),
         ("Score: 2", None),
+        ("Score: -1", None),
+        ("Score: 1/1", 1),
+        ("**Score:** 1", None),
+        ("**Score:** 1\n1", 1),
+        ("Score: one", None),
+        ("Score: 0.5", 0),  # the dot ends the word
+        ("underscore: 1", None),
         ("1\n0", None),
         ("fine", None),
     ],
