@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from apexflow.errors import UserError
+from apexflow.evaluation.loading import guarded, load_network
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -69,12 +70,19 @@ class Clip:
             raise UserError(f"no CLIP folder at {folder}: docs/evaluation.md says what to put there")
         from transformers import AutoTokenizer, CLIPModel
 
-        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model = load_network(CLIPModel, folder)
         # OpenAI's weights were trained with QuickGELU, LAION's with GELU; the other runs without complaint and moves every score.
         activations = {model.config.text_config.hidden_act, model.config.vision_config.hidden_act}
         if activations != {activation}:
             raise UserError(f"the CLIP in {folder} uses {sorted(activations)}: take one with hidden_act {activation}")
-        return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), device)
+        tokenizer = guarded(folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        # Without its files transformers makes an empty tokenizer, to which all texts are the same.
+        words, known = len(tokenizer), model.config.text_config.vocab_size
+        if words < known:
+            raise UserError(
+                f"the tokenizer in {folder} has {words} words of {known}: put the model's tokenizer files there"
+            )
+        return cls(model, tokenizer, device)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from PIL import Image
 from apexflow.data.fingerprint import fingerprint
 from apexflow.errors import UserError
 from apexflow.evaluation.judge import Message
+from apexflow.evaluation.loading import guarded
 
 
 class LocalJudge:
@@ -28,14 +29,9 @@ class LocalJudge:
         if not folder.is_dir():
             raise UserError(f"no judge at {folder}: name an http:// address or the folder of a vision-language model")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        try:
-            self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=dtype
-            )
-        except Exception as error:  # libraries raise many kinds for a folder that does not fit
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise UserError(f"cannot load the judge in {folder}: {reason}") from error
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
+        self.processor: Any = guarded(folder, lambda: AutoProcessor.from_pretrained(folder, local_files_only=True))
+        model: Any = guarded(folder, lambda: AutoModelForImageTextToText.from_pretrained(folder, **options))
         self.model = model.to(device).eval()
         self.name = folder.resolve().name
         self.fingerprint = fingerprint(self.model)

@@ -119,7 +119,7 @@ def _score(
             f"{images} holds no picture of the suite {settings.suite}: docs/evaluation.md shows the layout it needs"
         )
     scoring = {"suite": settings.suite, "limit": settings.limit, "per_prompt": suite.per_prompt} | suite.settings()
-    own = images == folder / "pictures"
+    own = images.resolve() == (folder / "pictures").resolve()
     _claim(folder, "scoring.json", scoring | ({} if own else {"pictures": str(images.resolve())}))
     scored = score(suite, found, folder, drawn["name"])
     report = suite.aggregate(scored.rows, folder) | drawn | _completeness(all_prompts, found, scored)
@@ -159,7 +159,7 @@ def _generation(generator: Generator, settings: Settings, prompts: Sequence[Prom
         "guidance": guidance,
         "times": times.tolist(),
         "size": size,
-        "weights": fingerprint(backbone.transformer),
+        "weights": fingerprint(backbone.transformer, backbone.vae, backbone.text_encoder),
         "dtype": str(next(backbone.transformer.parameters()).dtype).removeprefix("torch."),
         "prompts_drawn_sha256": prompts_sha256([prompt.metadata for prompt in prompts]),
     }

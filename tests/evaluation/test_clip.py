@@ -73,3 +73,14 @@ def test_folder_mistakes(clip_folder: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="quick_gelu"):
         Clip.load(tmp_path)
+    tokenizer = tmp_path / "no tokenizer"
+    CLIPModel.from_pretrained(clip_folder).save_pretrained(tokenizer)
+    with pytest.raises(UserError, match=r"no tokenizer has \d+ words of"):
+        Clip.load(tokenizer)
+    part = tmp_path / "part"
+    model.save_pretrained(part, state_dict={k: v for k, v in model.state_dict().items() if k != "logit_scale"})
+    with pytest.raises(UserError, match=r"lacks 1 weights of a CLIPModel \(such as logit_scale\)"):
+        Clip.load(part)
+    (part / "model.safetensors").rename(part / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cannot load .*part"):
+        Clip.load(part)  # never unpickled

@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Run, refused
 from safetensors.torch import save_file
 from test_geneval_detector import checkpoint
 
-from apexflow import cli
 from apexflow.progress import console
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["apexflow", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err.strip()
-
-    return call
-
-
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    code, _, errors = result
-    assert code == 2 and "Traceback" not in errors
-    assert all(word in errors.splitlines()[-1] for word in words), errors
 
 
 def test_draw_now_and_score_later(run: Run, tiny_model: Path, tmp_path: Path) -> None:

@@ -235,9 +235,13 @@ def test_detector_from_a_local_folder(detector_folder: Path, monkeypatch: pytest
     assert all(masks[name].shape == (len(rows), 30, 48) for name, rows in detections.items())
 
 
-def test_detector_folder_mistakes(detector_folder: Path, tmp_path: Path) -> None:
+def test_detector_folder_mistakes(detector_folder: Path, clip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no detector folder"):
         Mask2FormerDetector.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot load"):
+        Mask2FormerDetector.load(tmp_path)
+    with pytest.raises(UserError, match=r"lacks \d+ weights|cannot load"):
+        Mask2FormerDetector.load(clip_folder)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(
         detector_folder, num_labels=133, ignore_mismatched_sizes=True
     )

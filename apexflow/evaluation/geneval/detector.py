@@ -17,7 +17,9 @@ from PIL import Image
 from torch.nn.functional import interpolate, pad
 
 from apexflow.errors import UserError
+from apexflow.evaluation.geneval.convert import UNUSED
 from apexflow.evaluation.geneval.prompt_set import NAMES
+from apexflow.evaluation.loading import load_network
 
 Size = tuple[int, int]
 Detections = dict[str, NDArray[np.float32]]
@@ -50,7 +52,7 @@ class Mask2FormerDetector:
             raise UserError(f"no detector folder at {folder}: convert the official checkpoint, or fetch one, to there")
         from transformers import Mask2FormerForUniversalSegmentation
 
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model = load_network(Mask2FormerForUniversalSegmentation, folder, UNUSED)
         if model.config.num_labels != len(NAMES):
             raise UserError(
                 f"the detector in {folder} has {model.config.num_labels} labels: GenEval needs a COCO instance model "
