@@ -29,9 +29,9 @@ class LocalJudge:
         if not folder.is_dir():
             raise UserError(f"no judge at {folder}: name an http:// address or the folder of a vision-language model")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
+        how: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
         self.processor: Any = guarded(folder, lambda: AutoProcessor.from_pretrained(folder, local_files_only=True))
-        model: Any = guarded(folder, lambda: AutoModelForImageTextToText.from_pretrained(folder, **options))
+        model: Any = guarded(folder, lambda: AutoModelForImageTextToText.from_pretrained(folder, **how))
         self.model = model.to(device).eval()
         self.name = folder.resolve().name
         self.fingerprint = fingerprint(self.model)

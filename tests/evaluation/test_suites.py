@@ -23,7 +23,7 @@ from apexflow.evaluation.clip import preprocess, tokenize
 from apexflow.evaluation.fid import fid_from_features
 from apexflow.evaluation.geneval import ColorClassifier
 from apexflow.evaluation.judge import question_messages
-from apexflow.evaluation.local_judge import Mplug
+from apexflow.evaluation.local_judge import LocalJudge, Mplug
 from apexflow.evaluation.runner import SUITES, Settings, Tools, evaluate, over_seeds, score_folder
 from apexflow.evaluation.suite import Picture
 from apexflow.evaluation.suites.geneval import GenEval
@@ -135,6 +135,16 @@ def test_dpg(generator: Generator, judge_folder: Path, tmp_path: Path) -> None:
 
 def _no(messages: object) -> str:
     return "No."
+
+
+def test_a_local_judge_keeps_to_the_length_asked_for(judge_folder: Path, tmp_path: Path) -> None:
+    question = question_messages("why?", Image.new("RGB", (16, 16)))
+    for length in (1, 3):
+        assert LocalJudge(judge_folder, {"max_tokens": length})(question).count("yes") == length
+    with pytest.raises(UserError, match="no judge"):
+        LocalJudge(tmp_path / "absent", {})
+    with pytest.raises(UserError, match="cannot load"):
+        LocalJudge(tmp_path, {})
 
 
 def test_dpg_grids_that_are_none(tmp_path: Path) -> None:
