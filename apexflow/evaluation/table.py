@@ -49,6 +49,8 @@ def _remarks(name: str, report: Mapping[str, Any]) -> list[str]:
         counts = {key: len(report.get(key, ())) for key in ("missing", "failed", "extra")}
         lacks = ", ".join(f"{count} {key}" for key, count in counts.items() if count) or "not all prompts"
         remarks.append(f"INCOMPLETE ({lacks}), {report['pictures']} pictures scored")
+    if report.get("official_prompts") is False:
+        remarks.append("other prompts than GenEval's own, so not comparable with scores on those")
     if report.get("scoring", {}).get("comparable") is False:
         remarks.append("not comparable with published scores: see docs/evaluation.md")
     return [f"{name}: {remark}" for remark in remarks]

@@ -67,6 +67,8 @@ def test_geneval(
     assert list(rows_of(tmp_path / "e")[0])[:7] == official
     assert json.loads(rows_of(tmp_path / "e")[0]["metadata"])["include"]
     assert "not comparable" in score_table({"m": report})
+    assert "other prompts" not in score_table({"m": report})
+    assert "other prompts" in score_table({"m": report | {"official_prompts": False}})
     assert "found nothing" in report["warning"]  # a random detector is sure of nothing
 
 
@@ -106,6 +108,18 @@ def test_geneval_reads_the_colour_of_the_surest_box_under_its_own_mask(tmp_path:
     (box,) = json.loads(right["details"])["bench"]
     assert box == pytest.approx([3, 2, 9, 6, 0.95])
     assert suite.aggregate([right, wrong], tmp_path)["tasks"] == {"colors": 0.5}
+
+
+def test_geneval_compares_only_with_the_official_networks(detector_folder: Path, clip_folder: Path) -> None:
+    suite = GenEval(Tools(detector=detector_folder, clip=clip_folder))
+    finder, colors = suite.load()
+    assert suite.settings()["comparable"] is False
+    finder.source = "mmdet"
+    assert suite.settings()["comparable"] is False  # a small CLIP names other colours
+    vision = colors.clip.model.config.vision_config
+    for name, value in {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14, "image_size": 224}.items():
+        setattr(vision, name, value)
+    assert suite.settings()["comparable"] is True
 
 
 def test_geneval_takes_the_users_prompts(generator: Generator, tmp_path: Path) -> None:

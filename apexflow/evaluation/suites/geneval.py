@@ -54,7 +54,7 @@ class GenEval(GenEvalFolders):
             "detector": finder.source,
             "detector_weights": fingerprint(finder.model),
             "clip_weights": fingerprint(colors.clip.model),
-            "comparable": finder.source == "mmdet",
+            "comparable": finder.source == "mmdet" and colors.clip.is_large,
         }
 
     def score(self, pictures: Sequence[Picture], work: Path) -> Iterator[Row]:
