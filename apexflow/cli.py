@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from apexflow.data.command import cache, synthesize
-from apexflow.errors import Stopped, ToldElsewhere, UserError, is_taken, writing
+from apexflow.errors import Stopped, ToldElsewhere, UserError, is_out_of_memory, is_taken, writing
 from apexflow.evaluation.command import convert_detector, evaluate
 from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks
 from apexflow.training.command import plan, train
@@ -217,13 +217,11 @@ def main() -> None:
         _fail(f"stopped: {stop}" * speaks(), 130)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 130)
-    except MemoryError:
-        _fail("out of memory: use a smaller batch or micro_batch", 2)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
             _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)
-        if type(error).__name__ == "OutOfMemoryError":
-            _fail("out of GPU memory: lower micro_batch, or tune a LoRA (tuning.kind=lora)", 2)
+        if is_out_of_memory(error):
+            _fail("out of memory: ask for fewer or smaller pictures at a time, or take a smaller model", 2)
         raise
 
 

@@ -36,3 +36,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): check the folder and the free space") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU's allocator or the CPU's, which raises a plain RuntimeError, had no memory left."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or named or "DefaultCPUAllocator" in str(error)

@@ -43,9 +43,13 @@ class Generator:
         """One picture a prompt, by `steps` network evaluations (twice that with guidance other than 1).
 
         What is None comes from the model's settings. Picture i depends on `seed` and i alone, not on the batch. Raises
-        UserError for steps < 1 or a size that the model cannot take; warns when a prompt has no word that the model knows.
+        UserError for steps < 1, a size that the model cannot take or a prompt that is no text; warns when a prompt has no
+        word that the model knows.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for prompt in prompts:
+            if not _is_text(prompt):
+                raise UserError(f"prompt {prompt!r} holds bytes that are no text: write it in UTF-8")
         for prompt in self.backbone.unknown_words(prompts):
             warnings.warn(f"the model knows no word of {prompt!r}: the picture will not follow it", stacklevel=2)
         seeds = [(seed, index) for index in range(len(prompts))]
@@ -74,7 +78,10 @@ class Generator:
             part = slice(start, start + MAX_BATCH)
             z = noise(seeds[part], shape).to(self.backbone.device)
             latents = self._sample(prompts[part], z, times, guidance, kappa, rho, order, seeds[part])
-            pictures += to_pictures(self.backbone.decode(latents))
+            images = self.backbone.decode(latents)
+            if not images.isfinite().all():
+                warnings.warn("the model's answer is not finite: its weights are damaged or overflow", stacklevel=2)
+            pictures += to_pictures(images)
         return pictures
 
     def times(self, steps: int | None) -> Tensor:
@@ -149,6 +156,11 @@ def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int =
         spot = ((index % columns) * (width + gap), (index // columns) * (height + gap))
         sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else picture, spot)
     return sheet
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether it can be written as UTF-8; what a shell passes in another encoding cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 def _square(size: int | tuple[int, int]) -> tuple[int, int]:

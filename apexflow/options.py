@@ -13,7 +13,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
 Steps = Annotated[int | None, typer.Option(help="Network evaluations a picture. Default: what the model was made for.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
-Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")]
+Size = Annotated[int | None, typer.Option(min=1, max=8192, help="Side in pixels. Default: the model's own.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str] | None,

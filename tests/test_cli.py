@@ -22,7 +22,9 @@ def test_generate_writes_the_same_picture_for_the_same_seed(run: Run, tiny_model
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
 
 
-@pytest.mark.parametrize(("prompt", "warns"), [("zebra xylophone", True), ("", False), ("a red star " * 400, True)])
+@pytest.mark.parametrize(
+    ("prompt", "warns"), [("zebra xylophone", True), ("", False), ("红星 !", True), ("a red star " * 400, True)]
+)
 def test_odd_prompts_still_give_a_picture(run: Run, tiny_model: Path, tmp_path: Path, prompt: str, warns: bool) -> None:
     code, _, errors = run("generate", prompt, "--model", tiny_model, "--steps", 1, "-o", tmp_path / "o.png")
     assert code == 0 and Image.open(tmp_path / "o.png").size == (64, 64)
@@ -55,6 +57,7 @@ def test_compare_takes_a_recipe_and_speaks_json(run: Run, recipe_file: Path, tmp
         (["flow-matching"], ("unknown method 'flow-matching'", "did you mean 'flow_matching'")),
         (["apex", "--nfe", "one"], ("--nfe", "'one'")),
         (["apex", "--rates", "0"], ("rates", "above 0")),
+        (["apex", "--rates", "nan"], ("rates", "finite")),
         (["apex", "--recipe", "nowhere.yaml"], ("nowhere.yaml", "cannot be read")),
     ],
     ids=str,
@@ -128,6 +131,7 @@ def test_other_outputs_that_cannot_be(run: Run, recipe_file: Path, tmp_path: Pat
     refused(run("train", recipe_file, "steps=1", f"output={file}"), "cannot write", "file")
     refused(run("generate", "a star", "-o", tmp_path / "picture"), "picture", ".png")
     refused(run("demo", "-o", file), "cannot write", "file")
+    refused(run("compare", "apex", "-o", file), "cannot write", "file")
     refused(run("demo", "-o", tmp_path / "d", "--minutes", -1), "--minutes")
     refused(run("cache", tmp_path, "--verify"), "no finished cache")
     refused(run("demo", "-o", tmp_path, "--force"), "delete")  # not a run: --force does not remove it
@@ -182,15 +186,17 @@ def test_a_plan_says_what_fits_and_what_to_switch_on(run: Run, recipe_file: Path
     refused(run("plan", recipe_file, "data.size=50"), "50")
 
 
-@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError, RuntimeError])
 def test_out_of_memory_says_what_the_plan_says(
     run: Run, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise kind("CUDA out of memory")
+        raise kind("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("apexflow.training.loop.training_step", full)
     refused(run("train", recipe_file), "out of memory", "apexflow plan", "GiB", "tuning.checkpointing=true")
+    monkeypatch.setattr("apexflow.generator.noise", full)
+    refused(run("generate", "a star", "-o", recipe_file.parent / "o.png"), "out of memory", "fewer or smaller")
 
 
 def test_a_shift_that_the_model_cannot_see_and_a_side_that_it_cannot_take(run: Run, recipe_file: Path) -> None:

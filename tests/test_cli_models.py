@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Run, generate, refused, write
+from safetensors.torch import load_file, save_file
 
 
 def copy_model(source: Path, target: Path) -> Path:
@@ -26,6 +29,8 @@ def test_a_folder_that_is_no_model_is_named(
     refused(generate(run, model), "OtherPipeline")
     (model / "model_index.json").write_text("{")
     refused(generate(run, model), "JSON")
+    (model / "model_index.json").write_bytes(b"\xff")
+    refused(generate(run, model), "JSON")
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -41,6 +46,40 @@ def test_a_missing_or_truncated_part_is_named(
         refused(generate(run, model), part)
     shutil.rmtree(model / part)
     refused(generate(run, model), part)
+
+
+def test_weights_of_another_network_are_named_and_damaged_ones_warned_of(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = copy_model(tiny_model, tmp_path / "m")
+    weights = next((model / "transformer").glob("*.safetensors"))
+    tensors = load_file(weights)
+    save_file({name: tensor * math.nan for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    assert "warning: the model's answer is not finite" in generate(run, model)[2]
+    for part in ("transformer", "vae", "text_encoder"):
+        model = copy_model(tiny_model, tmp_path / part)
+        save_file({"other": torch.zeros(3)}, next((model / part).glob("*.safetensors")), {"format": "pt"})
+        refused(generate(run, model), part, "another network's")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ("apexflow.json",)),
+        ("[]", ("apexflow.json",)),
+        ('{"steps": "many"}', ("apexflow.json", "steps")),
+        ('{"steps": 0}', ("apexflow.json", "steps")),
+        ('{"stepz": 1}', ("apexflow.json", "stepz")),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = copy_model(tiny_model, tmp_path / "m")
+    write(model / "apexflow.json", text)
+    refused(generate(run, model), *words)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
@@ -62,6 +101,8 @@ def test_steps_and_sizes_that_cannot_be(
     monkeypatch.chdir(tmp_path)
     refused(run("generate", "a star", "--model", tiny_model, "--steps", 0), "steps")
     refused(run("generate", "a star", "--model", tiny_model, "--steps", 1, "--size", 50), "50")
+    refused(run("generate", "a star", "--model", tiny_model, "--steps", 1, "--size", 100000), "--size", "8192")
+    refused(run("generate", "\udcff", "--model", tiny_model), "prompt '\\udcff'", "UTF-8")
     refused(run("generate", "a star", "--model", tiny_model, "--steps", "two"), "--steps")
     refused(run("evaluate", "--model", tiny_model, "--suite", "mini-genval"), "mini-genval")
     refused(run("generate"), "prompts")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -35,6 +37,16 @@ def test_every_name_in_the_paper_map_exists() -> None:
             break
         else:
             raise AssertionError(name)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("Eq.", 21), ("Algorithm", 2), ("Table", 7), ("Fig.", 26)])
+def test_the_paper_map_leaves_nothing_out(kind: str, last: int) -> None:
+    found: set[int] = set()
+    for row in (ROOT / "docs" / "paper.md").read_text().splitlines():
+        for numbers in re.findall(rf"{re.escape(kind)} ([\d, -]+)", row.partition(" | ")[0]):
+            for first, end in re.findall(r"(\d+)(?:-(\d+))?", numbers):
+                found.update(range(int(first), int(end or first) + 1))
+    assert found == set(range(1, last + 1))
 
 
 def test_every_file_that_the_documents_name_exists() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from apexflow.backbones import second_time
@@ -28,7 +29,7 @@ class Settings:
     for people.
     """
 
-    steps: int = 20
+    steps: Annotated[int, Field(ge=1)] = 20
     guidance: float = 1.0
     times: list[float] | None = None
     instruction: bool = True
@@ -187,7 +188,7 @@ def load_backbone(path_or_id: str, device: str | torch.device = "cpu", dtype: to
         raise UserError(f"{folder} is no diffusers checkpoint: model_index.json is missing")
     try:
         pipeline = json.loads(index.read_text()).get("_class_name")
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{index} is not valid JSON: restore it from the original checkpoint") from error
     table = backbones()
     if pipeline not in table:
@@ -212,6 +213,9 @@ def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
     if not path.is_file():
         return defaults
     try:
-        return replace(defaults, **json.loads(path.read_text()))
+        settings = replace(defaults, **json.loads(path.read_text()))
+        return TypeAdapter(Settings).validate_python(asdict(settings))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this version of apexflow ({error}): restore or delete it") from error
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{first['loc'][0]}: {first['msg']}" if first else str(error)
+        raise UserError(f"{path} does not fit this version of apexflow ({reason}): restore or delete it") from error

@@ -47,8 +47,16 @@ def load_part(folder: Path, part: str, kind: Any, device: torch.device, dtype: t
         model = _guarded(path, lambda: _shapes(path, kind))
     else:
         options = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
-        model = _guarded(path, lambda: kind.from_pretrained(path, **options))
+        model = _guarded(path, lambda: _weights(path, kind, options))
     return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def _weights(path: Path, kind: Any, options: dict[str, Any]) -> nn.Module:
+    """A network with its weights; ValueError where some are missing, which the libraries would leave random or empty."""
+    model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"the weights are another network's: {len(missing)} tensors are missing, such as {missing[0]}")
+    return model
 
 
 def _shapes(path: Path, kind: Any) -> nn.Module:

@@ -56,12 +56,12 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def unknown_words(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Prompts in which every token is the unknown token; none if the tokenizer has no such token."""
+    """Prompts with words of which the tokenizer leaves nothing, or unknown tokens only."""
     unknown = tokenizer.unk_token_id
     found = []
     for prompt in prompts:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        if ids and all(token == unknown for token in ids):
+        if prompt.strip() and all(token == unknown for token in ids):
             found.append(prompt)
     return found
 

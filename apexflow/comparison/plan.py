@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -61,8 +62,8 @@ class Plan:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.limit is not None and self.limit < 2:
             raise UserError(f"limit must be at least 2, since a distance needs several pictures; got {self.limit}")
-        if not self.rates or min(self.rates) <= 0 or not 0 < self.sweep <= 1:
-            raise UserError(f"rates must be above 0 and sweep in (0, 1], got {self.rates} and {self.sweep}")
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates) or not 0 < self.sweep <= 1:
+            raise UserError(f"rates must be finite and above 0 and sweep in (0, 1], got {self.rates} and {self.sweep}")
         if not self.nfe or min(self.nfe) < 1:
             raise UserError(f"nfe must be at least 1 each, got {self.nfe}")
         for name in self.methods:

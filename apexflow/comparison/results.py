@@ -14,7 +14,7 @@ from apexflow.comparison.plan import BASIS, BUDGETS, IMAGES, TEACHER, TIME, Plan
 from apexflow.comparison.scores import draw_strips, score_at
 from apexflow.comparison.tables import markdown
 from apexflow.comparison.train import costs, once, sweep, train_to_budgets
-from apexflow.errors import UserError
+from apexflow.errors import UserError, is_taken, writing
 from apexflow.evaluation.files import read_json, write_json, write_text
 from apexflow.generator import load
 from apexflow.progress import console
@@ -58,9 +58,10 @@ def _claim(plan: Plan) -> None:
                 f"{plan.output} holds a comparison with other {' and '.join(differs)}: choose another folder with -o"
             )
         return
-    if plan.output.exists() and any(plan.output.iterdir()):
+    if is_taken(plan.output):
         raise UserError(f"output {plan.output} exists and holds no comparison: choose another folder with -o")
-    plan.output.mkdir(parents=True, exist_ok=True)
+    with writing(plan.output):
+        plan.output.mkdir(parents=True, exist_ok=True)
     write_json(marker, _as_json(plan))
 
 

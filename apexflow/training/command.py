@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError
+from apexflow.errors import UserError, is_out_of_memory
 from apexflow.options import Json, Overrides, show, speaks
 
 
@@ -28,7 +28,7 @@ def train(
     try:
         model = run(loaded, resume)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        if not is_out_of_memory(error):
             raise
         raise UserError(_no_room(loaded)) from error
     report = model.parent / "report.html"

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from apexflow.errors import UserError
 from apexflow.objectives import objectives
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -26,14 +35,14 @@ class Data:
     skip_limit: the share of unusable records or files that is borne.
     """
 
-    source: str | None = None
-    count: int = 20000
-    seed: int = 1
-    cache: str | None = None
-    size: int | None = None
+    source: Name | None = None
+    count: Count = 20000
+    seed: Seed = 1
+    cache: Name | None = None
+    size: Count | None = None
     buckets: bool = False
     captions: tuple[str, ...] = ()
-    skip_limit: float = 0.05
+    skip_limit: Share = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,8 @@ class Tuning:
     """What is trained: all of the transformer ("full") or a LoRA, and the text encoder beside it where that is asked for."""
 
     kind: Literal["full", "lora"] = "full"
-    rank: int = 32
-    alpha: int | None = None  # the rank when not given
+    rank: Count = 32
+    alpha: Count | None = None  # the rank when not given
     text_encoder: bool = False
     storage: Literal["fp8"] | None = None  # of a LoRA's frozen base: 8 bits a weight, computed in the run's precision
     checkpointing: bool | None = None  # compute activations again in backward; None: from half a billion parameters on
@@ -53,72 +62,63 @@ class Optimizer:
     """AdamW with warm-up and a schedule, and gradient clipping by norm; "adamw8bit" keeps its moments in 8 bits."""
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup: int = 50
+    learning_rate: Positive = 1e-4
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 50
     schedule: Literal["constant", "cosine"] = "constant"
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
 
 
 @dataclass(frozen=True)
 class Preview:
     """Sample grids while training, at the step count that ships."""
 
-    every: int = 200
-    steps: int = 1
+    every: Count = 200
+    steps: Count = 1
     guidance: float = 1.0
-    count: int = 16
+    count: Count = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that makes a run. `objective` holds the fields of the method's own dataclass."""
 
-    output: str
+    output: Name
     method: str = "apex"
     objective: dict[str, Any] = field(default_factory=dict)
-    model: str = "mini-teacher"
+    model: Name = "mini-teacher"
     data: Data = field(default_factory=Data)
     tuning: Tuning = field(default_factory=Tuning)
     optimizer: Optimizer = field(default_factory=Optimizer)
     preview: Preview = field(default_factory=Preview)
-    steps: int = 1000
-    minutes: float | None = None  # stop early, at a whole step, after this long
-    batch: int = 32
-    micro_batch: int | None = None
-    caption_dropout: float = 0.0
-    ema_decay: float = 0.999
-    seed: int = 0
+    steps: Count = 1000
+    minutes: NotNegative | None = None  # stop early, at a whole step, after this long
+    batch: Count = 32
+    micro_batch: Count | None = None
+    caption_dropout: Share = 0.0
+    ema_decay: BelowOne = 0.999
+    seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # under torchrun; auto shards what would not fit a GPU
-    checkpoint_every: int = 500
-    keep: int = 2
-    bad_steps: int = 20  # non-finite steps in a row before the run stops
+    checkpoint_every: Count = 500
+    keep: Count = 2
+    bad_steps: Count = 20  # non-finite steps in a row before the run stops
     # Only when `model` is "miniature": how long its autoencoder is fitted, and its text encoder taught to read.
-    autoencoder_steps: int = 2000
-    text_encoder_steps: int = 500
-    sampling_steps: int | None = None  # what the saved model says of how to sample it
+    autoencoder_steps: Count = 2000
+    text_encoder_steps: Count = 500
+    sampling_steps: Count | None = None  # what the saved model says of how to sample it
     sampling_guidance: float | None = None
-    suite: str | None = None  # scored at the end, one picture a prompt, for the report
+    suite: Literal["mini-geneval", "mini-geneval-held-out"] | None = (
+        None  # scored at the end, one picture a prompt, for the report
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "keep", "checkpoint_every", "bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
         if self.optimizer.kind == "adamw8bit" and self.parallel == "fsdp":
             raise ValueError("optimizer.kind=adamw8bit does not go with parallel=fsdp: its moments cannot be sharded")
         if self.tuning.storage and (self.tuning.kind != "lora" or self.parallel == "fsdp"):
             raise ValueError("tuning.storage goes with tuning.kind=lora, and not with parallel=fsdp")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
-        if self.optimizer.learning_rate <= 0:
-            raise ValueError(f"optimizer.learning_rate must be above 0, got {self.optimizer.learning_rate}")
 
     def build_objective(self) -> Any:
         """The method's dataclass, filled from `objective`; UserError names a method or key that does not exist."""
@@ -135,10 +135,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from YAML, with overrides such as `optimizer.learning_rate=3e-4`; every mistake is a one-line UserError."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"recipe {path} is not valid YAML{f', line {mark.line + 1}' if mark else ''}") from error
     if not isinstance(raw, dict):
@@ -177,13 +179,26 @@ def parse(kind: Any, raw: dict[str, Any], where: str) -> Any:
     """A dataclass from a mapping; unknown keys, wrong types and wrong ranges are one-line UserErrors."""
     _refuse_unknown(kind, raw, where)
     try:
-        return TypeAdapter(kind).validate_python(raw)
+        parsed = TypeAdapter(kind).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or where
+        key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-        raise UserError(f"{where}: {key}: {message}{got}") from error
+        raise UserError(": ".join(filter(None, (where, key, message))) + got) from error
+    for key, number in _numbers(asdict(parsed)):
+        if not math.isfinite(number):
+            raise UserError(f"{where}: {key}: Input should be a finite number, got {number}")
+    return parsed
+
+
+def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, float]]:
+    """The floats of a parsed mapping by dotted key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{section}{key}.")
+        elif isinstance(value, float):
+            yield f"{section}{key}", value
 
 
 def _refuse_unknown(kind: Any, raw: Any, where: str) -> None:
