@@ -120,6 +120,8 @@ class APEX:
     reference: theta-minus of Eq. (10): "reference" (EMA, the paper) or "student" (itself, one forward pass cheaper).
     guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper).
     lambda_law: lambda is "uniform" in [0, lambda_max], "ramp" (uniform up to a bound that grows over the run) or "constant".
+    exact_below: up to this noise level of Eq. (18) the fake's own velocity z_fake - x_fake stands in for the shifted branch,
+        which is its mean over all fakes and so does not see what is wrong with just this one. 0: never (the paper).
     share: part of the rows that stand at t = 1 and are generated from; the others draw t from `times`.
     """
 
@@ -145,6 +147,7 @@ class APEX:
     share: float = 0.5
     times: TimeLaw = field(default_factory=TimeLaw)
     fake_times: TimeLaw = field(default_factory=lambda: TimeLaw(kind="uniform"))
+    exact_below: float = 0.4
     buffer_size: int = 256
 
     citation: ClassVar[str] = "APEX: One-Step High-Resolution Text-to-Image Synthesis"
@@ -155,6 +158,8 @@ class APEX:
             raise ValueError(f"lambda_max must lie in [0, 1], got {self.lambda_max}")
         if self.path_steps < 1:
             raise ValueError(f"path_steps must be at least 1, got {self.path_steps}")
+        if not 0 <= self.exact_below <= 1:
+            raise ValueError(f"exact_below must lie in [0, 1], got {self.exact_below}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {self.share}")
         if self.path_weight > 0 and self.path_rows == "others" and self.share == 1:
@@ -302,8 +307,10 @@ class APEX:
         F_fake = networks.student(x_adv, t_fake, c.shift(self.a, self.b))
         with torch.no_grad():
             F_real = self._real(networks)(x_adv, t_fake, c)
-        adversarial = self._norm(adversarial_error(F_fake, x_fake, z_fake, t_fake, transport))
-        shift = self._norm(shifting_error(F, residual(F_fake, F_real).detach()))
+        error = adversarial_error(F_fake, x_fake, z_fake, t_fake, transport)
+        exact = expand((t_fake <= self.exact_below).to(F_fake), F_fake)
+        delta = residual(F_fake - exact * error, F_real).detach()
+        adversarial, shift = self._norm(error), self._norm(shifting_error(F, delta))
         return adversarial.sum(), shift.sum()
 
     def _fakes(
