@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import provenance
 
+from apexflow.comparison.plan import VARIANTS
 from apexflow.errors import UserError
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import load
@@ -37,19 +38,15 @@ WEIGHTS = {
     "0:1, every row generated from": {"path_weight": 0.0, "share": 1.0},  # costs what 1:1 costs
 }
 SHIFT = {f"a={a}, b={b}": {"a": a, "b": b} for a in (-1.0, -0.5, 0.5) for b in (0.0, 0.1, 1.0, 10.0)}
-PRINTED = {
-    "pairing": "printed",
-    "real": "reference",
-    "path_velocity": "sample",
-    "path_rows": "all",
-    "reference": "reference",
-    "guidance": 1.0,
-}
+PRINTED = VARIANTS["apex-printed"][1]
 READINGS = {
     "default": {},
     "path rows: all": {"path_rows": "all"},
     "path steps: 4": {"path_steps": 4},
-    "pairing: printed": {"pairing": "printed"},
+    "pairing: printed": {"pairing": "printed", "exact_below": 0.0},
+    "fake's own velocity: never": {"exact_below": 0.0},
+    "fake's own velocity: below 0.2": {"exact_below": 0.2},
+    "fake's own velocity: below 0.6": {"exact_below": 0.6},
     "real branch: EMA": {"real": "reference"},
     "real branch: student": {"real": "student"},
     "path velocity: the sample's own": {"path_velocity": "sample"},

@@ -47,14 +47,16 @@ def algorithm_1(objective: APEX, roles: Roles, batch: Batch, calls: list[Call]) 
         z_fake = (fake.x_t[k] - (1 - t) * x_fake) / t
         real = roles.reference(fake.x_t[k : k + 1], fake.t[k : k + 1], batch.c[i : i + 1])[0].detach()
         loss["adv"] += norm(fake.F[k] - (z_fake - x_fake)) / int(chosen.sum())
-        loss["shift"] += norm(real - fake.F[k]) / int(chosen.sum())
+        answer = z_fake - x_fake if t <= objective.exact_below else fake.F[k]
+        loss["shift"] += norm(real - answer) / int(chosen.sum())
     return loss
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_losses_are_algorithm_1s(reduction: Any) -> None:
+@pytest.mark.parametrize(("reduction", "exact_below"), [("sum", 0.0), ("mean", 0.0), ("sum", 0.5)])
+def test_losses_are_algorithm_1s(reduction: Any, exact_below: float) -> None:
     roles, batch = make_roles(), make_batch(8)
-    objective = APEX(real="reference", path_velocity="sample", path_rows="all", reduction=reduction, p=0.3, c=0.1)
+    readings: dict[str, Any] = {"real": "reference", "path_velocity": "sample", "path_rows": "all"}
+    objective = APEX(**readings, reduction=reduction, exact_below=exact_below, p=0.3, c=0.1)
     losses = objective(roles.networks(), batch, {})
     expected = algorithm_1(objective, roles, batch, roles.calls("student"))
     expected["loss"] = sum(expected.values())
