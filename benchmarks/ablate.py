@@ -48,7 +48,6 @@ PRINTED = {
 READINGS = {
     "default": {},
     "path rows: all": {"path_rows": "all"},
-    "path steps: 4": {"path_steps": 4},
     "pairing: printed": {"pairing": "printed"},
     "real branch: EMA": {"real": "reference"},
     "real branch: student": {"real": "student"},

@@ -47,8 +47,8 @@ DISTILLATIONS = {
     "scm-difference": SCM(warmup=0, times=UNIFORM),
     "scm-jvp": SCM(warmup=0, times=UNIFORM, derivative="jvp"),
     "lcm": LCM(guidance=1, skip=100),
-    "pcm": PCM(guidance=1, skip=100),
-    "pcm-one-phase": PCM(guidance=1, skip=100, phases=1),
+    "pcm": PCM(guidance=1, skip=100, adversarial=0),
+    "pcm-one-phase": PCM(guidance=1, skip=100, phases=1, adversarial=0),
 }
 
 
@@ -68,8 +68,18 @@ def test_a_straight_flow_is_an_exact_fixed_point_of_distillation(objective: Any,
         (CM(order=1, intervals=(20, 20)), CM(order=1, intervals=(40, 40)), 1, 2**4),
         (CM(order=2, intervals=(20, 20)), CM(order=2, intervals=(40, 40)), 1, 2**6),
         (LCM(guidance=1, skip=200, huber=1), LCM(guidance=1, skip=100, huber=1), 1, 2**4),
-        (PCM(guidance=1, phases=1, skip=200, huber=1), PCM(guidance=1, phases=1, skip=100, huber=1), 1, 2**4),
-        (PCM(guidance=1, phases=2, skip=200, huber=1), PCM(guidance=1, phases=2, skip=100, huber=1), 2, 2**4),
+        (
+            PCM(guidance=1, phases=1, skip=200, huber=1, adversarial=0),
+            PCM(guidance=1, phases=1, skip=100, huber=1, adversarial=0),
+            1,
+            2**4,
+        ),
+        (
+            PCM(guidance=1, phases=2, skip=200, huber=1, adversarial=0),
+            PCM(guidance=1, phases=2, skip=100, huber=1, adversarial=0),
+            2,
+            2**4,
+        ),
     ],
     ids=["cm-ddim", "cm-heun", "lcm", "pcm", "pcm-two-phases"],
 )
@@ -116,8 +126,8 @@ RUNS = {
     "scm-training": (SCM(mode="training", derivative="jvp"), 1),
     "ucgm": (UCGM(), 1),
     "lcm": (LCM(guidance=1), 1),
-    "pcm-one-phase": (PCM(guidance=1, phases=1), 1),
-    "pcm": (PCM(guidance=1), 4),
+    "pcm-one-phase": (PCM(guidance=1, phases=1, adversarial=0), 1),
+    "pcm": (PCM(guidance=1, adversarial=0), 4),
     "ctm": (CTM(), 1),
     "meanflow-training": (MeanFlow(), 1),
     "meanflow-distillation": (MeanFlow(share=0.75, velocity="teacher", derivative="difference"), 1),
