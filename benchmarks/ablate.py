@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import provenance
 
-from apexflow.errors import UserError
+from apexflow.comparison.plan import VARIANTS
+from apexflow.errors import Diverged
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import load
 from apexflow.progress import console
@@ -37,14 +38,6 @@ WEIGHTS = {
     "0:1, every row generated from": {"path_weight": 0.0, "share": 1.0},  # costs what 1:1 costs
 }
 SHIFT = {f"a={a}, b={b}": {"a": a, "b": b} for a in (-1.0, -0.5, 0.5) for b in (0.0, 0.1, 1.0, 10.0)}
-PRINTED = {
-    "pairing": "printed",
-    "real": "reference",
-    "path_velocity": "sample",
-    "path_rows": "all",
-    "reference": "reference",
-    "guidance": 1.0,
-}
 READINGS = {
     "default": {},
     "path rows: all": {"path_rows": "all"},
@@ -66,7 +59,7 @@ READINGS = {
     "beta: cosine": {"beta": "cosine"},
     "share: 0.25": {"share": 0.25},
     "share: 0.75": {"share": 0.75},
-    "all as printed": PRINTED,
+    "all as printed": VARIANTS["apex-printed"][1],
 }
 GROUPS = {"weights": WEIGHTS, "shift": SHIFT, "readings": READINGS}
 
@@ -89,7 +82,7 @@ def run_one(objective: dict[str, Any], given: argparse.Namespace, scratch: Path,
     )
     try:
         model = train(recipe)
-    except UserError as error:
+    except Diverged as error:
         return {"diverged": str(error)}
     generator = load(str(model))
     result: dict[str, Any] = {}

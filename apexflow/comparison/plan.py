@@ -22,6 +22,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "pairing": "printed",
             "real": "reference",
             "path_velocity": "sample",
+            "path_rows": "all",
             "reference": "reference",
             "guidance": 1.0,
         },
@@ -64,6 +65,8 @@ class Plan:
             raise UserError(f"limit must be at least 2, since a distance needs several pictures; got {self.limit}")
         if not self.rates or not all(0 < rate < math.inf for rate in self.rates) or not 0 < self.sweep <= 1:
             raise UserError(f"rates must be finite and above 0 and sweep in (0, 1], got {self.rates} and {self.sweep}")
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance must be a number, got {self.guidance}")
         if not self.nfe or min(self.nfe) < 1:
             raise UserError(f"nfe must be at least 1 each, got {self.nfe}")
         for name in self.methods:

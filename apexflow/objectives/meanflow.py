@@ -2,7 +2,8 @@
 
 The paper's `u(z_t, r, t)` is `F(x_t, t, c, s)` with s = r. The identity `u = v - (t - r) du/dt` is, for any transport, that
 the point at s to which F leads does not change along the path; for linear transport the target below is the paper's to the
-letter. The paper trains from nothing on the samples' own velocities, and so does the default; "teacher" distils.
+letter. The paper trains from nothing on the samples' own velocities, and so does the default; "teacher" distils. Left out: the
+share kappa of the network's own conditional answer in the guided field (the paper's appendix).
 """
 
 from __future__ import annotations
