@@ -114,8 +114,8 @@ def main() -> None:
     rows = {}
     if output.is_file():
         earlier = json.loads(output.read_text())
-        if earlier["settings"] != settings:
-            sys.exit(f"{output} was made with {earlier['settings']}: choose another --output")
+        if earlier["settings"] != settings or earlier["teacher"] != given.model:
+            sys.exit(f"{output} was made with {earlier['settings']} of {earlier['teacher']}: choose another --output")
         rows = earlier["rows"]
     cache = Path("runs/cache/ablate")
     for name, objective in GROUPS[given.group].items():
