@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 from apexflow.comparison.plan import VARIANTS
-from apexflow.errors import UserError
+from apexflow.errors import Diverged
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import load
 from apexflow.progress import console
@@ -38,15 +38,11 @@ WEIGHTS = {
     "0:1, every row generated from": {"path_weight": 0.0, "share": 1.0},  # costs what 1:1 costs
 }
 SHIFT = {f"a={a}, b={b}": {"a": a, "b": b} for a in (-1.0, -0.5, 0.5) for b in (0.0, 0.1, 1.0, 10.0)}
-PRINTED = VARIANTS["apex-printed"][1]
 READINGS = {
     "default": {},
     "path rows: all": {"path_rows": "all"},
-    "path steps: 4": {"path_steps": 4},
-    "pairing: printed": {"pairing": "printed", "exact_below": 0.0},
-    "fake's own velocity: never": {"exact_below": 0.0},
-    "fake's own velocity: below 0.2": {"exact_below": 0.2},
-    "fake's own velocity: below 0.6": {"exact_below": 0.6},
+    "pairing: printed": {"pairing": "printed"},
+    "fake's own velocity below 0.4": {"exact_below": 0.4},
     "real branch: EMA": {"real": "reference"},
     "real branch: student": {"real": "student"},
     "path velocity: the sample's own": {"path_velocity": "sample"},
@@ -64,7 +60,7 @@ READINGS = {
     "beta: cosine": {"beta": "cosine"},
     "share: 0.25": {"share": 0.25},
     "share: 0.75": {"share": 0.75},
-    "all as printed": PRINTED,
+    "all as printed": VARIANTS["apex-printed"][1],
 }
 GROUPS = {"weights": WEIGHTS, "shift": SHIFT, "readings": READINGS}
 
@@ -87,7 +83,7 @@ def run_one(objective: dict[str, Any], given: argparse.Namespace, scratch: Path,
     )
     try:
         model = train(recipe)
-    except UserError as error:
+    except Diverged as error:
         return {"diverged": str(error)}
     generator = load(str(model))
     result: dict[str, Any] = {}
@@ -119,8 +115,8 @@ def main() -> None:
     rows = {}
     if output.is_file():
         earlier = json.loads(output.read_text())
-        if earlier["settings"] != settings:
-            sys.exit(f"{output} was made with {earlier['settings']}: choose another --output")
+        if earlier["settings"] != settings or earlier["teacher"] != given.model:
+            sys.exit(f"{output} was made with {earlier['settings']} of {earlier['teacher']}: choose another --output")
         rows = earlier["rows"]
     cache = Path("runs/cache/ablate")
     for name, objective in GROUPS[given.group].items():

@@ -4,7 +4,7 @@
 
 Rows: drawn scenes by their number, captions of scenes without pictures (for which only the endpoint objective is left), and
 whatever `--data NAME=PATH` adds (pictures that `apexflow synthesize` drew, say). One run a row, scored at each number of
-steps. Cells in the output file are kept, and an interrupted run goes on.
+steps. Each cell is written as it is done and kept, and an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ def rows(given: list[str]) -> dict[str, Data]:
     return found
 
 
-def run_row(name: str, data: Data, given: argparse.Namespace, cells: dict[str, Any]) -> dict[str, Any]:
-    """One run, stopped and scored at each number of steps; a run that diverges is marked from there on."""
+def run_row(name: str, data: Data, given: argparse.Namespace, cells: dict[str, Any], keep: Callable[[], None]) -> None:
+    """One run, stopped and scored at each number of steps, `keep` called after each; marked from where it diverges on.
+
+    A cell has to be kept before the run goes on: its checkpoint is that of the last cell alone.
+    """
     folder = HOME / name.replace(" ", "-").replace(",", "")
     for steps in given.steps:
         if str(steps) in cells:
@@ -71,11 +75,13 @@ def run_row(name: str, data: Data, given: argparse.Namespace, cells: dict[str, A
         try:
             model = train(recipe, resume=folder.is_dir() and any(folder.iterdir()))
         except Diverged as error:
-            return cells | {str(steps): {"diverged": str(error)}}
+            cells |= {str(more): {"diverged": str(error)} for more in given.steps if more >= steps}
+            keep()
+            return
         settings = Settings(steps=1, guidance=1.0, per_prompt=given.per_prompt, limit=given.limit)
         report = evaluate(load(str(model)), settings, name=f"{name}, {steps} steps")
         cells[str(steps)] = {key: report[key] for key in ("overall", "overall_se", "strict", "tasks")}
-    return cells
+        keep()
 
 
 def main() -> None:
@@ -95,14 +101,19 @@ def main() -> None:
     table: dict[str, Any] = {}
     if given.output.is_file():
         earlier = json.loads(given.output.read_text())
-        if earlier["settings"] != settings:
-            sys.exit(f"{given.output} was made with {earlier['settings']}: choose another --output")
+        if earlier["settings"] != settings or earlier["teacher"] != given.model:
+            sys.exit(
+                f"{given.output} was made with {earlier['settings']} of {earlier['teacher']}: choose another --output"
+            )
         table = earlier["rows"]
+
+    def keep() -> None:
+        write_json(given.output, {"rows": table, "settings": settings, "teacher": given.model} | provenance())
+
     for name, data in rows(given.data).items():
         if given.only and not any(word in name for word in given.only):
             continue
-        table[name] = run_row(name, data, given, table.get(name, {}))
-        write_json(given.output, {"rows": table, "settings": settings, "teacher": given.model} | provenance())
+        run_row(name, data, given, table.setdefault(name, {}), keep)
         console.print(f"{name}: {', '.join(f'{steps} steps {shown(cell)}' for steps, cell in table[name].items())}")
     shutil.rmtree(HOME, ignore_errors=True)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison
 from apexflow.comparison.results import run_comparison
 from apexflow.comparison.scores import own_sampler, pooled
 from apexflow.comparison.train import once
-from apexflow.errors import Diverged, UserError
+from apexflow.errors import Diverged, Stopped, UserError
 from apexflow.objectives import objectives
 from apexflow.training.config import Data, load_recipe, parse
 from apexflow.training.loop import start
@@ -73,6 +75,7 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: list[tuple[str, float
     assert json.loads((out / "results.json").read_text())["rows"] == rows
     for text in (markdown, page):
         assert "scm" in text and "flow_matching" in text and "teacher" in text
+        assert "8 images a run" in text and "best of 2 learning rates" in text and "2 seeds" in text
     assert page.count("<svg") >= 2 + 4 and page.count("<img") == 2 and "http" not in page.replace("http-equiv", "")
     assert (out / "grid-prompts.png").is_file() and (out / "grid-nfe.png").is_file()
 
@@ -82,24 +85,58 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: list[tuple[str, float
         run_comparison(replace(plan, images=16))
 
 
-def test_an_interrupted_comparison_goes_on_where_it_stopped(
+def test_a_comparison_that_is_cut_off_anywhere_goes_on_without_repeating_a_run(
     plan: Plan, calls: list[tuple[str, float, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The power goes before everything that is done once, in turn: of every run only what was not finished is done again."""
+
     class PowerCut(Exception):
         pass
 
-    def cut(*_: Any) -> Any:
+    def cut(*_: Any, **__: Any) -> Any:
         raise PowerCut
 
     small = replace(plan, methods=(BASIS,), rates=(1e-4,), nfe=(1,), seeds=1, per_prompt=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(comparison, "score_at", cut)
-        with pytest.raises(PowerCut):
-            run_comparison(small)
-    before = list(calls)
-    assert len(before) == 1
-    run_comparison(small)
-    assert not set(calls[len(before) :]) & set(before)
+    places: list[tuple[Any, str, Any]] = [
+        (training, "measure", cut),
+        (training, "quick_score", cut),
+        (training, "shutil", SimpleNamespace(rmtree=cut)),
+        (training, "shutil", SimpleNamespace(rmtree=shutil.rmtree, copytree=cut)),
+        (comparison, "score_at", cut),
+        (comparison, "draw_strips", cut),
+        (comparison, "write_page", cut),
+    ]
+    for place, name, broken in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, broken)
+            with pytest.raises(PowerCut):
+                run_comparison(small)
+    assert list(run_comparison(small)["rows"]) == ["teacher", BASIS]
+    # A run cut off before its result was written is taken up again at its last step, where nothing is left to train;
+    # the last call goes on to the budget in time, which is the same here.
+    trained = [steps for _, _, steps in calls]
+    assert trained == [1, 1, 4, 4, 4] and not (plan.output / "sweep" / BASIS / "run-0.0001").exists()
+
+
+def test_a_stop_in_a_comparison_says_how_to_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(recipe: Any, resume: bool = False) -> Path:
+        raise Stopped("saved at step 1; go on with the same command and --resume")
+
+    monkeypatch.setattr(training, "train", stop)
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        run_comparison(plan)
+    assert "--resume" not in str(stopped.value)
+
+
+def test_a_run_that_diverges_at_once_is_marked(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def burst(recipe: Any, resume: bool = False) -> Path:
+        raise Diverged("the loss was not finite")
+
+    monkeypatch.setattr(training, "train", burst)
+    rows = run_comparison(replace(plan, nfe=(1,), seeds=1, per_prompt=1))["rows"]
+    assert rows["scm"]["diverged"] == rows[BASIS]["diverged"] == "2/2"
+    assert rows["scm"]["rate"] is None and rows["scm"]["sweep"]["seconds"] == 0
+    assert (plan.output / "report.html").read_text().count("diverged") > 4
 
 
 def test_a_diverged_run_is_marked_and_the_rest_goes_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +165,8 @@ def test_unknown_methods_and_bad_numbers_are_named(tmp_path: Path) -> None:
         ({"images": 0}, "images"),
         ({"limit": 1}, "limit"),
         ({"rates": ()}, "rates"),
+        ({"rates": (float("nan"),)}, "rates"),
+        ({"guidance": float("nan")}, "guidance"),
         ({"nfe": (0,)}, "nfe"),
     ):
         with pytest.raises(UserError, match=named):
@@ -154,6 +193,9 @@ def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str
     method, given = plan.entry(name)
     objective = parse(objectives()[method], given, name)
     scales = [objective, *(getattr(objective, part, None) for part in ("scm", "base"))]
+    if name == "apex-printed":  # Algorithm 1 to the letter, and the same in the ablations
+        assert (objective.pairing, objective.path_rows, objective.real) == ("printed", "all", "reference")
+        assert (objective.path_velocity, objective.reference) == ("sample", "reference")
     found = [one.guidance for one in scales if hasattr(one, "guidance")]
     assert found == ([] if name == BASIS else [1.0] if name == "apex-printed" else [3.5])
     assert {"kappa", "rho"} <= set(own_sampler(plan, name)) and own_sampler(plan, "teacher") == {}

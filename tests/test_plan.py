@@ -146,7 +146,7 @@ def test_passes_of_known_methods() -> None:
         ("all", 20),
         ("others", 12),
     ):  # teacher and secant on those rows, the real branch on half
-        made = count_passes(objectives()["apex"](guidance=1.0, path_steps=1, path_rows=path_rows), 8)
+        made = count_passes(objectives()["apex"](guidance=1.0, path_rows=path_rows), 8)
         assert sum(p.rows for p in made if p.graph) == 12  # the endpoint objective runs on its own rows alone
         assert sum(p.rows for p in made if not p.graph) == without
 

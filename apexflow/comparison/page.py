@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.plan import Plan
 from apexflow.comparison.scores import grid_prompts, strips
-from apexflow.comparison.tables import budget_table, sweep_table, task_table
+from apexflow.comparison.tables import budget_table, sweep_table, task_table, told
 from apexflow.report import page, write
 from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import section, tag, text
@@ -26,12 +26,15 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     steps = grid(plan, rows, "nfe", [f"NFE {number}" for number in nfe])
     body = [
         tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
+        section("What was compared", tag("p", tag("code", text(results["command"]))), told(results)),
         section("Equal images", shown(budget_table(rows, "images", nfe))),
         section("Equal wall time", shown(budget_table(rows, "time", nfe))),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
         section("Tasks at one step", shown(task_table(rows))),
-        section("The same prompts and noise at one step", _picture(prompts), "; ".join(_numbered(grid_prompts()))),
-        section("One prompt at every number of steps", _picture(steps), grid_prompts()[0]),
+        section(
+            "The same prompts and noise at one step", _picture(prompts, "prompt"), "; ".join(_numbered(grid_prompts()))
+        ),
+        section("One prompt at every number of steps", _picture(steps, "number of steps"), grid_prompts()[0]),
         section("Stability: loss and gradient norm", tag("div", _training(plan, rows), class_="charts")),
         section(
             "The sweep of learning rates", shown(sweep_table(rows)), "One-step scores, and the seconds that it took."
@@ -57,7 +60,8 @@ def _nfe_charts(rows: dict[str, Any], nfe: list[int]) -> str:
             for name, row in rows.items()
             if "nfe" in (one := row.get("budgets", {}).get(budget, {}))
         }
-        charts.append(lines_chart(f"mini-GenEval, {title}", [str(steps) for steps in nfe], series))
+        if series:  # nothing, where all diverged
+            charts.append(lines_chart(f"mini-GenEval, {title}", [str(steps) for steps in nfe], series))
     return "".join(charts)
 
 
@@ -66,7 +70,8 @@ def _training(plan: Plan, rows: dict[str, Any]) -> str:
     for name in rows:
         lines = read_metrics(plan.output / "runs" / name / "run")
         for key in ("loss", "grad_norm"):
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            # A turn of another network has no gradient of the student, and no loss of its.
+            points = [(line["step"], line[key]) for line in lines if key in line and "grad_norm" in line]
             if points:
                 curve = curves.Curve(f"{name}: {key.replace('_', ' ')}", points)
                 charts.append(curves.figure(curve, (0, lines[-1]["step"])))
@@ -77,8 +82,9 @@ def _numbered(prompts: list[str]) -> list[str]:
     return [f"{index + 1}: {prompt}" for index, prompt in enumerate(prompts)]
 
 
-def _picture(path: Path) -> str:
-    return tag("div", pictures.figure(pictures.picture_tag(path, path.stem), "", "grid wide"), class_="pictures")
+def _picture(path: Path, column: str) -> str:
+    shown = pictures.picture_tag(path, f"pictures: a row a method, a column a {column}")
+    return tag("div", pictures.figure(shown, "", "grid wide"), class_="pictures")
 
 
 def grid(plan: Plan, rows: dict[str, Any], kind: str, heads: list[str]) -> Path:

@@ -24,13 +24,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "path_velocity": "sample",
             "path_rows": "all",
             "reference": "reference",
-            "exact_below": 0.0,
             "guidance": 1.0,
         },
     ),
+    "apex-endpoint": ("apex", {"path_weight": 0.0, "share": 1.0}),  # as the shipped student is trained
     "meanflow-distilled": ("meanflow", {"velocity": "teacher"}),
 }
-EVERYONE = ("apex", "apex-printed", *(name for name in objectives() if name != "apex"))
+EVERYONE = ("apex", "apex-endpoint", "apex-printed", *(name for name in objectives() if name != "apex"))
 BASIS = "flow_matching"  # what step costs are relative to
 TEACHER = "teacher"
 IMAGES, TIME = "images", "time"
@@ -66,6 +66,8 @@ class Plan:
             raise UserError(f"limit must be at least 2, since a distance needs several pictures; got {self.limit}")
         if not self.rates or not all(0 < rate < math.inf for rate in self.rates) or not 0 < self.sweep <= 1:
             raise UserError(f"rates must be finite and above 0 and sweep in (0, 1], got {self.rates} and {self.sweep}")
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance must be a number, got {self.guidance}")
         if not self.nfe or min(self.nfe) < 1:
             raise UserError(f"nfe must be at least 1 each, got {self.nfe}")
         for name in self.methods:

@@ -86,7 +86,7 @@ def _to_budgets(plan: Plan, name: str, tried: dict[str, Any], first: float | Non
         scored = IMAGES if same else budget
         model = str(plan.output / "runs" / name / f"model-{scored}")
         budgets[budget] = trained[budget] | _scores(plan, name, f"{name}-{scored}", model)
-    return {"budgets": budgets, "seconds_a_step": trained[IMAGES]["seconds_a_step"]}
+    return {"budgets": budgets, "seconds_a_step": trained[IMAGES].get("seconds_a_step")}
 
 
 def _scores(plan: Plan, name: str, label: str, model: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME
 def markdown(results: dict[str, Any]) -> str:
     """Both budgets, the tasks at one step, and what was spent."""
     rows, plan = results["rows"], results["plan"]
-    parts = ["# Comparison\n", _told(results)]
+    parts = ["# Comparison\n", told(results) + "\n"]
     for budget, title in ((IMAGES, "Equal images"), (TIME, "Equal wall time")):
         parts += [f"## {title}\n", table(budget_table(rows, budget, plan["nfe"]))]
     parts += ["## Tasks at one step, equal images\n", table(task_table(rows))]
@@ -18,17 +18,26 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _told(results: dict[str, Any]) -> str:
+def told(results: dict[str, Any]) -> str:
+    """What was done, and what the columns mean."""
     plan, rows = results["plan"], results["rows"]
     first = next(name for name in rows if name != TEACHER)
     limit = "" if plan["limit"] is None else f", {plan['limit']} prompts"
+    rates = len(plan["rates"])
     return (
-        f"Teacher {results['teacher']}, {plan['images']:,} images a run at batch {plan['recipe']['batch']}, "
-        f"{plan['seeds']} seeds, {plan['per_prompt']} pictures a prompt"
-        f"{limit}. Equal wall time: what {first} needs for the "
-        "images. Scores are mini-GenEval, overall; FD is the distance of features to true pictures. Time and memory of a "
-        f"step are relative to {BASIS}.\n"
+        f"Teacher {results['teacher']}; {plan['images']:,} images a run at batch {plan['recipe']['batch']}; one run a method, "
+        f"at the best of {counted(rates, 'learning rate')} by the one-step score of short runs of {plan['sweep']:.0%} of the "
+        f"images. Equal wall time: what {first} needs for the images. Scores are mini-GenEval, overall, each method with its "
+        f"own sampler, without guidance but what was trained in: {counted(plan['seeds'], 'seed')}, "
+        f"{counted(plan['per_prompt'], 'picture')} a prompt{limit}; ± is the standard error over pictures. FD (distance of "
+        "features to true pictures; less is better) and diversity (distance between pictures of a prompt) are at the fewest "
+        f"evaluations. Time and memory of a training step are relative to {BASIS}; diverged: runs of all runs."
     )
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def table(rows: list[list[str]]) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 from apexflow.comparison.cost import measure, seconds_a_step
 from apexflow.comparison.plan import BUDGETS, Plan
 from apexflow.comparison.scores import quick_score
-from apexflow.errors import Diverged
+from apexflow.comparison.tables import counted
+from apexflow.errors import Diverged, Stopped, is_taken
 from apexflow.evaluation.files import read_json, write_json
+from apexflow.progress import console
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import train
 
@@ -32,10 +34,7 @@ def costs(plan: Plan, names: list[str]) -> dict[str, dict[str, Any]]:
 
 def sweep(plan: Plan, name: str) -> dict[str, Any]:
     """Every learning rate on a share of the budget: scores, seconds, the best rate (None where all diverged)."""
-    tried = {
-        rate: once(plan.output / "sweep" / name / f"{rate:g}.json", partial(_try, plan, name, rate))
-        for rate in plan.rates
-    }
+    tried = {rate: _tried(plan, name, rate) for rate in plan.rates}
     whole = {rate: result for rate, result in tried.items() if "diverged" not in result}
     best = max(whole, key=lambda rate: (whole[rate]["overall"], -whole[rate]["distance"]), default=None)
     return {
@@ -46,13 +45,17 @@ def sweep(plan: Plan, name: str) -> dict[str, Any]:
     }
 
 
-def _try(plan: Plan, name: str, rate: float) -> dict[str, Any]:
-    folder = plan.output / "sweep" / name / f"run-{rate:g}"
-    result = _trained(plan, name, folder, rate, plan.sweep_steps)
-    if "diverged" not in result:
-        result |= quick_score(plan, folder / "model")
-    shutil.rmtree(folder)
+def _tried(plan: Plan, name: str, rate: float) -> dict[str, Any]:
+    """What came of one learning rate. Its run is thrown away, once that is written."""
+    folder = plan.output / "sweep" / name
+    result = once(folder / f"{rate:g}.json", partial(_try, plan, name, rate, folder / f"run-{rate:g}"))
+    shutil.rmtree(folder / f"run-{rate:g}", ignore_errors=True)
     return result
+
+
+def _try(plan: Plan, name: str, rate: float, folder: Path) -> dict[str, Any]:
+    result = _trained(plan, name, folder, rate, plan.sweep_steps)
+    return result if "diverged" in result else result | quick_score(plan, folder / "model")
 
 
 def train_to_budgets(plan: Plan, name: str, rate: float, steps: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -82,16 +85,14 @@ def _stage(plan: Plan, name: str, rate: float, budget: str, steps: int) -> dict[
 def _trained(plan: Plan, name: str, folder: Path, rate: float, steps: int) -> dict[str, Any]:
     """Train, or go on with an interrupted run; a run that diverged is marked, not fatal."""
     recipe = plan.recipe_for(name, folder, rate, steps)
+    console.print(f"{name}: {counted(steps, 'step')} at learning rate {rate:g}")
     diverged = {}
     try:
-        train(recipe, resume=folder.is_dir() and any(folder.iterdir()))
+        train(recipe, resume=is_taken(folder))
     except Diverged as error:
         diverged = {"diverged": str(error)}
-    lines = read_metrics(folder)
-    return {
-        "steps": len(lines),
-        "images": len(lines) * recipe.batch,
-        "seconds": lines[-1]["seconds"],
-        "seconds_a_step": seconds_a_step(lines),
-        **diverged,
-    }
+    except Stopped:
+        raise Stopped("everything is saved; the same command goes on from here") from None
+    lines = read_metrics(folder)  # none, where the first step diverged
+    spent = {"seconds": lines[-1]["seconds"], "seconds_a_step": seconds_a_step(lines)} if lines else {"seconds": 0.0}
+    return {"steps": len(lines), "images": len(lines) * recipe.batch, **spent, **diverged}

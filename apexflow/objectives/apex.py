@@ -16,7 +16,6 @@ from torch.nn.functional import interpolate as resize
 from apexflow.conditioning import Condition, guide
 from apexflow.objectives import Batch, Field, Losses, Networks, share_of
 from apexflow.objectives.times import TimeLaw
-from apexflow.sampler import shift_times
 from apexflow.transport import LINEAR, Transport, expand
 
 
@@ -116,12 +115,12 @@ class APEX:
     real: who answers for real data in Eq. (18): "teacher" (frozen), "reference" (EMA, Algorithm 1) or "student" (Eq. 18).
     path_velocity: what leads from x_t to x_lambda-t: "sample" (z - x, the paper) or "teacher" (the frozen field).
     path_rows: the path objective sees "all" rows (Algorithm 1) or the "others" only, those that nothing is generated from.
-    path_steps: Euler steps that the teacher takes from x_t to x_lambda-t, on the grid that the model is sampled on.
     reference: theta-minus of Eq. (10): "reference" (EMA, the paper) or "student" (itself, one forward pass cheaper).
     guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper).
     lambda_law: lambda is "uniform" in [0, lambda_max], "ramp" (uniform up to a bound that grows over the run) or "constant".
     exact_below: up to this noise level of Eq. (18) the fake's own velocity z_fake - x_fake stands in for the shifted branch,
-        which is its mean over all fakes and so does not see what is wrong with just this one. 0: never (the paper).
+        which is its mean over all fakes and so does not see what is wrong with just this one. 0: never (the paper). Above 0
+        it seeks modes: in long runs better pictures, less diverse.
     share: part of the rows that stand at t = 1 and are generated from; the others draw t from `times`.
     """
 
@@ -137,7 +136,6 @@ class APEX:
     real: Literal["teacher", "reference", "student"] = "teacher"
     path_velocity: Literal["sample", "teacher"] = "teacher"
     path_rows: Literal["all", "others"] = "others"
-    path_steps: int = 1
     reference: Literal["reference", "student"] = "student"
     guidance: float = 2.5
     lambda_law: Literal["uniform", "ramp", "constant"] = "uniform"
@@ -147,7 +145,7 @@ class APEX:
     share: float = 0.5
     times: TimeLaw = field(default_factory=TimeLaw)
     fake_times: TimeLaw = field(default_factory=lambda: TimeLaw(kind="uniform"))
-    exact_below: float = 0.4
+    exact_below: float = 0.0
     buffer_size: int = 256
 
     citation: ClassVar[str] = "APEX: One-Step High-Resolution Text-to-Image Synthesis"
@@ -156,8 +154,6 @@ class APEX:
     def __post_init__(self) -> None:
         if not 0 <= self.lambda_max <= 1:
             raise ValueError(f"lambda_max must lie in [0, 1], got {self.lambda_max}")
-        if self.path_steps < 1:
-            raise ValueError(f"path_steps must be at least 1, got {self.path_steps}")
         if not 0 <= self.exact_below <= 1:
             raise ValueError(f"exact_below must lie in [0, 1], got {self.exact_below}")
         if not 0 <= self.share <= 1:
@@ -259,21 +255,12 @@ class APEX:
             if self.path_velocity == "sample":
                 x_lt = networks.transport.interpolate(x, z, lt)
             else:
-                x_lt = self._travel(networks, x_t, t, lt, c)
+                x_lt = move(self._teach(networks, x_t, t, c), x_t, t, lt, networks.transport)
             itself = self.reference == "student"
             network = networks.student if itself else networks.reference
             F_t = F.detach() if itself else network(x_t, t, c)
             F_lt = network(x_lt, lt, c)
             return secant_target(F_t, F_lt, x_t, x_lt, t, lt, networks.transport, self.clip)
-
-    def _travel(self, networks: Networks, x_t: Tensor, t: Tensor, lt: Tensor, c: Condition) -> Tensor:
-        """x_lambda-t: where the teacher's field takes x_t by time `lt`, in `path_steps` steps."""
-        begin, end = (shift_times(time, 1 / networks.time_shift) for time in (t, lt))
-        for leg in range(1, self.path_steps + 1):
-            even = begin + (end - begin) * (leg / self.path_steps)
-            later = lt if leg == self.path_steps else networks.round_time(shift_times(even, networks.time_shift))
-            x_t, t = move(self._teach(networks, x_t, t, c), x_t, t, later, networks.transport), later
-        return x_t
 
     def _lambda(self, batch: Batch, walked: Tensor) -> Tensor:
         """lambda of each marked row. Never quite 1: the secant divides by t - lambda t."""

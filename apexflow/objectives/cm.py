@@ -10,7 +10,7 @@ noise to data at t = sigma / (sigma + 0.5). Other transports use the same times.
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -32,9 +32,34 @@ def teach(networks: Networks, x_t: Tensor, t: Tensor, c: Condition, guidance: fl
         F = networks.teacher(x_t, t, c)
         if guidance == 1:
             return F
-        if networks.null is None:
-            raise ValueError(f"guidance {guidance} of the teacher needs a null condition: give one, or guidance 1")
-        return guide(F, networks.teacher(x_t, t, networks.null.expand(len(c))), guidance)
+        return guide(F, networks.teacher(x_t, t, nothing(networks, len(c), guidance)), guidance)
+
+
+def nothing(networks: Networks, rows: int, guidance: float) -> Condition:
+    """The null condition that `guidance` asks for, once a row; ValueError where there is none."""
+    if networks.null is None:
+        raise ValueError(f"guidance {guidance} needs a null condition: give one, or guidance 1")
+    return networks.null.expand(rows)
+
+
+def direction(
+    networks: Networks,
+    ends: tuple[Tensor, Tensor],
+    t: Tensor,
+    c: Condition,
+    velocity: Literal["sample", "teacher"],
+    guidance: float,
+    guided: Callable[[Tensor, Tensor, Condition], Tensor],
+) -> Tensor:
+    """Where the path from data to noise (`ends`) leads at times `t`, as a prediction: the teacher's answer, or the sample's own.
+
+    With a `guidance` other than 1 the teacher is guided, and the sample's own is what `guided(v, x_t, null condition)` says.
+    """
+    x_t = networks.transport.interpolate(*ends, t)
+    if velocity == "teacher":
+        return teach(networks, x_t, t, c, guidance)
+    v = networks.transport.target(*ends, t)
+    return v if guidance == 1 else guided(v, x_t, nothing(networks, len(c), guidance))
 
 
 def solve(

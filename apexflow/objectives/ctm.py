@@ -1,8 +1,11 @@
 """Consistency trajectory models (Kim et al., 2023): jumps from any time to any earlier one, compared after a last jump to data.
 
-`move` of `F(x_t, t, c, s)` is the paper's `G(x_t, t, s) = (s / t) x_t + (1 - s / t) g(x_t, t, s)`, with g the endpoint. Left
-out: the GAN part and LPIPS, which need further networks. The paper balances its two losses by the gradients of the last
-layer; here `matching` is a plain weight. It solves over a random number of grid points; here over at most `pieces` Heun steps.
+`move` of `F(x_t, t, c, s)` is the paper's `G(x_t, t, s) = (s / t) x_t + (1 - s / t) g(x_t, t, s)`, with g the endpoint.
+
+This is the paper's "CTM w/o GAN" (its Table 3). Its distance is LPIPS, and its GAN, which joins halfway on CIFAR-10, is
+StyleGAN-XL's: both are made of networks pretrained on ImageNet's pictures, and know nothing of latents. The pseudo-Huber metric
+of iCT takes the place of LPIPS. The paper balances its losses by the gradients of the last layer, which no objective knows
+here; `matching` is a plain weight. It solves over a random number of grid points; here over at most `pieces` Heun steps.
 """
 
 from __future__ import annotations

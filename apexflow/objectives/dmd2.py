@@ -1,8 +1,9 @@
 """DMD2 (Yin et al., 2024): the student follows the difference of two scores, the teacher's and that of its own pictures.
 
 The second is a critic, which learns the velocity of the student's pictures and is stepped more often than the student (two
-time scales); a judge on the critic's features adds the GAN loss. Distances are between endpoints, as the released training
-has them: DMD's gradient is scaled by the mean distance of the picture from the teacher's estimate.
+time scales, section 4.2); a judge on the critic's features adds the GAN loss (section 4.3); with several steps the student is
+asked where its own sampler leads (section 4.5). Distances are between endpoints, as in DMD, whose gradient is scaled by the
+mean distance of the picture from the teacher's estimate. Weights are those that the authors give for SDXL.
 """
 
 from __future__ import annotations

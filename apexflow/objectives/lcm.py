@@ -21,7 +21,7 @@ from apexflow.transport import Transport, expand
 
 
 def draw_index(random: RowRandom, points: int, skip: int) -> Tensor:
-    """n of the loss with skipped steps, uniform in 0..N - k: the earlier point of each row, (B,)."""
+    """n of Eq. (16), uniform in 0..N - k: the earlier point of each row, (B,)."""
     return (random.uniform() * (points - skip + 1)).long().clamp_max(points - skip)
 
 
@@ -32,9 +32,9 @@ def mean_huber(error: Tensor, c: float) -> Tensor:
 
 @dataclass(frozen=True)
 class LCM:
-    """Section 4.3: the student at t_n+k against theta-minus at the point of t_n, k before, that the guided teacher leads to.
+    """Eq. (16): the student at t_n+k against theta-minus at the point of t_n, k before, that the guided teacher leads to.
 
-    guidance: scale of the teacher, 1 + omega of Eq. (12); the paper reports omega = 8.
+    guidance: scale of the teacher, 1 + omega of Eq. (12); the paper reports omega = 8 (Table 1).
     skip, points: k and N. target: theta-minus is the EMA "reference" (the paper) or the student itself.
     sigma_data, scaling: of c_skip and c_out. huber: c of `mean_huber`. shift: of the times, as in `TimeLaw`.
     """
@@ -63,7 +63,7 @@ class LCM:
         return ("teacher",) + ("reference",) * (self.target == "reference")
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
-        """Section 4.3 for one micro-batch; the augmented PF-ODE of Eq. (13) is solved by one DDIM jump over k points."""
+        """Eq. (16) for one micro-batch; Eq. (17) solves the augmented PF-ODE of Eq. (13) by one DDIM jump over k points."""
         transport, c = networks.transport, batch.c
         n = draw_index(batch.random, self.points, self.skip)
         t, s = (networks.round_time(shift_times(i / self.points, self.shift)) for i in (n + self.skip, n))

@@ -2,7 +2,8 @@
 
 The paper's `u(z_t, r, t)` is `F(x_t, t, c, s)` with s = r. The identity `u = v - (t - r) du/dt` is, for any transport, that
 the point at s to which F leads does not change along the path; for linear transport the target below is the paper's to the
-letter. The paper trains from nothing on the samples' own velocities, and so does the default; "teacher" distils.
+letter. The paper trains from nothing on the samples' own velocities, and so does the default; "teacher" distils. Left out: the
+share kappa of the network's own conditional answer in the guided field (the paper's appendix).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition, guide
 from apexflow.objectives import Batch, Losses, Networks
 from apexflow.objectives.apex import move
-from apexflow.objectives.cm import teach
+from apexflow.objectives.cm import direction
 from apexflow.objectives.derivative import Kind, derivative, speed
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
@@ -67,8 +68,12 @@ class MeanFlow:
         x, z = batch.x, batch.random.normal(batch.x.shape[1:]).to(batch.x)
         x_t = transport.interpolate(x, z, t)
         F = networks.student(x_t, t, c, s)
+
+        def guided(v: Tensor, x_t: Tensor, null: Condition) -> Tensor:
+            return guide(v, networks.student(x_t, t, null, t), self.guidance)
+
         with torch.no_grad():
-            v = self._velocity(networks, x, z, x_t, t, c)
+            v = direction(networks, (x, z), t, c, self.velocity, self.guidance, guided)
             x, z = transport.endpoint(v, x_t, t), transport.noise(v, x_t, t)
             target = self._target(networks, F.detach(), x, z, t, s, c)
         squared = (F - target).float().flatten(1).square().sum(1)
@@ -81,17 +86,6 @@ class MeanFlow:
         one, other = self.times.draw(batch.random), self.times.draw(batch.random)
         later, earlier = torch.maximum(one, other), torch.minimum(one, other)
         return later, torch.where(batch.chosen(self.share), earlier, later)
-
-    def _velocity(self, networks: Networks, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
-        """The direction of the path at x_t, as a prediction."""
-        if self.velocity == "teacher":
-            return teach(networks, x_t, t, c, self.guidance)
-        v = networks.transport.target(x, z, t)
-        if self.guidance == 1:
-            return v
-        if networks.null is None:
-            raise ValueError(f"guidance {self.guidance} needs a null condition: give one, or guidance 1")
-        return guide(v, networks.student(x_t, t, networks.null.expand(len(c)), t), self.guidance)
 
     def _target(
         self, networks: Networks, F: Tensor, x: Tensor, z: Tensor, t: Tensor, s: Tensor, c: Condition

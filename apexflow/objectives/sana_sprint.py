@@ -1,11 +1,14 @@
 """Sana-Sprint (Chen et al., 2025): sCM distillation, and a judge on the frozen teacher's features (LADD).
 
-The two take turns, as in the released training. Left out: the dense time embedding and QK norm that the paper fine-tunes
-its teacher for, an embedded guidance scale (one is trained in), and pairs of picture and wrong prompt.
+The two take turns, as in the released training. Its laws of times are those of its sCM, for data of deviation 0.5; ours are
+shifted by ln 2 as in `scm.py`. Left out: the dense time embedding and QK norm that the paper fine-tunes its teacher for, an
+embedded guidance scale (one is trained in), the adaptive weight of sCM, and the released option to show the judge pictures
+with the prompt of another row as fakes: here a row knows of no other, so that micro-batches change nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -20,23 +23,24 @@ from apexflow.objectives.times import TimeLaw
 
 
 def released_scm() -> SCM:
-    """sCM with the released law of times, tan(theta) ~ exp N(0.2, 1.6^2), and guidance 4.5."""
-    return SCM(times=TimeLaw(mean=0.2, spread=1.6), guidance=4.5)
+    """sCM with the released law of times, 0.5 tan(theta) ~ exp N(0.2, 1.6^2), and guidance 4.5."""
+    return SCM(times=TimeLaw(mean=0.2 + math.log(2), spread=1.6), guidance=4.5)
 
 
 @dataclass(frozen=True)
 class SanaSprint:
     """L = L_sCM + weight * L_adv at the student's turn, the judge's hinge loss at its own.
 
-    scm: sCM's fields. weight: lambda (0.5). share: part of the rows that stand at t = 1, pure noise (50 %).
-    depths: which blocks the judge looks at, 2, 8, 14 and 19 of 20. judge_times: law of the noise that it sees.
+    scm: sCM's fields. weight: lambda (0.5). share: part of the rows whose picture for the judge is made of pure noise, at
+    t = 1 (50 %); the others' times are sCM's. depths: which blocks the judge looks at, 2, 8, 14 and 19 of 20.
+    judge_times: law of the noise that it sees, 0.5 tan(theta) ~ exp N(-0.6, 1).
     """
 
     scm: SCM = field(default_factory=released_scm)
     weight: float = 0.5
     share: float = 0.5
     depths: tuple[float, ...] = (0.1, 0.4, 0.7, 0.95)
-    judge_times: TimeLaw = field(default_factory=lambda: TimeLaw(mean=-0.6))
+    judge_times: TimeLaw = field(default_factory=lambda: TimeLaw(mean=-0.6 + math.log(2)))
 
     needs: ClassVar[tuple[str, ...]] = ("teacher",)
     citation: ClassVar[str] = "Chen et al., SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency, 2025"
@@ -57,30 +61,30 @@ class SanaSprint:
         """One micro-batch; the student takes the even turns, the judge the odd ones."""
         if batch.turn % 2 == 1:
             return self._judges_turn(networks, batch)
-        losses, picture = self.scm.rows(networks, batch, self._times(networks, batch))
-        x_s, s = self._noised(networks, batch, picture)
+        consistency = self.scm(networks, batch, memory).total
+        x_s, s = self._noised(networks, batch, self._pictures(networks, batch))
         fooling = -networks.frozen["judge"](x_s, s, batch.c).mean(1).sum() / batch.total
-        consistency = losses.sum() / batch.total
         total = consistency + self.weight * fooling
         terms = {"consistency": consistency, "fooling": fooling, "loss": total}
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def _judges_turn(self, networks: Networks, batch: Batch) -> Losses:
         """The hinge loss on data and on the student's pictures."""
-        t = self._times(networks, batch)
-        z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
-        x_t = networks.transport.interpolate(batch.x, z, t)
         with torch.no_grad():
-            picture = networks.transport.endpoint(networks.student(x_t, t, batch.c), x_t, t)
+            pictures = self._pictures(networks, batch)
         judge, c = networks.further["judge"], batch.c
-        real, fake = (judge(*self._noised(networks, batch, x), c) for x in (batch.x, picture))
+        real, fake = (judge(*self._noised(networks, batch, x), c) for x in (batch.x, pictures))
         loss = (relu(1 - real).mean(1) + relu(1 + fake).mean(1)).sum() / batch.total
         zero = batch.x.new_zeros(())
         return Losses(zero, {"loss": zero, "loss_judge": loss.detach()}, {"judge": loss})
 
-    def _times(self, networks: Networks, batch: Batch) -> Tensor:
+    def _pictures(self, networks: Networks, batch: Batch) -> Tensor:
+        """What the student makes of data with noise, at t = 1 for a share of the rows."""
         t = self.scm.times.draw(batch.random)
-        return networks.round_time(torch.where(batch.chosen(self.share), torch.ones_like(t), t))
+        t = networks.round_time(torch.where(batch.chosen(self.share), torch.ones_like(t), t))
+        z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
+        x_t = networks.transport.interpolate(batch.x, z, t)
+        return networks.transport.endpoint(networks.student(x_t, t, batch.c), x_t, t)
 
     def _noised(self, networks: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures with fresh noise at fresh times."""

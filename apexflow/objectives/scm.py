@@ -83,24 +83,19 @@ class SCM:
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1 for one micro-batch: `||F - sg(F) - g||^2` per element, g the normalised tangent."""
-        losses, _ = self.rows(networks, batch, networks.round_time(self.times.draw(batch.random)))
-        loss = losses.sum() / batch.total
-        return Losses(loss, {"loss": loss.detach()})
-
-    def rows(self, networks: Networks, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss (B,) of every row at times `t`, and the pictures that the student's predictions imply."""
         transport, c = networks.transport, batch.c
+        t = networks.round_time(self.times.draw(batch.random))
         x, z = batch.x, batch.random.normal(batch.x.shape[1:]).to(batch.x)
         x_t = transport.interpolate(x, z, t)
-        answer = networks.student(x_t, t, c)
-        F = angular_prediction(answer, x_t, t, transport)
+        F = angular_prediction(networks.student(x_t, t, c), x_t, t, transport)
         with torch.no_grad():
             if self.mode == "distillation":
                 v = teach(networks, x_t, t, c, self.guidance)
                 x, z = transport.endpoint(v, x_t, t), transport.noise(v, x_t, t)
             g = self._tangent(networks, F.detach(), x, z, t, c, self._share(batch.progress))
             target = F + self._normalised(g)
-        return (F - target).float().flatten(1).square().mean(1), transport.endpoint(answer, x_t, t)
+        loss = (F - target).float().flatten(1).square().mean(1).sum() / batch.total
+        return Losses(loss, {"loss": loss.detach()})
 
     def _tangent(
         self, networks: Networks, F: Tensor, x: Tensor, z: Tensor, t: Tensor, c: Condition, r: float

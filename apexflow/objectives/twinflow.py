@@ -1,8 +1,9 @@
 """TwinFlow (Cheng et al., 2025): RCGM whose network also knows its own fakes, on a twin trajectory of negative time.
 
 Negative times are told through the second time: at x_t of a fake the network is asked with s = -t, and its t stays in [0, 1],
-so that any backbone can take it. The rows of a batch are split into four kinds in turn, as its authors do: jumps to data
-(rectified by the twin), any jumps, short jumps, and fakes.
+so that any backbone can take it. The rows of a batch are split into four kinds in turn, as the released training does: jumps
+to data (rectified by the twin), any jumps, short jumps, and fakes. Its weight of L_rectify is 0.5 (0.75 for SANA); the paper
+prints L = L_base + L_adv + L_rectify and a share lambda of the batch for the latter two, best at 1/3.
 """
 
 from __future__ import annotations

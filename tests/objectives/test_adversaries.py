@@ -126,7 +126,7 @@ def test_sana_sprint_takes_turns() -> None:
 
 def test_sana_sprint_without_its_judge_is_scm() -> None:
     scm = SCM(guidance=1, times=SanaSprint().scm.times)
-    sprint = SanaSprint(scm=scm, weight=0, share=0)
+    sprint = SanaSprint(scm=scm, weight=0)
     ours, theirs = make_roles(sprint), make_roles(sprint)
     one = sprint(ours.networks(), make_batch(), {}).total
     other = scm(theirs.networks(), make_batch(), {}).total
@@ -135,10 +135,14 @@ def test_sana_sprint_without_its_judge_is_scm() -> None:
     torch.testing.assert_close(ours.gradients("student"), theirs.gradients("student"))
 
 
-def test_half_of_sana_sprints_rows_stand_at_noise() -> None:
+@pytest.mark.parametrize("turn", [0, 1])
+def test_half_of_the_pictures_that_sana_sprints_judge_sees_are_made_of_noise(turn: int) -> None:
+    """And none of sCM's own rows stands there."""
     roles = make_roles(SanaSprint())
-    SanaSprint()(roles.networks(), batch := make_batch(16), {})
-    assert torch.equal(roles.calls("student")[0].t == 1, batch.chosen(0.5))
+    SanaSprint()(roles.networks(), batch := make_batch(16, turn=turn), {})
+    *scm, pictures = roles.calls("student")
+    assert torch.equal(pictures.t == 1, batch.chosen(0.5)) and pictures.graph == (turn == 0)
+    assert len(scm) == (3 if turn == 0 else 0) and all(bool((call.t < 1).all()) for call in scm)
 
 
 def test_sana_sprints_judge_has_a_hinge() -> None:

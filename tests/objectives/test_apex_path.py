@@ -23,7 +23,6 @@ from apexflow.objectives.apex import (
 )
 from apexflow.objectives.flow_matching import FlowMatching
 from apexflow.objectives.times import TimeLaw
-from apexflow.sampler import sample, shift_times, time_grid
 from apexflow.transport import Transport
 
 
@@ -101,27 +100,6 @@ def test_the_teachers_velocity_carries_the_second_point(guidance: float, referen
     expected = asked.x_t - step * (without + guidance * (teacher - without))
     torch.testing.assert_close(second.x_t, expected.detach())
     assert len(roles.calls("teacher")) == (1 if guidance == 1 else 2)
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_teachers_steps_lie_on_the_models_own_grid(shift: float) -> None:
-    roles = make_roles()
-    objective = APEX(
-        endpoint_weight=0,
-        path_rows="all",
-        guidance=1,
-        share=1,
-        lambda_law="constant",
-        lambda_max=0,
-        path_velocity="teacher",
-        path_steps=4,
-    )
-    objective(roles.networks(time_shift=shift), make_batch(), {})
-    asked, end, times = roles.calls("student")[0], roles.calls("student")[1], shift_times(time_grid(4), shift)
-    for call, time in zip(roles.calls("teacher"), times, strict=False):
-        torch.testing.assert_close(call.t, time.float().expand(len(call.t)))
-    z = sample(lambda x_t, t: roles.teacher(x_t, t, asked.c).detach(), asked.x_t, times)
-    torch.testing.assert_close(end.x_t, z, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("reference", ["student", "reference"])

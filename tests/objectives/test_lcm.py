@@ -28,7 +28,7 @@ def test_lcms_function_is_the_identity_on_data_and_the_endpoint_elsewhere(transp
 def test_a_shift_moves_the_grid_towards_noise(method: Any) -> None:
     times = []
     for shift in (1.0, 3.0):
-        roles = make_roles()
+        roles = make_roles(method())
         method(shift=shift)(roles.networks(), make_batch(), {})
         times.append(roles.calls("student")[0].t)
     torch.testing.assert_close(times[1], 3 * times[0] / (1 + 2 * times[0]))

@@ -11,15 +11,15 @@ from exact_fields import (
 
 from apexflow.objectives.apex import move
 from apexflow.objectives.lcm import LCM
-from apexflow.objectives.pcm import PCM
-from apexflow.transport import Transport
+from apexflow.objectives.pcm import PCM, renoise
+from apexflow.transport import LINEAR, Transport, expand
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @EVERY_TRANSPORT
 def test_pcm_with_one_phase_is_latent_consistency(transport: Transport, guidance: float) -> None:
     pcm, lcm = make_roles(), make_roles()
-    one = PCM(phases=1, guidance=guidance)(pcm.networks(transport=transport), make_batch(), {}).total
+    one = PCM(phases=1, guidance=guidance, adversarial=0)(pcm.networks(transport=transport), make_batch(), {}).total
     other = LCM(guidance=guidance)(lcm.networks(transport=transport), make_batch(), {}).total
     one.backward()
     other.backward()
@@ -29,7 +29,7 @@ def test_pcm_with_one_phase_is_latent_consistency(transport: Transport, guidance
 
 @pytest.mark.parametrize("phases", [1, 3, 4])
 def test_pcm_stays_within_the_phase(phases: int) -> None:
-    roles, objective = make_roles(), PCM(phases=phases, skip=300, points=1000)
+    roles, objective = make_roles(), PCM(phases=phases, skip=300, points=1000, adversarial=0)
     objective(roles.networks(), make_batch(64), {})
     t, s = roles.calls("student")[0].t, roles.calls("reference")[0].t
     edges = [phase * 1000 // phases / 1000 for phase in range(phases + 1)]
@@ -41,7 +41,8 @@ def test_pcm_stays_within_the_phase(phases: int) -> None:
 
 def test_pcms_edges_belong_to_the_phase_above() -> None:
     index = torch.tensor([1, 250, 251, 500, 999, 1000])
-    assert PCM(phases=4).edge(index).tolist() == [0, 0, 250, 250, 750, 750]
+    edge, top = PCM(phases=4).phase(index)
+    assert edge.tolist() == [0, 0, 250, 250, 750, 750] and torch.equal(top, edge + 250)
 
 
 @EVERY_TRANSPORT
@@ -49,3 +50,44 @@ def test_moving_to_where_one_stands_changes_nothing(transport: Transport) -> Non
     """PCM's boundary condition, Eq. (3) at s_m."""
     F, x_t, t = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0.0, 0.25, 0.9])
     torch.testing.assert_close(move(F, x_t, t, t, transport), x_t, rtol=1e-3, atol=1e-3)
+
+
+@EVERY_TRANSPORT
+def test_more_noise_leads_to_the_paths_own_spread(transport: Transport) -> None:
+    """Of data, noise and fresh noise, the point at t has gamma(t) and noise of variance alpha(t)^2."""
+    s, t = torch.tensor([0.0, 0.25, 0.5]), torch.tensor([0.25, 0.5, 1.0])
+    one, none = torch.ones(3, 1), torch.zeros(3, 1)
+    data, earlier, fresh = (
+        renoise(transport.interpolate(x, z, s), new, s, t, transport)
+        for x, z, new in ((one, none, none), (none, one, none), (none, none, one))
+    )
+    torch.testing.assert_close(data, expand(transport.gamma(t), data))
+    torch.testing.assert_close(earlier**2 + fresh**2, expand(transport.alpha(t), data) ** 2)
+    assert (fresh > 0).all()
+    torch.testing.assert_close(renoise(one, one, s, s, transport), one)
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_pcms_judge_sees_both_ends_within_their_phase(turn: int) -> None:
+    roles, batch = make_roles(PCM()), make_batch(16, turn=turn)
+    losses = PCM()(roles.networks(), batch, {})
+    student, minus = roles.calls("student")[0], roles.calls("reference")[0]
+    edge = (student.t * 4 - 1e-5).floor() / 4
+    f, target = (move(call.F, call.x_t, call.t, edge, LINEAR) for call in (student, minus))
+    asked = roles.calls("teacher")[2:]  # the first two are the solver's, guided
+    for seen, end in zip(asked, (f,) if turn == 0 else (target, f), strict=True):
+        assert bool((edge <= seen.t).all()) and bool((seen.t <= edge + 0.25 + 1e-6).all())
+        keep = expand((1 - seen.t) / (1 - edge), end)
+        noise = (seen.x_t - keep * end) / expand((seen.t**2 - (keep.flatten() * edge) ** 2).sqrt(), end)
+        assert noise.std().item() == pytest.approx(1, abs=0.15) and noise.mean().abs() < 0.15
+    assert student.graph == (turn == 0) and losses.total.requires_grad == (turn == 0)
+    assert set(losses.further) == (set() if turn == 0 else {"judge"})
+
+
+def test_pcm_weighs_the_hinge_by_lambda() -> None:
+    with_judge, without = (PCM(adversarial=weight) for weight in (0.1, 0.0))
+    one = with_judge(make_roles(with_judge).networks(), make_batch(), {})
+    other = without(make_roles(without).networks(), make_batch(), {})
+    torch.testing.assert_close(one.terms["consistency"], other.total.detach())
+    torch.testing.assert_close(one.terms["loss"], other.terms["loss"] + 0.1 * one.terms["fooling"])
+    assert one.terms["fooling"] > 0 and without.further == ()

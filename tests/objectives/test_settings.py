@@ -58,6 +58,8 @@ def test_every_method_recommends_sampler_settings(method: Any) -> None:
         (PCM, {"phases": 1001}, "phases"),
         (PCM, {"skip": 0}, "skip"),
         (PCM, {"shift": 0.0}, "shift"),
+        (PCM, {"adversarial": -0.1}, "adversarial"),
+        (PCM, {"depths": ()}, "depths"),
         (CTM, {"intervals": 0}, "intervals"),
         (CTM, {"huber": 0.0}, "huber"),
         (MeanFlow, {"share": 1.5}, "share"),
@@ -86,7 +88,7 @@ def test_settings_out_of_range_are_refused(method: Any, options: dict[str, Any],
         (UCGM(zeta=0), ()),
         (UCGM(zeta=0.5, enhance="self"), ("reference",)),
         (LCM(target="student"), ("teacher",)),
-        (PCM(target="student"), ("teacher",)),
+        (PCM(target="student", adversarial=0), ("teacher",)),
     ],
     ids=repr,
 )
@@ -98,7 +100,9 @@ def test_needs_follow_the_options(objective: Any, needs: tuple[str, ...]) -> Non
     assert all(part is not None and part.any() for part in roles.gradients("student"))
 
 
-@pytest.mark.parametrize("objective", [CM(guidance=3), SCM(guidance=3), UCGM(guidance=3), LCM(), PCM()], ids=repr)
+@pytest.mark.parametrize(
+    "objective", [CM(guidance=3), SCM(guidance=3), UCGM(guidance=3), LCM(), PCM(adversarial=0)], ids=repr
+)
 def test_a_guided_teacher_needs_a_null_condition(objective: Any) -> None:
     roles = make_roles()
     objective(roles.networks(), make_batch(), {})
