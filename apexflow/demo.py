@@ -13,6 +13,7 @@ from apexflow.generator import Generator, load, picture_grid
 from apexflow.report import write_report
 from apexflow.training.config import Data, Optimizer, Preview, Recipe
 from apexflow.training.loop import train
+from apexflow.training.run import holds_run
 
 PROMPTS = 120  # of 553: enough to see the change, few enough for five minutes
 GRID = 32
@@ -45,8 +46,7 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
             raise UserError(
                 f"output {output} exists: pass --force to replace the earlier demo, or choose another with -o"
             )
-        held = {entry.name for entry in output.iterdir()}
-        if "recipe.json" not in held and held != {"cache"}:
+        if not holds_run(output):
             raise UserError(
                 f"output {output} holds something else than a run, which --force would delete: choose another"
             )

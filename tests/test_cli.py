@@ -89,6 +89,8 @@ def test_help_of_every_command(run: Run) -> None:
 def test_an_existing_output_is_never_overwritten(run: Run, recipe_file: Path, tiny_model: Path, tmp_path: Path) -> None:
     assert run("train", recipe_file, "steps=1")[0] == 0
     refused(run("train", recipe_file, "steps=1"), "exists", "--resume")
+    write(tmp_path / "mine.txt", "mine")
+    refused(run("train", recipe_file, "--resume", f"output={tmp_path}"), str(tmp_path), "something else than a run")
     picture = write(tmp_path / "o.png", "mine")
     refused(run("generate", "a star", "--model", tiny_model, "-o", picture), "o.png", "--force")
     assert picture.read_text() == "mine"

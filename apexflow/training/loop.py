@@ -31,7 +31,7 @@ from apexflow.training.journal import Journal
 from apexflow.training.prepare import null_condition, prepare, suited_objective
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Place, Roles, leave, make_roles
-from apexflow.training.run import CHECKPOINTS, Run, Trainee, restore, save
+from apexflow.training.run import CHECKPOINTS, Run, Trainee, holds_run, restore, save
 from apexflow.training.saving import save_model
 from apexflow.training.step import training_step
 
@@ -81,10 +81,8 @@ def start(recipe: Recipe, resume: bool) -> Run:
     folder, device = Path(recipe.output), own_device(recipe.device)
     with together():
         own_rows(recipe.batch)
-        if leads() and is_taken(folder) and not resume:
-            raise UserError(
-                f"output {folder} exists: pass --resume to go on with it, or choose another with output=FOLDER"
-            )
+        if leads() and is_taken(folder):
+            _check_taken(folder, resume)
     torch.manual_seed(recipe.seed)
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
     backbone, data = in_turn(lambda: prepare(recipe, folder, device))
@@ -106,6 +104,13 @@ def start(recipe: Recipe, resume: bool) -> Run:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2))
     return run
+
+
+def _check_taken(folder: Path, resume: bool) -> None:
+    if not resume:
+        raise UserError(f"output {folder} exists: pass --resume to go on with it, or choose another with output=FOLDER")
+    if not holds_run(folder):
+        raise UserError(f"output {folder} holds something else than a run: choose another with output=FOLDER")
 
 
 def _placing(kind: str, backbone: Backbone, recipe: Recipe, device: torch.device) -> Place:

@@ -28,6 +28,13 @@ from apexflow.training.engine import Engine
 from apexflow.training.roles import Roles
 
 CHECKPOINTS = "checkpoints"
+BEFORE_A_RUN = {"cache", "base", ".partial-base"}  # what is made in the folder before the recipe is written there
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder that is not empty is a run's, or what one left that ended while it prepared."""
+    held = {entry.name for entry in folder.iterdir()}
+    return "recipe.json" in held or held <= BEFORE_A_RUN
 
 
 @dataclass
