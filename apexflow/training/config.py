@@ -88,6 +88,7 @@ class Recipe:
     method: str = "apex"
     objective: dict[str, Any] = field(default_factory=dict)
     model: Name = "mini-teacher"
+    teacher: Name | None = None  # the frozen model to learn from, where it is not `model` itself (tuning.kind=full)
     data: Data = field(default_factory=Data)
     tuning: Tuning = field(default_factory=Tuning)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -28,7 +28,7 @@ from apexflow.training.distributed import gather, in_turn, joined, leads, own_de
 from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind, shard
 from apexflow.training.further import make_furthers
 from apexflow.training.journal import Journal
-from apexflow.training.prepare import null_condition, prepare, suited_objective
+from apexflow.training.prepare import null_condition, other_teacher, prepare, suited_objective
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Place, Roles, leave, make_roles
 from apexflow.training.run import CHECKPOINTS, Run, Trainee, holds_run, restore, save
@@ -90,7 +90,8 @@ def start(recipe: Recipe, resume: bool) -> Run:
     null = null_condition(recipe, backbone, data).to(device)
     with together():
         kind = parallel_kind(recipe, backbone.transformer, device)
-        roles = make_roles(backbone, recipe, objective.needs, _placing(kind, backbone, recipe, device))
+        teacher = other_teacher(recipe, objective.needs, backbone)
+        roles = make_roles(backbone, recipe, objective.needs, _placing(kind, backbone, recipe, device), teacher)
     engine = _engine(kind, backbone, roles, recipe, null)
     trainees = {"student": Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))}
     trainees |= _further(recipe, objective, backbone, roles, engine, null)

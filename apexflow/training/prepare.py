@@ -25,6 +25,8 @@ from apexflow.training.config import Data, Recipe
 from apexflow.training.roles import loaded_dtype
 
 CACHE_HOME = Path("runs") / "cache"
+# What two models are asked to tell whether their encoders are the same.
+GREY, WORDS = torch.zeros(1, 3, 64, 64), "a photo of a red circle"
 
 
 def prepare(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Backbone, CachedSet]:
@@ -49,6 +51,37 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Backbon
     for module in (backbone.transformer, *([backbone.text_encoder] if recipe.tuning.text_encoder else [])):
         module.to(device)
     return backbone, data
+
+
+@torch.no_grad()
+def other_teacher(recipe: Recipe, needs: Sequence[str], backbone: Backbone) -> torch.nn.Module | None:
+    """The transformer that `teacher` names, on the student's device; UserError where it cannot teach this student."""
+    if recipe.teacher is None:
+        return None
+    if recipe.tuning.kind == "lora":
+        raise UserError("teacher goes with tuning.kind=full only: a LoRA learns from its own base")
+    if recipe.model == "miniature":
+        raise UserError("teacher does not go with model=miniature, whose encoders are made anew: name a finished model")
+    if "teacher" not in needs:
+        raise UserError(f"teacher: method {recipe.method} with these settings asks no teacher: leave it out")
+    teacher = load_backbone(recipe.teacher, "cpu", loaded_dtype(recipe))
+    for what, apart in (
+        ("autoencoder", _apart(*(one.encode_images(GREY.to(one.device)) for one in (backbone, teacher)))),
+        ("text encoder", _apart(*(one.encode_prompts([WORDS]).embeds for one in (backbone, teacher)))),
+        ("shape", _shapes(teacher.transformer) != _shapes(backbone.transformer)),
+    ):
+        if apart:
+            raise UserError(f"teacher {recipe.teacher} has another {what} than model {recipe.model}: name its like")
+    return teacher.transformer.to(next(backbone.transformer.parameters()).device)
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two encoders answer differently; rounded weights still count as the same."""
+    return one.shape != other.shape or bool((one.cpu() - other.cpu()).norm() > 0.1 * one.norm())
+
+
+def _shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 @torch.no_grad()

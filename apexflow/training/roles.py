@@ -30,13 +30,13 @@ class FullRoles:
     """Every weight is trained: the EMA and the teacher are further modules, made only when something calls them."""
 
     def __init__(
-        self, backbone: Backbone, needs: tuple[str, ...], text_encoder: bool, frozen: torch.dtype, place: Place
+        self, backbone: Backbone, teacher: nn.Module | None, text_encoder: bool, frozen: torch.dtype, place: Place
     ) -> None:
         self.backbone = backbone
         self._modules = {"transformer": backbone.transformer}
         if text_encoder:
             self._modules["text_encoder"] = backbone.text_encoder
-        self.teacher = frozen_copy(backbone.transformer).to(frozen) if "teacher" in needs else None
+        self.teacher = None if teacher is None else frozen_copy(teacher).to(frozen)
         self._further: dict[str, nn.Module] = {}
         self._averages = {name: frozen_copy(module) for name, module in self._modules.items()}
         for module in self._modules.values():
@@ -266,8 +266,16 @@ class LoraRoles:
 Roles = FullRoles | LoraRoles
 
 
-def make_roles(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], place: Place = leave) -> Roles:
+def make_roles(
+    backbone: Backbone,
+    recipe: Recipe,
+    needs: tuple[str, ...],
+    place: Place = leave,
+    teacher: nn.Module | None = None,
+) -> Roles:
     """The roles for a recipe's way of tuning, `place` applied to each network once it is complete.
+
+    The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless another is given.
 
     With precision bf16 what is frozen is kept in bfloat16, what is trained in float32. UserError for a combination that
     does not exist.
@@ -284,7 +292,8 @@ def make_roles(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], place
         second_time.detach(backbone.transformer)  # what it has left to say, this method never asks
     if tuning.kind == "lora":
         return LoraRoles(backbone, tuning, frozen, place)
-    return FullRoles(backbone, needs, tuning.text_encoder, frozen, place)
+    teacher = (teacher or backbone.transformer) if "teacher" in needs else None
+    return FullRoles(backbone, teacher, tuning.text_encoder, frozen, place)
 
 
 def frozen_dtype(recipe: Recipe) -> torch.dtype:
