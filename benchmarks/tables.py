@@ -19,7 +19,11 @@ from apexflow.comparison.tables import budget_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-DOCUMENTS = ("README.md", "docs/paper.md", "docs/log.md", "docs/evaluation.md")
+CARDS = ("mini-teacher", "mini-student")
+DOCUMENTS = (
+    *("README.md", "docs/paper.md", "docs/log.md", "docs/evaluation.md"),
+    *(f"apexflow/assets/{name}/README.md" for name in CARDS),
+)
 
 
 def source(result: dict[str, Any], file: str) -> str:
@@ -44,6 +48,13 @@ def scores(result: dict[str, Any]) -> str:
         rows.append([name, str(row["evaluations"]), *values, overall, *rest, str(row["seeds"])])
     origins = dict.fromkeys(source(row, "scores.json") for row in result["scores"].values())
     return "\n\n".join([markdown(rows), *origins])
+
+
+def card(name: str) -> Callable[[dict[str, Any]], str]:
+    """The scores of one shipped model, for its card."""
+    return lambda result: scores(
+        {"scores": {key: row for key, row in result["scores"].items() if row["model"] == name}}
+    )
 
 
 def speed(result: dict[str, Any]) -> str:
@@ -130,6 +141,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "weights": ("ablate-weights.json", ablation),
     "shift": ("ablate-shift.json", ablation),
     "readings": ("ablate-readings.json", ablation),
+    **{name: ("scores.json", card(name)) for name in CARDS},
 }
 
 

@@ -36,7 +36,7 @@ def ship(model: Path, name: str) -> Path:
 
 
 def card(backbone: object, name: str) -> str:
-    """A model card: what it is, how it was made, where its scores are."""
+    """A model card: what it is, how it was made, and the place of its scores."""
     made = backbone.settings.card
     recipe = yaml.safe_dump(made["recipe"], sort_keys=False)
     device = provenance()["device"]
@@ -49,7 +49,10 @@ A miniature SANA ({weights / 1e6:.1f}M parameters with autoencoder and text enco
 shapes from captions. It exists to prove and to test apexflow, and knows nothing else. Apache-2.0.
 
 Trained for {made["steps"]} steps in {made["seconds"] / 60:.0f} minutes on {device}.
-Scores: the table in the repository's README, from `results/scores.json`.
+Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
+
+<!-- {name} -->
+<!-- /{name} -->
 
 Recipe, with its seed:
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.plan import Plan
@@ -15,8 +15,6 @@ from apexflow.report import page, write
 from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import section, tag, text
 from apexflow.training.journal import read_metrics
-
-LABEL, GAP = 130, 2  # pixels for a row's name, and between pictures
 
 
 def write_page(plan: Plan, results: dict[str, Any]) -> Path:
@@ -89,19 +87,13 @@ def _picture(path: Path, column: str) -> str:
 
 def grid(plan: Plan, rows: dict[str, Any], kind: str, heads: list[str]) -> Path:
     """A sheet with a row a method and a column a prompt or a number of steps, names beside and above."""
-    found = {name: paths for name in rows if (paths := strips(plan, name, kind))}
-    with Image.open(next(iter(found.values()))[0]) as first:
-        width, height = first.size
-    sheet = Image.new("RGB", (LABEL + len(heads) * (width + GAP), 16 + len(found) * (height + GAP)), "white")
-    drawing = ImageDraw.Draw(sheet)
-    for column, head in enumerate(heads):
-        drawing.text((LABEL + column * (width + GAP), 2), head, fill="black")
-    for row, (name, paths) in enumerate(found.items()):
-        top = 16 + row * (height + GAP)
-        drawing.text((2, top + height // 2 - 6), name, fill="black")
-        for column, path in enumerate(paths):
-            with Image.open(path) as picture:
-                sheet.paste(picture, (LABEL + column * (width + GAP), top))
+    found = {name: [_opened(path) for path in paths] for name in rows if (paths := strips(plan, name, kind))}
+    sheet = pictures.labelled_sheet(found, heads)
     path = plan.output / f"grid-{kind}.png"
     sheet.save(path)
     return path
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")

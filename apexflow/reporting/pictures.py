@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from apexflow.reporting.markup import tag, text
 
@@ -41,6 +41,23 @@ def _as_png(picture: Image.Image) -> tuple[Image.Image, bytes, str]:
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
     return small, buffer.getvalue(), TYPES["PNG"]
+
+
+def labelled_sheet(rows: Mapping[str, Sequence[Image.Image]], heads: Sequence[str], gap: int = 2) -> Image.Image:
+    """Pictures of one size, a named row each, under the names of their columns."""
+    width, height = next(iter(rows.values()))[0].size
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left, top = 8 + max(int(measure.textlength(name)) for name in rows), 16
+    sheet = Image.new("RGB", (left + len(heads) * (width + gap), top + len(rows) * (height + gap)), "white")
+    drawing = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        drawing.text((left + column * (width + gap), 2), head, fill="black")
+    for row, (name, pictures) in enumerate(rows.items()):
+        y = top + row * (height + gap)
+        drawing.text((2, y + height // 2 - 6), name, fill="black")
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture, (left + column * (width + gap), y))
+    return sheet
 
 
 def figure(picture: str, caption: str, kind: str = "grid") -> str:
