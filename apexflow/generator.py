@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone, load_backbone
 from apexflow.backbones.second_time import going_to, second_time_of
-from apexflow.conditioning import guide
+from apexflow.conditioning import Condition, guide
 from apexflow.errors import UserError
 from apexflow.randomness import RowRandom
 from apexflow.sampler import sample, shift_times, time_grid
@@ -23,10 +23,11 @@ MAX_BATCH = 32
 
 class Generator:
     """A loaded model with its own sampling settings. `evaluations` counts network calls of the last `generate`, guidance
-    included, a picture."""
+    included, a picture. `encode`: prompts to conditions, by default the model's text encoder."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, encode: Callable[[Sequence[str]], Condition] | None = None) -> None:
         self.backbone = backbone
+        self.encode = encode or backbone.encode_prompts
         self.evaluations = 0
 
     def generate(
@@ -107,8 +108,8 @@ class Generator:
     ) -> Tensor:
         backbone = self.backbone
         # While training, the encoders do not stand on the transformer's device.
-        c = backbone.encode_prompts(prompts).to(backbone.device)
-        null = backbone.encode_prompts([""]).expand(len(prompts)).to(backbone.device) if guidance != 1 else None
+        c = self.encode(prompts).to(backbone.device)
+        null = self.encode([""]).expand(len(prompts)).to(backbone.device) if guidance != 1 else None
         self.evaluations = 0
 
         network = backbone.transformer

@@ -26,7 +26,7 @@ from apexflow.training.journal import read_metrics
 from apexflow.training.loop import start, train
 from apexflow.training.roles import FullRoles
 from apexflow.training.run import save
-from apexflow.training.step import make_batch, training_step
+from apexflow.training.step import training_step
 
 KINDS = ("full", "lora")
 METHODS = {
@@ -277,44 +277,6 @@ def test_a_run_leaves_curves_grids_and_a_report(recipe_file: Path, tmp_path: Pat
     assert list((folder / "tensorboard").iterdir())
     assert (folder / "report.html").stat().st_size > 10_000
     assert (model / "model_index.json").is_file()
-
-
-def gradients_of(run: loop.Run) -> dict[str, torch.Tensor]:
-    """Gradients of one step, by name."""
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in run.roles.trained.items():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
-    training_step(run)
-    return found
-
-
-@pytest.mark.parametrize("checkpointing", ["true", "false"])
-def test_a_base_in_eight_bits_gives_the_gradients_of_the_base_that_it_is(
-    recipe_file: Path, tmp_path: Path, checkpointing: str
-) -> None:
-    common = ["tuning.kind=lora", "tuning.rank=4", f"tuning.checkpointing={checkpointing}"]
-    runs = []
-    for name in ("narrow", "rounded"):
-        storage = ["tuning.storage=fp8"] if name == "narrow" else []
-        run = start(load_recipe(recipe_file, [*common, *storage, f"output={tmp_path / name}"]), resume=False)
-        runs.append(run)
-    narrow, rounded = ({n: p for n, p in run.backbone.transformer.named_parameters()} for run in runs)
-    stored = {name for name, p in narrow.items() if p.dtype == torch.float8_e4m3fn}
-    assert any("to_q.base_layer.weight" in name for name in stored) and not any("lora_" in name for name in stored)
-    with torch.no_grad():
-        for name, parameter in rounded.items():
-            parameter.copy_(narrow[name].to(parameter))  # float32, but no finer than eight bits
-    gradients = [gradients_of(run) for run in runs]
-    assert gradients[0].keys() == gradients[1].keys() == runs[0].roles.trained.keys()
-    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
-    assert any(float(gradient.abs().max()) > 1e-6 for gradient in gradients[0].values())
-    model = load_backbone(str(loop.finish(runs[0])))  # merged in the run's precision, not in eight bits
-    x, t = torch.randn(2, 8, 8, 8), torch.tensor([0.4, 0.9])
-    c = make_batch(runs[0], torch.arange(2)).c
-    with torch.no_grad():
-        assert torch.allclose(
-            model.velocity(model.transformer, x, t, c), runs[0].networks.reference(x, t, c), atol=1e-5
-        )
 
 
 def test_adam_in_eight_bits_is_an_extra(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

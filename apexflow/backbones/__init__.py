@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
@@ -92,6 +93,10 @@ class Backbone(Protocol):
     def encode_images(self, images: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+    def encoders_on(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within, autoencoder and text encoder stand on `device`; both are read when they are first called for."""
+        ...
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """(C, h, w) for a picture of `size` (height, width); UserError for a size that the model cannot take."""

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apexflow.backbones import Settings
+from apexflow.backbones.encoders import Encoders
 from apexflow.backbones.parts import save_folder, scheduler_shift
 from apexflow.backbones.text import device_of, unknown_words
 from apexflow.errors import UserError
 from apexflow.transport import LINEAR, Transport
 
 
-class Family:
+class Family(Encoders):
     """Base of a family's file, which adds `load`, `encode_prompts` and `velocity`, and overrides what differs.
 
     With several text encoders, `text_encoder` is a ModuleDict of them by the names of their folders, so that whoever
@@ -38,12 +39,11 @@ class Family:
     depth: str | None = None
 
     def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
+        super().__init__(parts)
         self.settings = settings
         self.transformer: Any = parts[self.network_part]
         self.config = self.transformer.config
-        self.vae, self.scheduler = parts["vae"], parts["scheduler"]
-        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-        self.text_encoder: Any = next(iter(encoders.values())) if len(encoders) == 1 else nn.ModuleDict(encoders)
+        self.scheduler = parts["scheduler"]
         self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
         for tokenizer in self.tokenizers.values():
             tokenizer.padding_side = "right"  # velocities and caches expect real tokens first
@@ -81,7 +81,7 @@ class Family:
     @property
     def factor(self) -> int:
         """Pixels to a side of a latent pixel."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae_config.block_out_channels) - 1)
 
     @property
     def channels(self) -> int:
@@ -113,9 +113,8 @@ class Family:
 
     def save(self, folder: Path, settings: Settings) -> None:
         """Write the diffusers folder of `pipeline`, with `settings` beside it."""
-        several = isinstance(self.text_encoder, nn.ModuleDict)
-        parts = {self.network_part: self.transformer, "vae": self.vae, "scheduler": self.scheduler, **self.tokenizers}
-        parts |= dict(self.text_encoder.items()) if several else {"text_encoder": self.text_encoder}
+        parts = {self.network_part: self.transformer, "scheduler": self.scheduler, **self.tokenizers}
+        parts |= self.encoders_to_save()
         save_folder(folder, self.pipeline, parts, settings, self.index())
 
     def index(self) -> dict[str, Any]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from apexflow.backbones import Settings
+from apexflow.backbones import PICKLES, Settings
 from apexflow.errors import UserError
 
 OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
@@ -70,8 +73,34 @@ def _shapes(path: Path, kind: Any) -> nn.Module:
         return kind.from_config(config)
 
 
+class Later:
+    """A network of a folder that is read when it is first called for, onto `device`; `config` is known before."""
+
+    def __init__(self, folder: Path, part: str, kind: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """UserError where the part is missing, or a file of weights has not the size that it names."""
+        self.path, self.kind, self.device, self.dtype = folder / part, kind, device, dtype
+        if not self.path.is_dir():
+            raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
+        for file in self.path.glob("*.safetensors") if device.type != "meta" else ():
+            _guarded(file, lambda file=file: safe_open(file, "pt"))
+
+    @cached_property
+    def config(self) -> Any:
+        return _guarded(self.path, lambda: _shapes(self.path, self.kind)).config
+
+    def read(self) -> Any:
+        return load_part(self.path.parent, self.path.name, self.kind, self.device, self.dtype)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Copy the part as it is."""
+        shutil.copytree(self.path, folder, ignore=shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES)))
+
+
 def load_parts(folder: Path, kinds: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The named sub-folders (tokenizers, and models with weights) and the scheduler; UserError names a missing one."""
+    """The named sub-folders (tokenizers, and models with weights) and the scheduler; UserError names a missing one.
+
+    Text encoders and the autoencoder are read when they are first called for.
+    """
     parts: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name.startswith("tokenizer"):
@@ -79,7 +108,8 @@ def load_parts(folder: Path, kinds: Mapping[str, Any], device: torch.device, dty
             continue
         # Autoencoders of the AutoencoderKL line overflow in float16 ("force_upcast").
         wide = name == "vae" and dtype == torch.float16
-        parts[name] = load_part(folder, name, kind, device, torch.float32 if wide else dtype)
+        load = Later if name.startswith(("text_encoder", "vae")) else load_part
+        parts[name] = load(folder, name, kind, device, torch.float32 if wide else dtype)
     return parts | {"scheduler": load_scheduler(folder)}
 
 
@@ -97,7 +127,7 @@ def save_folder(
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **(extra or {})}
     for name in sorted(parts):
         parts[name].save_pretrained(folder / name)
-        index[name] = index_entry(type(parts[name]))
+        index[name] = index_entry(getattr(parts[name], "kind", type(parts[name])))
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
 

@@ -115,7 +115,7 @@ class QwenImage(Family):
 
     @property
     def factor(self) -> int:
-        return 2 ** len(self.vae.config.temperal_downsample)
+        return 2 ** len(self.vae_config.temperal_downsample)
 
     @property
     def channels(self) -> int:

@@ -12,16 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.parts import compute_dtype, load_part, load_scheduler, save_folder, scheduler_shift
+from apexflow.backbones.encoders import Encoders
+from apexflow.backbones.parts import (
+    Later,
+    compute_dtype,
+    load_part,
+    load_scheduler,
+    save_folder,
+    scheduler_shift,
+)
 from apexflow.backbones.text import device_of, tokenize, unknown_words
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.transport import LINEAR, Transport
 
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 
-
-class Sana:
+class Sana(Encoders):
     """A `SanaPipeline` folder. The raw output already is z - x and time goes in as 1000 t in float32."""
 
     family: ClassVar[str] = "sana"
@@ -44,7 +50,8 @@ class Sana:
         scheduler: Any,
         settings: Settings,
     ) -> None:
-        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        super().__init__({"vae": vae, "text_encoder": text_encoder})
+        self.transformer = transformer
         self.tokenizer, self.scheduler, self.settings = tokenizer, scheduler, settings
         self.tokenizer.padding_side = "right"
         tokens = (self.default_size // self._factor // transformer.config.patch_size) ** 2
@@ -57,8 +64,8 @@ class Sana:
         from transformers import AutoTokenizer, Gemma2Model
 
         transformer = load_part(folder, "transformer", SanaTransformer2DModel, device, dtype)
-        vae = load_part(folder, "vae", AutoencoderDC, device, dtype)
-        text_encoder = load_part(folder, "text_encoder", Gemma2Model, device, dtype)
+        vae = Later(folder, "vae", AutoencoderDC, device, dtype)
+        text_encoder = Later(folder, "text_encoder", Gemma2Model, device, dtype)
         tokenizer = load_part(folder, "tokenizer", AutoTokenizer, device)
         settings = read_settings(folder, cls.defaults)
         return cls(transformer, vae, text_encoder, tokenizer, load_scheduler(folder), settings)
@@ -128,7 +135,7 @@ class Sana:
 
     @property
     def _factor(self) -> int:
-        return 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
+        return 2 ** (len(self.vae_config.encoder_block_out_channels) - 1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         multiple = self._factor * self.transformer.config.patch_size
@@ -146,5 +153,5 @@ class Sana:
 
     def save(self, folder: Path, settings: Settings) -> None:
         """Write the diffusers folder of `pipeline`, with `settings` beside it."""
-        parts = {part: getattr(self, part) for part in (*PARTS, "scheduler")}
-        save_folder(folder, self.pipeline, parts, settings)
+        parts = {"transformer": self.transformer, "tokenizer": self.tokenizer, "scheduler": self.scheduler}
+        save_folder(folder, self.pipeline, parts | self.encoders_to_save(), settings)

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -296,16 +295,3 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     except Exception as error:  # safetensors wraps a full disk in an error of its own
         partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}): free some space; the same command then goes on") from error
-
-
-@contextmanager
-def encoders_on(backbone: Backbone, device: torch.device) -> Iterator[None]:
-    """Within, autoencoder and text encoder stand on `device`; afterwards they make room there again."""
-    modules = (backbone.vae, backbone.text_encoder)
-    for module in modules:
-        module.to(device)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.to("cpu")

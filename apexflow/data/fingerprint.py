@@ -32,7 +32,7 @@ def hash_tensors(*groups: Mapping[str, Tensor]) -> str:
 
 # A cache's are read from the files, not from the loaded weights, so that dtype, device and number of threads make no difference.
 SAMPLES, SAMPLE_BYTES = 16, 256
-VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+VOCABULARY = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 
 
 def autoencoder_fingerprint(folder: Path) -> str:
@@ -43,18 +43,26 @@ def autoencoder_fingerprint(folder: Path) -> str:
 def text_fingerprint(folder: Path, settings: Any) -> str:
     """Of everything that turns a prompt into an embedding: encoders, vocabularies, instruction and length limit."""
     parts = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer")))
-    texts = [_vocabulary(p / name) for p in parts for name in VOCABULARY if (p / name).is_file()]
+    texts = [text for part in parts for text in _vocabulary(part)]
     weights = [line for part in parts if part.name.startswith("text_encoder") for line in _weights(part)]
     return _hash([*weights, *texts, f"{settings.instruction} {settings.max_tokens}"])
 
 
-def _vocabulary(path: Path) -> str:
-    """What a vocabulary file says; how the tokenizer was last called, which it saves too, is left out."""
-    content = path.read_bytes()
-    if path.name == "tokenizer.json":
-        said = {key: value for key, value in json.loads(content).items() if key not in ("padding", "truncation")}
-        content = json.dumps(said, sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()
+def _vocabulary(part: Path) -> list[str]:
+    """Of what a tokenizer's files say.
+
+    `tokenizer.json` alone says everything, and a model that is saved again has no other; but what it says of how the
+    tokenizer was last called is left out.
+    """
+    whole = part / "tokenizer.json"
+    if whole.is_file():
+        try:
+            said = {k: v for k, v in json.loads(whole.read_bytes()).items() if k not in ("padding", "truncation")}
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"cannot read {whole} ({error}): restore it from the original checkpoint") from error
+        return [hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()]
+    files = [part / name for name in VOCABULARY if (part / name).is_file()]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 
 def _hash(lines: list[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from apexflow.backbones import load_backbone, resolve
 from apexflow.data.cache import read_index
-from apexflow.data.caching import CacheSettings, encoders_on, make_cache
+from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.data.synthesize import Synthesis, synthesize
 from apexflow.data.workers import worker, worker_device
 from apexflow.generator import Generator
@@ -21,7 +21,7 @@ def cache_command(source: Path, folder: Path, model: str, settings: CacheSetting
     home = resolve(model)
     backbone = load_backbone(model, "cpu", torch.bfloat16 if place.type == "cuda" else torch.float32)
     backbone.vae.float()  # small, and its errors would stay in the data
-    with encoders_on(backbone, place):
+    with backbone.encoders_on(place):
         complete = make_cache(source, backbone, home, folder, settings, *worker())
     if not complete:
         return {"cache": str(folder), "complete": False}

@@ -53,7 +53,7 @@ class Tuning:
     rank: Count = 32
     alpha: Count | None = None  # the rank when not given
     text_encoder: bool = False
-    storage: Literal["fp8"] | None = None  # of a LoRA's frozen base: 8 bits a weight, computed in the run's precision
+    storage: Literal["fp8", "nf4"] | None = None  # of a LoRA's frozen base: 8 or 4 bits a weight
     checkpointing: bool | None = None  # compute activations again in backward; None: from half a billion parameters on
 
 

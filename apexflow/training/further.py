@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,11 +38,12 @@ class Furthers:
         asked: Field,
         trained: dict[str, nn.Parameter],
         network: nn.Module,
-        also: Sequence[nn.Parameter] = (),
+        below: str = "",
     ) -> None:
-        """`network` answers for it; `also`: weights of others that it passes through, to be held with its own."""
+        """`network` answers for it; `below`: a further role that it passes through, whose weights are held with its own."""
         self.fields[name], self.trained[name] = asked, {f"{name}.{key}": p for key, p in trained.items()}
-        self.frozen[name] = held(asked, [*trained.values(), *also], network)
+        names = [role for role in (name, below) if role in self.trained]
+        self.frozen[name] = held(asked, lambda: chain(*(self.trained[role].values() for role in names)), network)
 
 
 def make_furthers(
@@ -76,8 +78,7 @@ def _add_judge(
     with torch.no_grad():
         seen = look(x, torch.ones(1, device=x.device), null)
     judge = Judge(look, [part.shape[-1] for part in seen]).to(x.device)
-    below_it = list(made.trained.get(one.on, {}).values())
-    made.add(one.name, judge, dict(judge.named_parameters()), roles.network(one.on), below_it)
+    made.add(one.name, judge, dict(judge.named_parameters()), roles.network(one.on), one.on)
 
 
 class Judge(nn.Module):

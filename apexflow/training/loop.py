@@ -30,10 +30,11 @@ from apexflow.training.further import make_furthers
 from apexflow.training.journal import Journal
 from apexflow.training.prepare import null_condition, other_teacher, prepare, suited_objective
 from apexflow.training.preview import save_preview
-from apexflow.training.roles import Place, Roles, leave, make_roles
+from apexflow.training.roles import Place, Roles, frozen_dtype, make_roles
 from apexflow.training.run import CHECKPOINTS, Run, Trainee, holds_run, restore, save
 from apexflow.training.saving import save_model
 from apexflow.training.step import training_step
+from apexflow.training.storage import storing
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -91,7 +92,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
     with together():
         kind = parallel_kind(recipe, backbone.transformer, device)
         teacher = other_teacher(recipe, objective.needs, backbone)
-        roles = make_roles(backbone, recipe, objective.needs, _placing(kind, backbone, recipe, device), teacher)
+        roles = make_roles(backbone, recipe, objective.needs, _placing(kind, recipe, device), teacher)
     engine = _engine(kind, backbone, roles, recipe, null)
     trainees = {"student": Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))}
     trainees |= _further(recipe, objective, backbone, roles, engine, null)
@@ -114,11 +115,10 @@ def _check_taken(folder: Path, resume: bool) -> None:
         raise UserError(f"output {folder} holds something else than a run: choose another with output=FOLDER")
 
 
-def _placing(kind: str, backbone: Backbone, recipe: Recipe, device: torch.device) -> Place:
-    """What is done with each network of a run once it is complete."""
+def _placing(kind: str, recipe: Recipe, device: torch.device) -> Place:
+    """What is done with each network of a run, made on the CPU, once it is complete."""
     if kind != "fsdp":
-        return leave
-    backbone.transformer.to("cpu")  # further copies are made there; no GPU has room for all of them
+        return storing(recipe.tuning.storage, frozen_dtype(recipe), device)
     half = recipe.precision == "bf16" and recipe.tuning.kind == "full"
     return lambda network: shard(network, device, half)
 
@@ -173,7 +173,8 @@ def preview(run: Run) -> None:
     """A sample grid. Sharded networks need all processes for it, others one."""
     with together():
         if leads() or isinstance(run.engine, Sharded):
-            save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step)
+            cached = not run.recipe.tuning.text_encoder
+            save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step, cached)
 
 
 def finish(run: Run) -> Path:

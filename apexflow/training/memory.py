@@ -7,50 +7,63 @@ Activations are counted by a forward pass on fake tensors (shapes of the CPU ker
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
+from apexflow.objectives import Networks, further_of
 from apexflow.training.config import Recipe
+from apexflow.training.further import Furthers, make_furthers
 from apexflow.training.passes import Pass
-from apexflow.training.roles import checkpointed, make_roles
+from apexflow.training.roles import Roles, checkpointed, make_roles
 
 SHALLOW = (2, 3)
+HELD = ", held"  # how a `Pass` names a role whose weights are out of the graph
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of tensors that live as long as the run, by what they are."""
+    """Bytes of tensors that live as long as the run, by what they are. further: what a method trains beside the student."""
 
     trained: int
     average: int
     frozen: int
+    further: int = 0
 
 
-def sizes_of(roles: Any) -> Sizes:
+def sizes_of(roles: Any, furthers: Furthers | None = None) -> Sizes:
     """The networks of a run, by what happens to their tensors. Each storage counts once."""
     trained, average = _storages(roles.trained.values()), _storages(roles.average.values())
+    further = _storages(p for one in (furthers or Furthers()).trained.values() for p in one.values())
     modules = [value for value in vars(roles).values() if isinstance(value, nn.Module)] + [roles.backbone.transformer]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    everything = _storages(tensors)
-    frozen = sum(size for key, size in everything.items() if key not in trained and key not in average)
-    return Sizes(sum(trained.values()), sum(average.values()), frozen)
+    rest = _storages(tensors).items()
+    frozen = sum(size for key, size in rest if not any(key in known for known in (trained, average, further)))
+    return Sizes(sum(trained.values()), sum(average.values()), frozen, sum(further.values()))
 
 
-def network_sizes(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...]) -> Sizes:
+def network_sizes(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], tokens: int) -> Sizes:
     """The sizes of a run's networks, from roles made on the meta device; like blocks are counted on a shallow network."""
+    # A judge has to look into the network to be made, which no base in four bits can answer on shapes.
+    whole = replace(recipe, tuning=replace(recipe.tuning, storage=None))
 
     def count(depth: int | None) -> Sizes:
         with torch.device("meta"):
-            return sizes_of(make_roles(at_depth(backbone, depth), recipe, needs))
+            sizes = sizes_of(make_roles(at_depth(backbone, depth), recipe, needs))
+        if not further_of(recipe.build_objective()):
+            return sizes
+        made = on_shapes(at_depth(backbone, depth), whole, tokens)
+        return replace(sizes, further=sizes_of(made.roles, made.furthers).further)
 
     layers = layers_of(backbone)
     if layers is None:
@@ -70,30 +83,37 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
+class Saved:
+    """One tensor that autograd saved, for as long as a graph needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 @dataclass
 class Kept:
-    """Storages that backward will need, parameters excepted. Held, so that no address is used twice."""
+    """What graphs hold for backward right now, parameters excepted."""
 
     excepted: set[int]
-    storages: dict[int, torch.UntypedStorage]
+    saved: list[weakref.ref[Saved]] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
+        alive = [found.tensor for reference in self.saved if (found := reference()) is not None]
+        return sum(size for key, size in _storages(alive).items() if key not in self.excepted)
 
 
 @contextmanager
-def kept_for_backward(networks: Iterable[nn.Module]) -> Any:
+def kept_for_backward(networks: Iterable[nn.Module]) -> Iterator[Kept]:
     """Within, whatever autograd saves is noted in the `Kept` that this yields."""
-    kept = Kept({key for network in networks for key in _storages(network.parameters())}, {})
+    kept = Kept({key for network in networks for key in _storages(network.parameters())})
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in kept.excepted:
-            kept.storages[storage._cdata] = storage
-        return tensor
+    def note(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        kept.saved.append(weakref.ref(saved))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved.tensor):
         yield kept
 
 
@@ -106,28 +126,31 @@ class Activations:
 
 
 def activations(
-    backbone: Backbone, recipe: Recipe, passes: Sequence[Pass], shape: Sequence[int], tokens: int
+    backbone: Backbone, recipe: Recipe, passes: Sequence[Pass], shape: Sequence[int], tokens: int, captions: int = 0
 ) -> Activations:
-    """What the passes with a graph keep. `backbone` is on the meta device; `shape` (C, h, w) of latents."""
-    graphs = [made.rows for made in passes if made.graph]
-    # How the base is stored changes nothing here: a layer runs in the precision of the run.
-    whole = replace(recipe, tuning=replace(recipe.tuning, checkpointing=False, storage=None))
-    again = replace(recipe, tuning=replace(recipe.tuning, checkpointing=True, storage=None))
+    """What the passes with a graph keep. `backbone` is on the meta device; `shape` (C, h, w) of latents; `captions` are
+    encoded by a text encoder that is trained."""
+    graphs = [made for made in passes if made.graph]
+    largest = [Pass("student", max(made.rows for made in graphs), True)]
+    # How the base is stored changes nothing here, since a layer runs in the precision of the run; captions are counted apart.
+    plain = replace(recipe.tuning, storage=None, text_encoder=False)
+    whole, again = (replace(recipe, tuning=replace(plain, checkpointing=on)) for on in (False, True))
     layers = layers_of(backbone)
     checkpointing = checkpointed(recipe.tuning, backbone.transformer)
 
-    def count(settings: Recipe, rows: Sequence[int], depth: int | None) -> int:
-        return _count(at_depth(backbone, depth), settings, rows, shape, tokens)
+    def count(settings: Recipe, made: Sequence[Pass], depth: int | None) -> int:
+        return _count(at_depth(backbone, depth), settings, made, shape, tokens)
 
+    text = _count_captions(backbone, captions, tokens) if captions else 0
     if layers is None:
         blocks = max(len(m) for m in backbone.transformer.children() if isinstance(m, nn.ModuleList))
         kept = count(again if checkpointing else whole, graphs, None)
-        return Activations(kept, count(whole, [max(graphs)], None) // blocks if checkpointing else 0)
+        return Activations(kept + text, count(whole, largest, None) // blocks if checkpointing else 0)
     few, more = (count(again if checkpointing else whole, graphs, depth) for depth in SHALLOW)
-    kept = few + (layers - SHALLOW[0]) * (more - few)
+    kept = few + (layers - SHALLOW[0]) * (more - few) + text
     if not checkpointing:
         return Activations(kept, 0)
-    one, two = (count(whole, [max(graphs)], depth) for depth in SHALLOW)
+    one, two = (count(whole, largest, depth) for depth in SHALLOW)
     return Activations(kept, two - one)
 
 
@@ -143,21 +166,95 @@ def at_depth(backbone: Backbone, depth: int | None) -> Backbone:
     return other
 
 
-def _count(backbone: Backbone, recipe: Recipe, graphs: Sequence[int], shape: Sequence[int], tokens: int) -> int:
-    with torch.device("meta"):
-        make_roles(backbone, recipe, ())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    network = as_fake(backbone.transformer, mode)
+@dataclass(frozen=True)
+class OnShapes:
+    """A run's networks on the meta device: roles, further networks, and what both are asked through."""
+
+    roles: Roles
+    furthers: Furthers
+    networks: Networks
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        judges = [one for one in self.furthers.fields.values() if isinstance(one, nn.Module)]
+        return [*self.roles.everything, *judges]
+
+    def field(self, role: str) -> Callable[..., Tensor]:
+        """Who answers a `Pass`."""
+        name = role.removesuffix(HELD)
+        if name != role:
+            return self.networks.frozen[name]
+        return self.networks.further[name] if name in self.networks.further else getattr(self.networks, name)
+
+
+def on_shapes(backbone: Backbone, recipe: Recipe, tokens: int) -> OnShapes:
+    """The networks that a recipe asks, around a backbone on the meta device."""
+    declared = further_of(recipe.build_objective())
+    width, pooled = backbone.text_width
+    with torch.device("meta"), counting(backbone, tokens):
+        roles = make_roles(backbone, recipe, ("teacher",) if declared else ())
+        null = Condition(torch.zeros(1, tokens, width), None, None if pooled is None else torch.zeros(1, pooled))
+        networks = roles.networks(null)
+        furthers = make_furthers(declared, backbone, roles, networks, null, recipe.seed)
+    return OnShapes(roles, furthers, furthers.join(networks))
+
+
+def _count(backbone: Backbone, recipe: Recipe, graphs: Sequence[Pass], shape: Sequence[int], tokens: int) -> int:
+    made, mode = on_shapes(backbone, recipe, tokens), FakeTensorMode(allow_non_fake_inputs=True)
+    turned = as_fake(made.modules, mode)
+    for table in (made.roles.trained, *made.furthers.trained.values()):
+        table.update({name: turned[id(parameter)] for name, parameter in table.items()})
     half = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16")
-    with mode, kept_for_backward([network]) as kept, half:
-        try:
-            alive = [backbone.velocity(network, *example_inputs(backbone, rows, shape, tokens)) for rows in graphs]
-        except DataDependentOutputException as error:
-            raise UserError(
-                f"activations of {backbone.family} cannot be counted: its network reads numbers, not only shapes"
-            ) from error
+
+    def ask(one: Pass) -> Tensor:
+        x_t, t, c = example_inputs(backbone, one.rows, shape, tokens)
+        return made.field(one.role)(x_t.requires_grad_(one.role.endswith(HELD)), t, c)
+
+    with mode, kept_for_backward(made.modules) as kept, half, counting(backbone, tokens):
+        alive = [ask(one) for one in graphs]
+        found = kept.bytes
         del alive
-    return kept.bytes
+    return found
+
+
+def _count_captions(backbone: Backbone, rows: int, tokens: int) -> int:
+    """What the text encoders keep of `rows` captions, all of one length. They run in the precision of their weights."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    encoder: Any = copy.deepcopy(backbone.text_encoder).requires_grad_(True)
+    as_fake([encoder], mode)
+    with mode, kept_for_backward([encoder]) as kept, counting(backbone, tokens):
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        several = encoder.values() if isinstance(encoder, nn.ModuleDict) else [encoder]
+        alive = [one(input_ids=ids)[0] for one in several]
+        found = kept.bytes
+        del alive
+    return found
+
+
+@contextmanager
+def counting(backbone: Backbone, tokens: int) -> Iterator[None]:
+    """Within, a network that asks how long its texts are hears `tokens`; UserError for one that reads other numbers."""
+    try:
+        with _Lengths(tokens):
+            yield
+    except DataDependentOutputException as error:
+        raise UserError(
+            f"activations of {backbone.family} cannot be counted: its network reads numbers, not only shapes"
+        ) from error
+
+
+class _Lengths(TorchFunctionMode):
+    """Answers for the numbers of integer tensors, (B,) or one of them, which are lengths of texts: nothing is padded here."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Fake tensors turn tolist() into an item() for each number.
+        if func in (Tensor.tolist, Tensor.item) and args[0].ndim < 2 and args[0].dtype == torch.int64:
+            return [self.tokens] * len(args[0]) if args[0].ndim else self.tokens
+        return func(*args, **(kwargs or {}))
 
 
 def example_inputs(
@@ -169,9 +266,9 @@ def example_inputs(
     return torch.zeros(rows, *shape), torch.full((rows,), 0.5), c
 
 
-def as_fake(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The network with fake CPU tensors in place of its meta tensors: dispatch is the CPU's, nothing is allocated."""
-    turned: dict[int, Tensor] = {}
+def as_fake(networks: Iterable[nn.Module], mode: FakeTensorMode) -> dict[int, Any]:
+    """Put fake CPU tensors in place of meta tensors, by whose id they are returned: dispatch is the CPU's, nothing is held."""
+    turned: dict[int, Any] = {}
 
     def turn(value: Any) -> Any:
         if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
@@ -184,9 +281,9 @@ def as_fake(network: nn.Module, mode: FakeTensorMode) -> nn.Module:
             turned[id(value)] = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
         return turned[id(value)]
 
-    for module in network.modules():
+    for module in (part for network in networks for part in network.modules()):
         plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
         vars(module).update({name: turn(value) for name, value in plain.items()})
         for table in (module._parameters, module._buffers):
             table.update({name: turn(value) for name, value in table.items()})
-    return network
+    return turned

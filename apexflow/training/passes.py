@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Networks, further_of
+from apexflow.objectives import Batch, Losses, Networks, further_of
 from apexflow.randomness import RowRandom
 
 
@@ -23,8 +23,15 @@ class Pass:
     graph: bool
 
 
-def count_passes(objective: Any, rows: int, total: int | None = None, shape: Sequence[int] = (2, 4, 4)) -> list[Pass]:
-    """The passes of the first micro-batch of `rows` out of a global batch of `total`, in order.
+def count_passes(objective: Any, rows: int, total: int | None = None) -> list[Pass]:
+    """The passes of the first micro-batch of `rows` out of a global batch of `total`, in order."""
+    return trace_passes(objective, rows, total)[0]
+
+
+def trace_passes(
+    objective: Any, rows: int, total: int | None = None, shape: Sequence[int] = (2, 4, 4)
+) -> tuple[list[Pass], Losses]:
+    """The passes, and the losses with their graph.
 
     The networks are stand-ins of one parameter that keep nothing for backward, so this costs nothing at any model size,
     and what autograd saves within is the losses' own, for latents of `shape` (C, h, w).
@@ -47,8 +54,8 @@ def count_passes(objective: Any, rows: int, total: int | None = None, shape: Seq
     numbers = torch.arange(rows)
     random = RowRandom(0, 0, numbers.tolist())
     c = Condition(torch.ones(rows, 1, 2))
-    objective(networks, Batch(random.normal(shape), c, random, numbers, total or rows, 0.5), {})
-    return made
+    losses = objective(networks, Batch(random.normal(shape), c, random, numbers, total or rows, 0.5), {})
+    return made, losses
 
 
 def cost(passes: list[Pass], checkpointing: bool = False, frozen: bool = False) -> float:

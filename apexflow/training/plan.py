@@ -13,23 +13,27 @@ import torch
 
 from apexflow.backbones import Backbone
 from apexflow.backbones.presets import load_shapes
+from apexflow.objectives import further_of
 from apexflow.training.config import Recipe
 from apexflow.training.memory import activations, kept_for_backward, network_sizes
-from apexflow.training.passes import Pass, count_passes
+from apexflow.training.passes import Pass, trace_passes
 from apexflow.training.roles import checkpointed, loaded_dtype
+from apexflow.training.storage import Kind
 
 GIB = 2**30
 # Not counted but allowed for: the CUDA context, workspaces of the kernels, and what the allocator loses to fragments.
 ALLOWANCE = 2 * GIB
 FRAGMENTS = 0.03
 MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes a trained parameter
+HELD = ("trained weights", "frozen weights", "further networks", "average (EMA)", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
 class Plan:
     """Bytes on each of `gpus` GPUs, by what they are, at the start of backward; `update` is the same in the optimizer's step.
 
-    cached: bytes a picture that the cache of latents and embeddings holds, on disk or in main memory.
+    cached: bytes a picture that the cache of latents and embeddings holds, on disk or in main memory. host: main memory that
+    each process takes while it starts, where the model is whole before it goes to the GPU or is shared out.
     """
 
     parts: dict[str, int]
@@ -39,6 +43,7 @@ class Plan:
     micro_batch: int
     gpus: int
     cached: int
+    host: int
     passes: list[Pass]
 
     @property
@@ -56,6 +61,7 @@ class Plan:
             "micro_batch": self.micro_batch,
             "gpus": self.gpus,
             "cached_bytes_a_picture": self.cached,
+            "host_gib": round(self.host / GIB, 2),
             "rows_with_gradient": sum(made.rows for made in self.passes if made.graph) / self.micro_batch,
             "rows_without_gradient": sum(made.rows for made in self.passes if not made.graph) / self.micro_batch,
         }
@@ -73,11 +79,14 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     objective = recipe.build_objective()
     own = recipe.batch // gpus if recipe.batch > gpus else 1
     rows = min(recipe.micro_batch or own, own)
-    with kept_for_backward([]) as losses:
-        passes = count_passes(objective, rows, recipe.batch, shape)
+    with kept_for_backward([]) as kept:
+        passes, losses = trace_passes(objective, rows, recipe.batch, shape)
+        of_losses = kept.bytes
+        del losses
     again, blocks = checkpointed(recipe.tuning, backbone.transformer), blocks_of(backbone)
-    needed = activations(backbone, recipe, passes, shape, tokens)
-    sizes = network_sizes(backbone, recipe, objective.needs)
+    needed = activations(backbone, recipe, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0)
+    sizes = network_sizes(backbone, recipe, objective.needs, tokens)
+    host = sum(p.nbytes for p in backbone.transformer.parameters())
     shared = gpus if is_sharded(recipe, gpus) else 1
     width, pooled = backbone.text_width
     latents = 2 * math.prod(shape)
@@ -85,18 +94,20 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     parts = {
         "trained weights": sizes.trained // shared,
         "frozen weights": sizes.frozen // shared,
+        "further networks": sizes.further,
         "average (EMA)": sizes.average // shared,
-        "gradients": sizes.trained // shared,
-        "optimizer": sizes.trained // 4 * MOMENTS[recipe.optimizer.kind] // shared,
-        "activations": needed.kept + losses.bytes,
+        "gradients": sizes.trained // shared + sizes.further,
+        "optimizer": (sizes.trained // shared + sizes.further) // 4 * MOMENTS[recipe.optimizer.kind],
+        "activations": needed.kept + of_losses,
         "one block again": needed.block,
         "batch": 2 * rows * (latents + text),
     }
     if shared > 1:
         parts["one block whole"] = (sizes.trained + sizes.frozen) // max(blocks, 1)
-    held = sum(parts[name] for name in ("trained weights", "frozen weights", "average (EMA)", "gradients", "optimizer"))
-    update = held + sizes.trained // shared  # the optimizer's intermediates are as large as what it steps
-    return Plan(parts, update, sizes.trained // 4, again, rows, gpus, latents + text, passes)
+    held = sum(parts[name] for name in HELD)
+    # An optimizer's intermediates are as large as what it steps.
+    update = held + max(sizes.trained // shared, sizes.further)
+    return Plan(parts, update, sizes.trained // 4, again, rows, gpus, latents + text, host, passes)
 
 
 def shapes_of(recipe: Recipe) -> Backbone:
@@ -157,9 +168,11 @@ def _changes(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Recipe, int]]:
     while rows > 1:
         rows = max(rows // 4, 1)
         yield f"micro_batch={rows}", (recipe := replace(recipe, micro_batch=rows)), gpus
-    if tuning.kind == "lora" and tuning.storage is None:
-        tuning = replace(tuning, storage="fp8")
-        yield "tuning.storage=fp8", (recipe := replace(recipe, tuning=tuning)), gpus
+    narrower: list[Kind] = [] if tuning.kind == "full" else ["fp8", "nf4"] if tuning.storage is None else ["nf4"]
+    for storage in narrower:
+        if tuning.storage != storage:
+            tuning = replace(tuning, storage=storage)
+            yield f"tuning.storage={storage}", (recipe := replace(recipe, tuning=tuning)), gpus
     if recipe.optimizer.kind == "adamw":
         narrow = replace(recipe, optimizer=replace(recipe.optimizer, kind="adamw8bit"))
         yield "optimizer.kind=adamw8bit", (recipe := narrow), gpus
@@ -167,7 +180,7 @@ def _changes(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Recipe, int]]:
     wide = replace(recipe.optimizer, kind="adamw")
     whole = replace(recipe, parallel="fsdp", optimizer=wide, tuning=replace(tuning, storage=None))
     for count in (2, 4, 8, 16):
-        if count > gpus:
+        if count > gpus and not (tuning.text_encoder or further_of(recipe.build_objective())):
             yield f"parallel=fsdp on {count} GPUs, with full precision again", whole, count
     if tuning.kind == "full" and not tuning.text_encoder:
         yield "tuning.kind=lora", replace(recipe, tuning=replace(tuning, kind="lora")), gpus
@@ -182,6 +195,7 @@ def plan_table(found: Plan, advice: list[tuple[str, Plan]], memory: float) -> st
         f"{'peak on each GPU':20} {shown['peak_gib']:8.2f} GiB of {memory:g}",
         f"{found.gpus} GPU(s), {found.micro_batch} rows at a time, {found.trainable:,} trainable parameters, {rows}; "
         f"checkpointing {'on' if found.checkpointing else 'off'}; the cache takes {found.cached / 1e6:.2f} MB a picture",
+        f"while it starts, each process takes {shown['host_gib']:.2f} GiB of main memory",
     ]
     if found.peak > memory * GIB:
         lines.append("does not fit. Switch on, one after the other:")

@@ -13,7 +13,7 @@ import torch
 from apexflow.backbones import Backbone, check_shift, load_backbone, resolve
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet, check_made_by, is_cache
-from apexflow.data.caching import CacheSettings, encoders_on, make_cache
+from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.readers import recognise
@@ -32,7 +32,7 @@ GREY, WORDS = torch.zeros(1, 3, 64, 64), "a photo of a red circle"
 def prepare(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Backbone, CachedSet]:
     """Load (or, for "miniature", build) the model, and cache the data in its latents, unless a finished cache is named.
 
-    Autoencoder and text encoder stand on `device` only while the cache is made, the text encoder also when it is trained.
+    Autoencoder and text encoder stand on `device` only while the cache is made; the model is left on the CPU.
     """
     finished = finished_cache(recipe.data)
     source = finished or captioned_source(recipe)
@@ -42,20 +42,18 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Backbon
     settings = cache_settings(recipe)
     if finished is None:
         cache = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
-        with encoders_on(backbone, device):
+        with backbone.encoders_on(device):
             make_cache(source, backbone, model, cache, settings)
         data = CachedSet(cache)
     else:
         data = CachedSet(finished)
         check_made_by(finished, data.index["made_by"], _expected(recipe.data, settings, backbone, model))
-    for module in (backbone.transformer, *([backbone.text_encoder] if recipe.tuning.text_encoder else [])):
-        module.to(device)
     return backbone, data
 
 
 @torch.no_grad()
 def other_teacher(recipe: Recipe, needs: Sequence[str], backbone: Backbone) -> torch.nn.Module | None:
-    """The transformer that `teacher` names, on the student's device; UserError where it cannot teach this student."""
+    """The transformer that `teacher` names, on the CPU; UserError where it cannot teach this student."""
     if recipe.teacher is None:
         return None
     if recipe.tuning.kind == "lora":
@@ -72,7 +70,7 @@ def other_teacher(recipe: Recipe, needs: Sequence[str], backbone: Backbone) -> t
     ):
         if apart:
             raise UserError(f"teacher {recipe.teacher} has another {what} than model {recipe.model}: name its like")
-    return teacher.transformer.to(next(backbone.transformer.parameters()).device)
+    return teacher.transformer
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from apexflow.backbones import Backbone, second_time
-from apexflow.backbones.parts import compute_dtype
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Networks
 from apexflow.training.config import Recipe, Tuning
 from apexflow.training.engine import original_class, unsharded, whole
+from apexflow.training.storage import plain_state, storing
 
 Place = Callable[[nn.Module], None]  # shards a network, or leaves it where it is
 
@@ -36,14 +37,18 @@ class FullRoles:
         self._modules = {"transformer": backbone.transformer}
         if text_encoder:
             self._modules["text_encoder"] = backbone.text_encoder
-        self.teacher = None if teacher is None else frozen_copy(teacher).to(frozen)
+        own = teacher is backbone.transformer
+        self.teacher = (
+            None if teacher is None else (hollow(teacher) if own else teacher.eval().requires_grad_(False)).to(frozen)
+        )
         self._further: dict[str, nn.Module] = {}
-        self._averages = {name: frozen_copy(module) for name, module in self._modules.items()}
-        for module in self._modules.values():
-            module.requires_grad_(True)
-        for module in (*self._modules.values(), *self._averages.values()):
-            place(module)
-        if self.teacher is not None:
+        self._averages = {name: hollow(module) for name, module in self._modules.items()}
+        for name, module in self._modules.items():
+            place(module.requires_grad_(True))
+            fill(self._averages[name], module, place)
+        if self.teacher is not None and own:
+            fill(self.teacher, backbone.transformer, place)
+        elif self.teacher is not None:
             place(self.teacher)
         self.trained = _named(self._modules)
         self.average = {name: p.data for name, p in _named(self._averages).items()}
@@ -69,7 +74,7 @@ class FullRoles:
 
     def _frozen(self, teacher: nn.Module) -> dict[str, Field]:
         modules = {"student": self.backbone.transformer, "reference": self._averages["transformer"], "teacher": teacher}
-        return {name: held(field_of(self.backbone, part), part.parameters(), part) for name, part in modules.items()}
+        return {name: held(field_of(self.backbone, part), part.parameters, part) for name, part in modules.items()}
 
     @property
     def everything(self) -> list[nn.Module]:
@@ -146,8 +151,6 @@ class LoraRoles:
         self.trained = {name.replace(".default.", "."): p for name, p in named.items() if ".default." in name}
         self.average = {name.replace(".ema.", "."): p.data for name, p in named.items() if ".ema." in name}
         self._activate("default")
-        if tuning.storage == "fp8":
-            store_narrow(transformer, frozen)
 
     def _activate(self, name: str | None) -> None:
         for layer in self._layers:
@@ -173,7 +176,7 @@ class LoraRoles:
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
             frozen={
-                "student": held(field, self.trained.values(), self.backbone.transformer),
+                "student": held(field, self.trained.values, self.backbone.transformer),
                 "reference": reference,
                 "teacher": teacher,
             },
@@ -225,13 +228,7 @@ class LoraRoles:
         transformer = self.backbone.transformer
         self.average = {name: whole(tensor) for name, tensor in self.average.items()}
         with second_time.without(transformer) as second:
-            state = transformer.state_dict()
-        compute = compute_dtype(transformer)
-        tensors = {
-            name.replace(".base_layer.", "."): tensor.to(compute) if tensor.itemsize == 1 else whole(tensor)
-            for name, tensor in state.items()
-            if ".lora_" not in name
-        }
+            tensors = {name: whole(tensor) for name, tensor in plain_state(transformer).items()}
         layers = {id(layer) for layer in self._layers}
         for name, module in transformer.named_modules():
             if id(module) in layers:
@@ -270,10 +267,11 @@ def make_roles(
     backbone: Backbone,
     recipe: Recipe,
     needs: tuple[str, ...],
-    place: Place = leave,
+    place: Place | None = None,
     teacher: nn.Module | None = None,
 ) -> Roles:
-    """The roles for a recipe's way of tuning, `place` applied to each network once it is complete.
+    """The roles for a recipe's way of tuning, `place` applied to each network once it is complete: by default it stays where
+    it is, its matrices kept as `tuning.storage` says.
 
     The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless another is given.
 
@@ -282,6 +280,7 @@ def make_roles(
     """
     tuning = recipe.tuning
     frozen = frozen_dtype(recipe)
+    place = place or storing(tuning.storage, frozen, backbone.device)
     if checkpointed(tuning, backbone.transformer):
         backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if tuning.kind == "lora" and tuning.text_encoder:
@@ -306,19 +305,6 @@ def loaded_dtype(recipe: Recipe) -> torch.dtype:
     return frozen_dtype(recipe) if recipe.tuning.kind == "lora" else torch.float32
 
 
-def store_narrow(transformer: nn.Module, compute: torch.dtype) -> None:
-    """Keep the matrices of the base in fp8 (e4m3) and compute in `compute`, layer by layer.
-
-    Comes after the adapters, which stay as they are: cast with the base, they could not be trained. Convolutions stay too:
-    backward reads their weight after it has gone back to eight bits.
-    """
-    from diffusers.hooks import apply_layerwise_casting
-
-    kept = ("pos_embed", "norm", "lora_")
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    apply_layerwise_casting(transformer, torch.float8_e4m3fn, compute, kept, convolutions)
-
-
 def checkpointed(tuning: Tuning, transformer: nn.Module) -> bool:
     """Whether activations are computed again in backward: as the recipe says, or from half a billion parameters on."""
     if tuning.checkpointing is not None:
@@ -334,8 +320,24 @@ def update_average(roles: Roles, decay: float, step: int) -> None:
     torch._foreach_lerp_([roles.average[n] for n in names], [roles.trained[n].data for n in names], weight)
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False).eval()
+def hollow(module: nn.Module) -> nn.Module:
+    """A frozen copy whose parameters take no memory until `fill` gives them their values."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()}
+    return copy.deepcopy(module, empty).eval()
+
+
+@torch.no_grad()
+def fill(empty: nn.Module, module: nn.Module, place: Place) -> None:
+    """Make a hollow copy of a network whole, where that is now: sharded with it, so that nobody holds it whole twice."""
+    if isinstance(module, FSDPModule):
+        place(empty)
+    empty.to_empty(device=next(module.parameters()).device)
+    for own, other in zip(_tensors(empty), _tensors(module), strict=True):
+        own.copy_(other)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 @contextmanager
@@ -351,14 +353,14 @@ def not_recomputed(network: nn.Module) -> Iterator[None]:
             part.gradient_checkpointing = True
 
 
-def held(field: Field, parameters: Iterable[nn.Parameter], network: nn.Module | None = None) -> Field:
-    """The same field with its weights out of the graph: gradients pass through it to what it is asked.
+def held(field: Field, parameters: Callable[[], Iterable[nn.Parameter]], network: nn.Module | None = None) -> Field:
+    """The same field with its weights, `parameters()`, out of the graph: gradients pass through it to what it is asked.
 
     `network` is the module behind it, of which nothing may be computed again in backward, when the weights are back.
     """
-    watched = [parameter for parameter in parameters if parameter.requires_grad]
 
     def answer(*asked: Tensor | Condition) -> Tensor:
+        watched = [parameter for parameter in parameters() if parameter.requires_grad]
         for parameter in watched:
             parameter.requires_grad_(False)
         try:

@@ -18,7 +18,13 @@ TOKENS = 16
 
 @pytest.mark.parametrize(
     ("name", "kind", "checkpointing"),
-    [("qwen_image", "lora", True), ("qwen_image", "full", False), ("flux_dev", "lora", False), ("sdxl", "full", True)],
+    [
+        ("qwen_image", "lora", True),
+        ("qwen_image", "full", False),
+        ("flux_dev", "lora", False),
+        ("sdxl", "full", True),
+        ("lumina2", "full", False),
+    ],
 )
 def test_counted_on_shapes_is_what_is_really_kept(name, kind, checkpointing, folder_of):
     tuning = Tuning(kind=kind, rank=4, checkpointing=checkpointing)
@@ -38,6 +44,7 @@ def test_counted_on_shapes_is_what_is_really_kept(name, kind, checkpointing, fol
 
 
 def test_a_network_that_reads_numbers_is_named(folder_of):
-    backbone = load_backbone(str(folder_of("lumina2")), "meta")
-    with pytest.raises(UserError, match="lumina2 cannot be counted"):
-        activations(backbone, Recipe(output="x"), PASSES, backbone.latent_shape((32, 64)), TOKENS)
+    backbone = load_backbone(str(folder_of("sana")), "meta")
+    backbone.velocity = lambda network, x_t, t, c: x_t * float(t.sum())
+    with pytest.raises(UserError, match="sana cannot be counted"):
+        activations(backbone, Recipe(output="x"), PASSES, backbone.latent_shape((32, 32)), TOKENS)

@@ -46,6 +46,8 @@ def test_fingerprints_follow_weights_not_files(tiny_model: Path, tmp_path: Path)
     (tmp_path / "used").mkdir()
     backbone.save(tmp_path / "used", backbone.settings)
     assert text_fingerprint(tmp_path / "used", settings) == before[1]
+    (other / "tokenizer" / "vocab.json").write_text("{}")  # published beside tokenizer.json, and not saved again
+    assert text_fingerprint(other, settings) == before[1]
     assert autoencoder_fingerprint(change(tiny_model, "vae", tmp_path / "vae")) != before[0]
     assert text_fingerprint(change(tiny_model, "text_encoder", tmp_path / "text"), settings) != before[1]
     path.write_bytes(path.read_bytes()[:20])

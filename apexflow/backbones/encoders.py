@@ -1,0 +1,82 @@
+"""Text encoders and autoencoder of a backbone, each read from its folder when it is first called for.
+
+Training from a finished cache calls for neither text encoder nor, between previews, autoencoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from apexflow.backbones.parts import Later
+
+ROLES = ("vae", "text_encoder")
+
+
+class Encoders:
+    """Base of the families, with `vae` and `text_encoder`: one module, or a ModuleDict of several."""
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        """parts: by the names of their folders; networks, or `Later`."""
+        self._parts = {role: {n: part for n, part in parts.items() if n.startswith(role)} for role in ROLES}
+        self._read: dict[str, Any] = {}
+
+    @cached_property
+    def vae(self) -> Any:
+        return self._first("vae")
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        return self._first("text_encoder")
+
+    @property
+    def vae_config(self) -> Any:
+        """The autoencoder's config, known before its weights are read."""
+        return self._parts["vae"]["vae"].config
+
+    def _first(self, role: str) -> Any:
+        networks = {n: part.read() if isinstance(part, Later) else part for n, part in self._parts[role].items()}
+        self._read[role] = next(iter(networks.values())) if len(networks) == 1 else nn.ModuleDict(networks)
+        return self._read[role]
+
+    def _is_later(self, role: str) -> bool:
+        return all(isinstance(part, Later) for part in self._parts[role].values())
+
+    @contextmanager
+    def encoders_on(self, device: torch.device) -> Iterator[None]:
+        """Within, both stand on `device`, where they go when they are read; afterwards on the CPU.
+
+        A text encoder that was read from a folder is let go: it is large, and a cache answers from then on.
+        """
+        self._place(device)
+        try:
+            yield
+        finally:
+            if self._is_later("text_encoder"):
+                vars(self).pop("text_encoder", None)
+            self._place(torch.device("cpu"))
+
+    def _place(self, device: torch.device) -> None:
+        for role in ROLES:
+            for part in self._parts[role].values():
+                if isinstance(part, Later):
+                    part.device = device
+            if role in vars(self) or not self._is_later(role):
+                getattr(self, role).to(device)
+
+    def encoders_to_save(self) -> dict[str, Any]:
+        """By the names of their folders: `Later` for what is as it was read, else the network that stands there now."""
+        saved: dict[str, Any] = {}
+        for role in ROLES:
+            present = vars(self).get(role)
+            if self._is_later(role) and (present is None or present is self._read.get(role)):
+                saved |= self._parts[role]
+                continue
+            present = getattr(self, role)
+            saved |= dict(present.items()) if isinstance(present, nn.ModuleDict) else {role: present}
+        return saved

@@ -1,0 +1,134 @@
+"""How the frozen base under a LoRA is kept: in eight bits (fp8, by diffusers) or in four (nf4, by bitsandbytes).
+
+Comes after the adapters, which stay as they are: cast with the base, they could not be trained.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from apexflow.backbones import second_time
+from apexflow.backbones.parts import compute_dtype
+from apexflow.errors import UserError
+
+Kind = Literal["fp8", "nf4"]
+BLOCK = 64  # weights that share a scale in four bits
+KEPT = ("pos_embed", "norm", "lora_", second_time.NAME)
+
+
+def storing(kind: Kind | None, compute: torch.dtype, device: torch.device) -> Callable[[nn.Module], None]:
+    """What moves a network to `device`, its matrices kept in `kind` (None: as they are) and computed in `compute`.
+
+    They go there one by one in four bits, so that a GPU never holds them in full precision.
+    """
+
+    def store(network: nn.Module) -> None:
+        if kind == "fp8":
+            store_fp8(network, compute)
+        elif kind == "nf4":
+            store_nf4(network, compute, device)
+        network.to(device)
+
+    return store
+
+
+def store_fp8(network: nn.Module, compute: torch.dtype) -> None:
+    """Keep the matrices in fp8 (e4m3) and compute in `compute`, layer by layer.
+
+    Convolutions stay: backward reads their weight after it has gone back to eight bits.
+    """
+    from diffusers.hooks import apply_layerwise_casting
+
+    apply_layerwise_casting(network, torch.float8_e4m3fn, compute, KEPT, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def store_nf4(network: nn.Module, compute: torch.dtype, device: torch.device) -> None:
+    """Keep the matrices in NF4 (Dettmers et al., 2023), a scale for 64 weights. UserError where the extra is not installed."""
+    if device.type != "meta":
+        four_bit_functions()
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Linear) and not any(part in name for part in KEPT):
+            parent, _, own = name.rpartition(".")
+            setattr(network.get_submodule(parent), own, FourBit(module, compute, device))
+
+
+def four_bit_functions() -> Any:
+    """bitsandbytes, for `matmul_4bit` and what is in `functional`; UserError where the extra is not installed."""
+    try:
+        importlib.import_module("bitsandbytes.functional")
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError("tuning.storage=nf4 needs bitsandbytes: pip install 'apexflow[4bit]'") from error
+
+
+class FourBit(nn.Module):
+    """A linear layer whose weight is kept in NF4: two weights a byte in `codes`, a float32 scale a block in `scales`.
+
+    Plain buffers, so that it is counted on the meta device, moved and saved like any other layer.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear, compute: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.compute_dtype = linear.in_features, linear.out_features, compute
+        self.bias = linear.bias
+        count = linear.weight.numel()
+        codes = torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta")
+        scales = torch.empty(-(-count // BLOCK), device="meta")
+        if linear.weight.device.type != "meta":
+            weight = linear.weight.detach().to(device, compute).contiguous()
+            codes, state = four_bit_functions().functional.quantize_4bit(
+                weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
+            )
+            scales = state.absmax
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes: where a further adapter must lie."""
+        return self.codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.compute_dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        library = four_bit_functions()
+        return library.matmul_4bit(x.to(dtype), self.codes.t(), quant_state=self._state(dtype), bias=bias)
+
+    def whole(self) -> Tensor:
+        """The weight as it acts, in the dtype that it computes in."""
+        return four_bit_functions().functional.dequantize_4bit(self.codes, self._state(self.compute_dtype))
+
+    def _state(self, dtype: torch.dtype) -> Any:
+        functional = four_bit_functions().functional
+        return functional.QuantState(
+            absmax=self.scales,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=functional.get_4bit_type("nf4", device=self.codes.device),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+        )
+
+
+def plain_state(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network under adapters by their plain names, in the dtype that it computes in where stored narrower."""
+    compute = compute_dtype(network)
+    state = network.state_dict()
+    for name, module in network.named_modules():
+        if isinstance(module, FourBit):
+            del state[f"{name}.codes"], state[f"{name}.scales"]
+            state[f"{name}.weight"] = module.whole()
+    return {
+        name.replace(".base_layer.", "."): tensor.to(compute) if tensor.itemsize == 1 else tensor
+        for name, tensor in state.items()
+        if ".lora_" not in name
+    }

@@ -1,0 +1,88 @@
+"""Text encoder and autoencoder are read when they are called for, and what was not changed is handed on as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apexflow.backbones import load_backbone
+from apexflow.backbones.parts import Later
+from apexflow.data.cache import CachedSet
+from apexflow.data.caching import CacheSettings, make_cache
+from apexflow.training.config import load_recipe
+from apexflow.training.loop import finish, start, steps
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the parts that were read, in order."""
+    found: list[str] = []
+    read = Later.read
+
+    def note(later: Later) -> object:
+        found.append(later.path.name)
+        return read(later)
+
+    monkeypatch.setattr(Later, "read", note)
+    return found
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_training_from_a_cache_reads_no_text_encoder(
+    recipe_file: Path, tiny_model: Path, scene_folder: Path, tmp_path: Path, reads: list[str], kind: str
+) -> None:
+    cache = tmp_path / "cache"
+    assert make_cache(scene_folder, load_backbone(str(tiny_model)), tiny_model, cache, CacheSettings())
+    assert sorted(reads) == ["text_encoder", "vae"]
+    reads.clear()
+    common = [f"data.source={cache}", f"tuning.kind={kind}", "tuning.rank=4", "precision=bf16", "preview.guidance=2"]
+    run = start(load_recipe(recipe_file, [*common, "steps=2"]), resume=False)
+    assert reads == []
+    steps(run)
+    assert reads == ["vae"] and list((run.folder / "previews").iterdir())  # the previews' captions are cached
+    model = finish(run)
+    for part in ("vae", "text_encoder"):  # byte for byte, whatever the run's precision
+        assert weights(model / part) == weights(tiny_model / part) != {}
+    load_backbone(str(model)).encode_prompts(["a red star"])
+
+
+def test_an_encoder_that_made_a_cache_is_let_go(tiny_model: Path, reads: list[str]) -> None:
+    backbone = load_backbone(str(tiny_model))
+    with backbone.encoders_on(torch.device("cpu")):
+        first = backbone.encode_prompts(["a red star"]).embeds
+        backbone.encode_prompts(["a blue star"])
+        assert reads == ["text_encoder"]
+    assert torch.equal(backbone.encode_prompts(["a red star"]).embeds, first)
+    assert reads == ["text_encoder", "text_encoder"]
+
+
+def test_a_trained_text_encoder_is_the_one_that_is_saved(recipe_file: Path, tiny_model: Path) -> None:
+    overrides = ["tuning.text_encoder=true", "steps=2", "optimizer.learning_rate=0.01", "ema_decay=0"]
+    run = start(load_recipe(recipe_file, overrides), resume=False)
+    steps(run)
+    model = finish(run)
+    saved = load_file(next((model / "text_encoder").glob("*.safetensors")))
+    trained = run.backbone.text_encoder.state_dict()
+    assert saved.keys() <= trained.keys() and all(torch.equal(saved[name], trained[name]) for name in saved)
+    assert weights(model / "text_encoder") != weights(tiny_model / "text_encoder")
+
+
+def test_previews_draw_what_the_text_encoder_would_say(recipe_file: Path) -> None:
+    from apexflow.training.preview import cached_prompts
+
+    run = start(load_recipe(recipe_file), resume=False)
+    data: CachedSet = run.data
+    rows = [0, 9, 33]
+    encode = cached_prompts(data, rows)
+    for prompts in (data.captions(rows)[::-1], [""]):
+        cached, fresh = encode(prompts), run.backbone.encode_prompts(prompts)
+        assert cached.embeds.shape == fresh.embeds.shape
+        mask = 1 if fresh.mask is None else fresh.mask[..., None]
+        assert ((cached.embeds - fresh.embeds) * mask).abs().max() < 1e-5
