@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from apexflow.backbones import load_backbone
 from apexflow.backbones.parts import Later
 from apexflow.data.cache import CachedSet
 from apexflow.data.caching import CacheSettings, make_cache
+from apexflow.errors import UserError
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import finish, start, steps
 
@@ -61,6 +63,17 @@ def test_an_encoder_that_made_a_cache_is_let_go(tiny_model: Path, reads: list[st
         assert reads == ["text_encoder"]
     assert torch.equal(backbone.encode_prompts(["a red star"]).embeds, first)
     assert reads == ["text_encoder", "text_encoder"]
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_weights_that_lack_are_told_before_anything_is_begun(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path, part: str
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    next((model / part).glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=f"{part}/ holds no safetensors"):
+        start(load_recipe(recipe_file, [f"model={model}", f"output={tmp_path / 'new'}"]), resume=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_trained_text_encoder_is_the_one_that_is_saved(recipe_file: Path, tiny_model: Path) -> None:

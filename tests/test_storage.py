@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from apexflow.backbones import load_backbone
+from apexflow.backbones.miniature import build_miniature
+from apexflow.data.scenes import vocabulary
 from apexflow.errors import UserError
 from apexflow.training.config import Recipe, Tuning, load_recipe
 from apexflow.training.loop import finish, start, training_step
@@ -20,6 +22,15 @@ from apexflow.training.plan import plan, shapes_of
 from apexflow.training.run import Run
 from apexflow.training.step import make_batch
 from apexflow.training.storage import FourBit
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose matrices have rows of whole blocks, which the smallest one has not."""
+    folder = tmp_path_factory.mktemp("wide")
+    backbone = build_miniature(vocabulary(), seed=0, width=64, depth=1)
+    backbone.save(folder, backbone.settings)
+    return folder
 
 
 def gradients_of(run: Run) -> dict[str, torch.Tensor]:
@@ -42,10 +53,10 @@ def stored(network: nn.Module, kind: str) -> dict[str, torch.Tensor]:
     ("kind", "checkpointing"), [("fp8", "true"), ("fp8", "false"), ("nf4", "true"), ("nf4", "false")]
 )
 def test_a_narrow_base_gives_the_gradients_of_the_base_that_it_is(
-    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, checkpointing: str
+    recipe_file: Path, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, checkpointing: str
 ) -> None:
     four_bit.use(monkeypatch)
-    common = ["tuning.kind=lora", "tuning.rank=4", f"tuning.checkpointing={checkpointing}"]
+    common = [f"model={wide_model}", "tuning.kind=lora", "tuning.rank=4", f"tuning.checkpointing={checkpointing}"]
     runs = []
     for name in ("narrow", "rounded"):
         storage = [f"tuning.storage={kind}"] if name == "narrow" else []
@@ -71,9 +82,12 @@ def test_a_narrow_base_gives_the_gradients_of_the_base_that_it_is(
         )
 
 
-def test_four_bits_take_half_a_byte_and_their_scales(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_bits_take_half_a_byte_and_their_scales(
+    recipe_file: Path, wide_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     four_bit.use(monkeypatch)
-    recipe = load_recipe(recipe_file, ["tuning.kind=lora", "tuning.rank=4", "tuning.storage=nf4", "precision=bf16"])
+    tuning = ["tuning.kind=lora", "tuning.rank=4", "tuning.storage=nf4"]
+    recipe = load_recipe(recipe_file, [*tuning, f"model={wide_model}", "precision=bf16"])
     network = start(recipe, resume=False).backbone.transformer
     layers = [module for module in network.modules() if isinstance(module, FourBit)]
     for layer in layers:

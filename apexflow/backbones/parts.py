@@ -81,8 +81,12 @@ class Later:
         self.path, self.kind, self.device, self.dtype = folder / part, kind, device, dtype
         if not self.path.is_dir():
             raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
-        for file in self.path.glob("*.safetensors") if device.type != "meta" else ():
-            _guarded(file, lambda file=file: safe_open(file, "pt"))
+        if device.type != "meta":
+            files = list(self.path.glob("*.safetensors"))
+            if not files:
+                raise UserError(f"{folder} is incomplete: {part}/ holds no safetensors")
+            for file in files:
+                _guarded(file, lambda file=file: safe_open(file, "pt"))
 
     @cached_property
     def config(self) -> Any:

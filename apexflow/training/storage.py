@@ -48,11 +48,15 @@ def store_fp8(network: nn.Module, compute: torch.dtype) -> None:
 
 
 def store_nf4(network: nn.Module, compute: torch.dtype, device: torch.device) -> None:
-    """Keep the matrices in NF4 (Dettmers et al., 2023), a scale for 64 weights. UserError where the extra is not installed."""
+    """Keep the matrices in NF4 (Dettmers et al., 2023), a scale for 64 weights. UserError where the extra is not installed.
+
+    A matrix whose rows are not whole blocks stays: bitsandbytes 0.50 misreads its scales on a CPU.
+    """
     if device.type != "meta":
         four_bit_functions()
     for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear) and not any(part in name for part in KEPT):
+        fits = isinstance(module, nn.Linear) and module.in_features % BLOCK == 0
+        if fits and not any(part in name for part in KEPT):
             parent, _, own = name.rpartition(".")
             setattr(network.get_submodule(parent), own, FourBit(module, compute, device))
 
