@@ -109,6 +109,8 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
         raise UserError(
             f"cannot read the DPG questions at {path}: {error.strerror}; give ELLA's dpg_bench.csv"
         ) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV file in UTF-8 ({error}): give ELLA's dpg_bench.csv") from None
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: give ELLA's dpg_bench.csv")
     return rows

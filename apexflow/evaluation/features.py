@@ -58,8 +58,11 @@ class FeatureStore:
 
 
 def _keys(path: Path) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["keys"])
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["keys"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        raise UserError(f"{path} is damaged: delete its folder and results.jsonl, all is looked at again") from None
 
 
 def statistics(store: FeatureStore, keys: Iterable[str]) -> tuple[Array, Array, int]:

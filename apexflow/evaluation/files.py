@@ -45,9 +45,10 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file that is still being appended to: half a line at its end does not count."""
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    text = path.read_text("utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]  # a row that was cut off may well end in a bracket of its own
     try:
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return [json.loads(line) for line in whole.splitlines() if line.endswith("}")]
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): delete it, its rows will be made again") from None
 
@@ -90,7 +91,10 @@ def open_picture(path: Path) -> Image.Image:
 
 def stamp(path: Path) -> str:
     """Changes whenever the file is written again, so that a score is never taken for that of another picture."""
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError:  # a link to nowhere, or a file that went away: it will be told of as unreadable
+        return "none"
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 

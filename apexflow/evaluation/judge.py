@@ -64,10 +64,13 @@ class Judge:
     options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  # merged into the request body
 
     def __post_init__(self) -> None:
-        address = urlsplit(self.base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
+        if not _is_address(self.base_url):
             raise UserError(
                 f"the judge's address {self.base_url!r} is not usable: give one such as http://host:8000/v1"
+            )
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UserError(
+                "the judge's key holds a line break or another sign that no key has: set OPENAI_API_KEY anew"
             )
         if self.attempts < 1:
             raise UserError(f"judge attempts is {self.attempts}: allow at least one")
@@ -114,6 +117,15 @@ class Judge:
             raise _Retry(f"no answer ({getattr(error, 'reason', None) or error or type(error).__name__})") from None
 
 
+def _is_address(url: str) -> bool:
+    try:
+        address = urlsplit(url)
+        (address.hostname or "").encode("idna")
+        return address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed, a name with an empty part
+        return False
+
+
 def _opener(url: str) -> urllib.request.OpenerDirector:
     """Proxies from the environment, but never for a server on this machine."""
     local = urlsplit(url).hostname in LOCAL_HOSTS
@@ -135,7 +147,7 @@ def _reply_text(body: bytes) -> str:
     """choices[0].message.content of a chat completion; anything else is worth another attempt."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         raise _Retry(f"the body is no chat completion: {body[:80]!r}") from None
     if not isinstance(content, str):
         raise _Retry("the reply holds no text")

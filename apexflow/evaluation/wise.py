@@ -63,7 +63,7 @@ GROUPS = {  # the official files, each holding the categories that its --categor
 }
 
 _LEGACY = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)", re.IGNORECASE)
-_VERIFIED = re.compile(r"\bScore\s*:?\s*([01])\b", re.IGNORECASE)
+_VERIFIED = re.compile(r"Score\*{0,2}\s*:?\s*([01])\b", re.IGNORECASE)
 
 
 def parse(reply: str, protocol: str) -> dict[str, int] | None:
@@ -111,8 +111,8 @@ def aggregate(rows: Iterable[Mapping[str, Any]], protocol: str, category: str = 
     one of the six names, or an official file (culture, space-time, science).
 
     Returns overall (None unless category is all and every id is there), categories {name: mean or None}, missing and
-    dropped (prompt ids), complete. As officially, a row without numbers is dropped from its mean but its id counts as
-    present, and duplicates are all averaged.
+    dropped (prompt ids), complete. As officially, a row without numbers (verified: without 0 or 1) is dropped from its
+    mean but its id counts as present, and duplicates are all averaged.
     """
     ranges = _protocol(protocol).categories
     chosen = _categories(category)
@@ -167,7 +167,9 @@ def _image_score(row: Mapping[str, Any], protocol: str) -> float | None:
     numbers = [float(grade) for grade in grades if isinstance(grade, int | float) and math.isfinite(grade)]
     if len(numbers) != len(grades):
         return None
-    return wiscore(*numbers) if protocol == "legacy" else numbers[0]
+    if protocol == "legacy":
+        return wiscore(*numbers)
+    return numbers[0] if numbers[0] in (0, 1) else None
 
 
 def _protocol(name: str) -> Protocol:
@@ -186,8 +188,10 @@ def records(root: str | Path, protocol: str) -> list[dict[str, Any]]:
         for path in paths:
             try:
                 found += json.loads(path.read_text("utf-8"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"cannot read the WISE prompts in {path}: {error}") from None
+    if not all(isinstance(record, dict) for record in found):
+        raise UserError(f"the WISE prompts in {root} are no records: check out PKU-YuanGroup/WISE again")
     return sorted(found, key=_prompt_id)
 
 

@@ -194,3 +194,10 @@ def test_crops_run_along_the_rows_and_need_the_exact_grid() -> None:
 @pytest.mark.parametrize(("text", "plain"), [("Yes.", "yes"), ("no, there is none", "no"), ("Two dogs", "two dogs")])
 def test_plain_reply(text: str, plain: str) -> None:
     assert plain_reply(text) == plain
+
+
+def test_questions_that_are_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "dpg_bench.csv"
+    file.write_bytes(b"item_id,\xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        read_csv(file)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import little
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d, batch_norm, conv2d, max_pool2d, relu
 
+from apexflow.errors import UserError
+from apexflow.evaluation.features import FeatureStore
 from apexflow.evaluation.inception import Inception, prepare, tensorflow_resize
 
 
@@ -113,3 +118,9 @@ def test_what_each_protocol_feeds_the_network() -> None:
     white = Image.new("RGB", (64, 64), "white")
     torch.testing.assert_close(prepare(white, "sana", 64), torch.full((3, 299, 299), 1.0))
     torch.testing.assert_close(prepare(white, "clean", 64), torch.full((3, 299, 299), 127 / 128))
+
+
+def test_damaged_features_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(bytes(40))
+    with pytest.raises(UserError, match="is damaged"):
+        FeatureStore(tmp_path).keys()

@@ -135,3 +135,21 @@ def test_a_judge_in_process_and_an_unreadable_image(tmp_path: Path) -> None:
 )
 def test_strip_thinking(reply: str, rest: str) -> None:
     assert strip_thinking(reply) == rest
+
+
+def test_a_body_that_nests_too_deep_is_rubbish(server: Server) -> None:
+    server.script = [raw(b"[" * 100_000)]
+    assert judge(server).ask([]) == "2"
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:many/v1", "http://a..b/v1", "http://host:0/v1"])
+def test_addresses_that_cannot_be(url: str) -> None:
+    with pytest.raises(UserError, match="address"):
+        Judge(url, "m")
+
+
+@pytest.mark.parametrize("key", ["secret\n", "secret\u2013"])
+def test_a_key_that_no_header_takes_is_not_shown(key: str) -> None:
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as told:
+        Judge("http://host/v1", "m", key)
+    assert "secret" not in str(told.value)

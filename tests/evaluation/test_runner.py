@@ -13,6 +13,7 @@ from PIL import Image
 from apexflow.data.scenes import render, scenes
 from apexflow.errors import UserError
 from apexflow.evaluation import mini_geneval
+from apexflow.evaluation.files import read_rows
 from apexflow.evaluation.geneval.prompt_set import PROMPTS_SHA256
 from apexflow.evaluation.geneval.prompt_set import prompts as geneval_prompts
 from apexflow.evaluation.runner import Settings, Shard, Tools, evaluate, score_folder
@@ -273,3 +274,19 @@ def test_folders_that_hold_nothing_to_score(tmp_path: Path) -> None:
     next(root.rglob("00000.png")).write_bytes(b"x")
     with pytest.raises(UserError, match="could be scored"):
         score_folder(root, Settings())
+
+
+def test_a_link_to_nowhere_is_told_of(whole: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    shutil.copytree(whole / "pictures", pictures)
+    lost = sorted(pictures.rglob("*.png"))[0]
+    lost.unlink()
+    lost.symlink_to(tmp_path / "nowhere")
+    report = score_folder(pictures, QUICK, tmp_path / "scores")
+    assert list(report["failed"]) == [lost.relative_to(pictures).as_posix()] and not report["complete"]
+
+
+def test_half_a_row_that_ends_in_a_bracket_is_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"filename": "a"}\n{"filename": "b", "metadata": {"tag": "x"}')
+    assert read_rows(file) == [{"filename": "a"}]

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from apexflow.errors import UserError
+from apexflow.evaluation.suite import Tools
+from apexflow.evaluation.suites.wise import Wise
 from apexflow.evaluation.wise import PROTOCOLS, aggregate, judge_messages, parse, records, wiscore
 
 SCRIPT = '''
@@ -85,7 +87,10 @@ def test_legacy_replies(reply: str, expected: dict[str, int] | None) -> None:
         ("**Score:** 1\n1", 1),
         ("Score: one", None),
         ("Score: 0.5", 0),  # the dot ends the word
-        ("underscore: 1", None),
+        ("**Score**: 1", 1),
+        ("Score**0", 0),
+        ("WiScore: 1", 1),  # the official pattern does not ask where the word begins
+        ("WiScore: 1, Score: 0", 1),
         ("1\n0", None),
         ("fine", None),
     ],
@@ -206,3 +211,23 @@ def test_records_in_order(tmp_path: Path) -> None:
     for name, identity in (("a_verified", 2), ("b_verified", 1), ("merge", 9)):
         (tmp_path / "data_verified" / f"{name}.json").write_text(json.dumps([{"prompt_id": identity}]))
     assert [record["prompt_id"] for record in records(tmp_path, "verified")] == [1, 2]
+
+
+def test_a_verified_score_beyond_the_bit_is_dropped() -> None:
+    result = aggregate([*verified(range(1, 401)), {"prompt_id": 1, "score": 2}], "verified", "culture")
+    assert (result["categories"]["Culture"], result["dropped"], result["complete"]) == (1, [1], True)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}', "7"])
+def test_prompts_that_are_no_records(content: str, tmp_path: Path) -> None:
+    (tmp_path / "data_verified").mkdir()
+    (tmp_path / "data_verified" / "a_verified.json").write_text(content)
+    with pytest.raises(UserError, match="WISE prompts"):
+        records(tmp_path, "verified")
+
+
+def test_prompts_without_text(tmp_path: Path) -> None:
+    (tmp_path / "data_verified").mkdir()
+    (tmp_path / "data_verified" / "a_verified.json").write_text('[{"prompt_id": 1}]')
+    with pytest.raises(UserError, match="have no text"):
+        Wise(Tools(data=tmp_path, protocol="verified")).prompts()

@@ -50,7 +50,13 @@ class Wise(Suite):
         self._template()
 
     def prompts(self) -> list[dict[str, Any]]:
-        return [record | {"prompt": record["Prompt"]} for record in wise.records(self.root, self.protocol)]
+        records = wise.records(self.root, self.protocol)
+        without = [record["prompt_id"] for record in records if not isinstance(record.get("Prompt"), str)]
+        if without:
+            raise UserError(
+                f"{len(without)} WISE prompts in {self.root} have no text (such as {without[0]}): check out again"
+            )
+        return [record | {"prompt": record["Prompt"]} for record in records]
 
     def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
         return one_each(prompts, _names(prompts))
