@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -155,13 +156,13 @@ class Roles:
             on: Any = declared.on
             looked_at = self.recorders.get(on) or Recorder(self.further[on])
             if on in self.recorders:  # teachers are frozen in training
-                looked_at = held(looked_at, getattr(self, on).parameters())
+                looked_at = held(looked_at, getattr(self, on).parameters)
             self.further[declared.name] = LinearJudge(size, looked_at)
 
     def networks(self, **options: object) -> Networks:
         recorders: Any = self.recorders
-        frozen = {name: held(field, getattr(self, name).parameters()) for name, field in recorders.items()}
-        frozen |= {name: held(network, self.parameters(name)) for name, network in self.further.items()}
+        frozen = {name: held(field, getattr(self, name).parameters) for name, field in recorders.items()}
+        frozen |= {name: held(network, partial(self.parameters, name)) for name, network in self.further.items()}
         views: Any = {"further": self.further, "frozen": frozen}
         return Networks(**recorders, null=make_condition(1, seed=99), **views, **options)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from command_line import Run
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.miniature import build_miniature

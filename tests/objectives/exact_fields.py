@@ -135,7 +135,7 @@ def corners(times: Sequence[float] = TIMES, progress: float = 1.0) -> Batch:
 
 def networks(student: Field, teacher: Field | None = None, transport: Transport = LINEAR) -> Networks:
     """The student is its own reference, and its own teacher unless another is given."""
-    frozen = held(student, student.parameters()) if isinstance(student, nn.Module) else student
+    frozen = held(student, student.parameters) if isinstance(student, nn.Module) else student
     views = {"student": frozen, "reference": frozen}
     return Networks(student, student, teacher or student, transport=transport, frozen=views)
 

@@ -47,7 +47,7 @@ def field(mean: float) -> Any:
 
 def networks(student: nn.Module, critic: float, judge: nn.Module) -> Networks:
     further: Any = {"critic": field(critic), "judge": judge}
-    frozen: Any = {"judge": held(judge, judge.parameters())}
+    frozen: Any = {"judge": held(judge, judge.parameters)}
     return Networks(student, student, field(MEAN), make_condition(1), further=further, frozen=frozen)
 
 

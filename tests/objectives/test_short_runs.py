@@ -82,7 +82,7 @@ def test_every_method_but_flow_matching_runs_here() -> None:
 def cast(objective: Any, student: nn.Module) -> tuple[Networks, list[nn.Parameter]]:
     """The networks of a run, and all that is trained."""
     further: Any = {one.name: Bent() if one.kind == "field" else Judge() for one in further_of(objective)}
-    frozen = {name: held(network, network.parameters()) for name, network in further.items()}
+    frozen = {name: held(network, network.parameters) for name, network in further.items()}
     roles = networks(student, GaussianField([MEAN, MEAN], STD))
     roles = Networks(student, student, roles.teacher, further=further, frozen={**roles.frozen, **frozen})
     return roles, [p for network in (student, *further.values()) for p in network.parameters()]
