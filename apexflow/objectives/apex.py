@@ -118,7 +118,7 @@ class APEX:
     reference: theta-minus of Eq. (10): "reference" (EMA, the paper) or "student" (itself, one forward pass cheaper).
     guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper).
     lambda_law: lambda is "uniform" in [0, lambda_max], "ramp" (uniform up to a bound that grows over the run) or "constant".
-    exact_below: up to this noise level of Eq. (18) the fake's own velocity z_fake - x_fake stands in for the shifted branch,
+    exact_below: below this noise level of Eq. (18) the fake's own velocity z_fake - x_fake stands in for the shifted branch,
         which is its mean over all fakes and so does not see what is wrong with just this one. 0: never (the paper). Above 0
         it seeks modes: in long runs better pictures, less diverse.
     share: part of the rows that stand at t = 1 and are generated from; the others draw t from `times`.
@@ -295,7 +295,7 @@ class APEX:
         with torch.no_grad():
             F_real = self._real(networks)(x_adv, t_fake, c)
         error = adversarial_error(F_fake, x_fake, z_fake, t_fake, transport)
-        exact = expand((t_fake <= self.exact_below).to(F_fake), F_fake)
+        exact = expand((t_fake < self.exact_below).to(F_fake), F_fake)
         delta = residual(F_fake - exact * error, F_real).detach()
         adversarial, shift = self._norm(error), self._norm(shifting_error(F, delta))
         return adversarial.sum(), shift.sum()

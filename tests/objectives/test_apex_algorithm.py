@@ -47,7 +47,7 @@ def algorithm_1(objective: APEX, roles: Roles, batch: Batch, calls: list[Call]) 
         z_fake = (fake.x_t[k] - (1 - t) * x_fake) / t
         real = roles.reference(fake.x_t[k : k + 1], fake.t[k : k + 1], batch.c[i : i + 1])[0].detach()
         loss["adv"] += norm(fake.F[k] - (z_fake - x_fake)) / int(chosen.sum())
-        answer = z_fake - x_fake if t <= objective.exact_below else fake.F[k]
+        answer = z_fake - x_fake if t < objective.exact_below else fake.F[k]
         loss["shift"] += norm(real - answer) / int(chosen.sum())
     return loss
 
