@@ -3,12 +3,16 @@
 python benchmarks/score.py NAME=MODEL[:STEPS[:GUIDANCE]] ... [--seeds 3] [--per-prompt 4] [--output results/scores.json]
 
 python benchmarks/score.py teacher=mini-teacher:50 student=mini-student:1 --output results/scores.json
+
+Rows already in the output are kept. A row's pictures stand in runs/scores until it is done, so that an interrupted one goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +24,8 @@ from apexflow.bench import Case
 from apexflow.evaluation.runner import Settings, evaluate, over_seeds, write_json
 from apexflow.evaluation.table import score_table
 from apexflow.generator import load
+
+PICTURES = Path("runs/scores")
 
 
 def main() -> None:
@@ -40,11 +46,15 @@ def main() -> None:
             continue
         generator = load(sampled.model)
         report = {}
+        pictures = PICTURES / re.sub(r"\W+", "-", name)
         for suite in ("mini-geneval", "mini-geneval-held-out"):
             common = {"suite": suite, "steps": sampled.steps, "guidance": sampled.guidance}
             reports = [
                 evaluate(
-                    generator, Settings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common), name=name
+                    generator,
+                    Settings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common),
+                    folder=pictures / f"{suite}-{seed}",
+                    name=name,
                 )
                 for seed in range(given.seeds)
             ]
@@ -61,6 +71,7 @@ def main() -> None:
         )
         if given.output:
             write_json(given.output, {"scores": scores})
+        shutil.rmtree(pictures)
     print(score_table(scores))
 
 
