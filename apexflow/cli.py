@@ -139,6 +139,9 @@ def compare(
         Path | None, typer.Option(help="Recipe with teacher, data, batch and tuning. Default: the miniature on scenes.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Training pictures that each method sees.")] = 6400,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Trainings of each, with seeds of their own; a finished folder takes more.")
+    ] = 1,
     nfe: Annotated[str, typer.Option(help="Network evaluations a picture, with commas.")] = "1,2,4,8,20",
     rates: Annotated[str, typer.Option(help="Learning rates that are tried for each, with commas.")] = "1e-4,3e-4,1e-3",
     guidance: Annotated[float, typer.Option(help="Scale that is trained into every method that can.")] = 2.5,
@@ -150,7 +153,8 @@ def compare(
     """Train every method from one teacher at equal budgets, and score them side by side: tables, curves, pictures, one page."""
     from apexflow.comparison.command import compare_command
 
-    given = {"images": images, "seeds": seeds, "per_prompt": per_prompt, "limit": limit, "guidance": guidance}
+    given: dict[str, Any] = {"images": images, "runs": runs, "guidance": guidance}
+    given |= {"seeds": seeds, "per_prompt": per_prompt, "limit": limit}
     result, text = compare_command(tuple(methods or ()), output, recipe, nfe, rates, given)
     if speaks():
         show(result, as_json, text)

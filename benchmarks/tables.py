@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apexflow.comparison.tables import budget_table
+from apexflow.comparison.tables import budget_table, rests
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -117,9 +117,9 @@ def hours(seconds: float) -> str:
 def comparison(result: dict[str, Any]) -> str:
     """Both budgets of `apexflow compare`, and what they are."""
     plan, rows = result["plan"], result["rows"]
-    told = f"{plan['images']:,} images a run at batch {plan['recipe']['batch']}, {plan['seeds']} seeds."
+    told = f"{plan['images']:,} images a run at batch {plan['recipe']['batch']}, {plan['seeds']} seeds of the noise."
     images, wall = (markdown(budget_table(rows, budget, plan["nfe"])) for budget in ("images", "time"))
-    return f"{told}\n\nEqual images:\n\n{images}\n\nEqual wall time:\n\n{wall}"
+    return f"{told} {rests(rows)}\n\nEqual images:\n\n{images}\n\nEqual wall time:\n\n{wall}"
 
 
 def data_steps(result: dict[str, Any]) -> str:

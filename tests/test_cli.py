@@ -43,11 +43,13 @@ def test_scenes_evaluate_and_train_speak_json(run: Run, tiny_model: Path, recipe
 
 def test_compare_takes_a_recipe_and_speaks_json(run: Run, recipe_file: Path, tmp_path: Path) -> None:
     few = ["--images", 4, "--nfe", "1", "--rates", "1e-4", "--seeds", 1, "--per-prompt", 1, "--limit", 2]
+    few += ["--runs", 2]
     folder = tmp_path / "compared"
     code, output, errors = run("compare", "flow_matching", "-o", folder, "--recipe", recipe_file, *few, "--json")
     assert code == 0, errors
     result = json.loads(output)
     assert result["rows"]["flow_matching"]["budgets"]["images"]["images"] == 4
+    assert [run["seed"] for run in result["rows"]["flow_matching"]["runs"]] == [0, 1]
     assert Path(result["report"]).is_file() and (folder / "results.md").is_file()
 
 
@@ -56,6 +58,7 @@ def test_compare_takes_a_recipe_and_speaks_json(run: Run, recipe_file: Path, tmp
     [
         (["flow-matching"], ("unknown method 'flow-matching'", "did you mean 'flow_matching'")),
         (["apex", "--nfe", "one"], ("--nfe", "'one'")),
+        (["apex", "--runs", "0"], ("--runs", "greater than")),
         (["apex", "--rates", "0"], ("rates", "above 0")),
         (["apex", "--rates", "nan"], ("rates", "finite")),
         (["apex", "--recipe", "nowhere.yaml"], ("nowhere.yaml", "cannot be read")),

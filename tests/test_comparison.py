@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +15,19 @@ import torch
 
 from apexflow.comparison import results as comparison
 from apexflow.comparison import train as training
+from apexflow.comparison.averages import over_runs
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.cost import held, saved_for_backward, seconds_a_step
 from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison_recipe, guided
 from apexflow.comparison.results import run_comparison
 from apexflow.comparison.scores import own_sampler, pooled
-from apexflow.comparison.train import once
+from apexflow.comparison.tables import budget_table
+from apexflow.comparison.train import once, stages, train_to_budgets
 from apexflow.errors import Diverged, Stopped, UserError
 from apexflow.objectives import objectives
+from apexflow.reporting.curves import BOTTOM, TOP
 from apexflow.training.config import Data, load_recipe, parse
-from apexflow.training.loop import start
+from apexflow.training.loop import start, train
 
 METHODS = ("scm", BASIS)
 
@@ -37,27 +41,30 @@ def plan(tmp_path: Path, tiny_model: Path, scene_folder: Path) -> Plan:
     )
 
 
+Calls = list[tuple[str, float, int, int]]
+
+
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
-    """Every training that happens: method, learning rate, steps."""
-    seen: list[tuple[str, float, int]] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Every training that happens: method, learning rate, steps, seed."""
+    seen: Calls = []
     real = training.train
 
     def train(recipe: Any, resume: bool = False) -> Path:
-        seen.append((recipe.method, recipe.optimizer.learning_rate, recipe.steps))
+        seen.append((recipe.method, recipe.optimizer.learning_rate, recipe.steps, recipe.seed))
         return real(recipe, resume)
 
     monkeypatch.setattr(training, "train", train)
     return seen
 
 
-def test_a_comparison_from_start_to_end(plan: Plan, calls: list[tuple[str, float, int]]) -> None:
+def test_a_comparison_from_start_to_end(plan: Plan, calls: Calls) -> None:
     results = run_comparison(plan)
     rows = results["rows"]
     assert list(rows) == ["teacher", "scm", "flow_matching"]
     # The same sweep for all, then the same images for all; another run only where the time allows other steps.
     sweeps = [call for call in calls if call[2] == plan.sweep_steps]
-    assert sorted(sweeps[:4]) == sorted((name, rate, 1) for name in METHODS for rate in plan.rates)
+    assert sorted(sweeps[:4]) == sorted((name, rate, 1, 0) for name in METHODS for rate in plan.rates)
     for name in METHODS:
         row = rows[name]
         assert row["rate"] in plan.rates and row["diverged"] == "0/4"
@@ -86,7 +93,7 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: list[tuple[str, float
 
 
 def test_a_comparison_that_is_cut_off_anywhere_goes_on_without_repeating_a_run(
-    plan: Plan, calls: list[tuple[str, float, int]], monkeypatch: pytest.MonkeyPatch
+    plan: Plan, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The power goes before everything that is done once, in turn: of every run only what was not finished is done again."""
 
@@ -112,10 +119,114 @@ def test_a_comparison_that_is_cut_off_anywhere_goes_on_without_repeating_a_run(
             with pytest.raises(PowerCut):
                 run_comparison(small)
     assert list(run_comparison(small)["rows"]) == ["teacher", BASIS]
-    # A run cut off before its result was written is taken up again at its last step, where nothing is left to train;
-    # the last call goes on to the budget in time, which is the same here.
-    trained = [steps for _, _, steps in calls]
-    assert trained == [1, 1, 4, 4, 4] and not (plan.output / "sweep" / BASIS / "run-0.0001").exists()
+    # A run cut off before its result was written is taken up again at its last step, where nothing is left to train.
+    trained = [steps for _, _, steps, _ in calls]
+    assert trained == [1, 1, 4, 4] and not (plan.output / "sweep" / BASIS / "run-0.0001").exists()
+
+
+def test_a_finished_comparison_takes_more_runs_and_repeats_none(plan: Plan, calls: Calls) -> None:
+    """A folder of one run a method, as the version before several runs left it, takes a second of each, a third of one."""
+    small = replace(plan, rates=(1e-4,), nfe=(1,), seeds=1, per_prompt=1)
+    once_each = run_comparison(small)
+    as_before = {key: once_each[key] for key in ("plan", "teacher", "command")}
+    as_before["rows"] = {
+        name: {key: value for key, value in row.items() if key not in ("runs", "stages")}
+        for name, row in once_each["rows"].items()
+    }
+    (plan.output / "results.json").write_text(json.dumps(as_before))
+    (plan.output / "pace.json").unlink()
+    del calls[:]
+    rows = run_comparison(replace(small, runs=2))["rows"]
+    assert {call[0] for call in calls} == set(METHODS) and {call[3] for call in calls} == {1}
+    for name in METHODS:
+        first, second = (run["budgets"]["images"]["nfe"]["1"] for run in rows[name]["runs"])
+        mean = rows[name]["budgets"]["images"]["nfe"]["1"]
+        assert first == once_each["rows"][name]["budgets"]["images"]["nfe"]["1"]
+        assert first["distance"] != second["distance"]
+        assert mean["distance"] == pytest.approx((first["distance"] + second["distance"]) / 2)
+        assert mean["distance_se"] == pytest.approx(abs(first["distance"] - second["distance"]) / 2)
+        assert rows[name]["diverged"] == "0/5" and rows[name]["budgets"]["images"]["runs"] == 2
+
+    del calls[:]
+    results = run_comparison(replace(small, methods=(BASIS,), runs=3))
+    assert {(call[0], call[3]) for call in calls} == {(BASIS, 2)}
+    assert {name: len(row.get("runs", [])) for name, row in results["rows"].items()} == {
+        "teacher": 0,
+        "scm": 2,
+        BASIS: 3,
+    }
+    assert results["rows"]["scm"] == rows["scm"] | {"time": results["rows"]["scm"]["time"]}
+    counts = {row[0]: row[4] for row in budget_table(results["rows"], "time", [1])[1:]}
+    assert counts == {"scm": "2", BASIS: "3"} and "Up to 3 runs a method" in (plan.output / "results.md").read_text()
+    assert (plan.output / "report.html").read_text().count('class="error"') == 2 * 2
+    assert results["first"] == "scm" and run_comparison(small)["rows"] == results["rows"]
+
+
+def test_a_run_that_diverged_is_left_out_of_the_mean_and_counted() -> None:
+    def run(overall: float) -> dict[str, Any]:
+        report = {"overall": overall, "strict": 0.5, "diversity": None, "distance": 1.0, "tasks": {"colors": overall}}
+        return {"steps": 4, "images": 8, "seconds": 2.0, "seconds_a_step": 0.5, "nfe": {"1": report}}
+
+    lost = {"steps": 1, "images": 2, "seconds": 1.0, "diverged": "the loss was not finite"}
+    both = over_runs([run(0.2), lost, run(0.6), run(0.4)])
+    report = both["nfe"]["1"]
+    assert (both["runs"], both["trained"]) == (3, 4)
+    assert report["overall"] == pytest.approx(0.4) and report["overall_se"] == pytest.approx(0.2 / 3**0.5)
+    assert report["tasks"]["colors"] == pytest.approx(0.4) and report["diversity"] is None
+    assert over_runs([lost, lost]) == lost | {"runs": 0, "trained": 2}
+    row = {"sweep": {}, "rate": 1e-4, "further": [], "diverged": "1/4", "budgets": {"images": both}}
+    cells = budget_table({"scm": row}, "images", [1])[1]
+    assert cells[1:5] == ["0.400 ±0.115", "1.000 ±0.000", "", "3 of 4"]
+
+
+@pytest.mark.parametrize(("name", "own"), [(BASIS, False), ("cm", True)])
+def test_each_budgets_model_is_that_of_a_run_of_just_its_length(
+    name: str, own: bool, plan: Plan, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CM's grid is refined by the share of the run, so its larger budget has a run of its own; flow matching's goes on."""
+    monkeypatch.setattr("apexflow.comparison.plan.WARMUP", 1)
+    steps = {"images": 3, "time": 5}
+    results, seconds = train_to_budgets(plan, name, 1e-3, steps, seed=4)
+    folder = plan.output / "runs" / name / "seed-4"
+    assert stages(plan, name, steps) == {"images": "images", "time": "time-alone" if own else "time"}
+    assert {budget: result["steps"] for budget, result in results.items()} == steps
+    spent = [result["seconds"] for result in results.values()]
+    assert seconds == (sum(spent) if own else spent[1])
+    assert not list(folder.glob("run*/checkpoints")) and not list(folder.glob("run*/model"))
+    for budget, stage in stages(plan, name, steps).items():
+        straight = train(plan.recipe_for(name, plan.output / f"straight-{budget}", 1e-3, steps[budget], seed=4))
+        weights = "transformer/diffusion_pytorch_model.safetensors"
+        assert (folder / f"model-{stage}" / weights).read_bytes() == (straight / weights).read_bytes()
+    before = len(calls)
+    assert train_to_budgets(plan, name, 1e-3, steps, seed=4) == (results, seconds) and len(calls) == before
+
+
+def test_a_schedule_or_a_short_warmup_gives_each_budget_its_own_run(plan: Plan) -> None:
+    assert plan.nested(BASIS, (20, 30)) and plan.nested("apex", (20, 30))
+    assert not plan.nested(BASIS, (19, 30))  # the warm-up would end elsewhere
+    assert not any(plan.nested(name, (20, 30)) for name in ("scm", "cm", "sana_sprint"))
+    cosine = replace(plan.recipe, optimizer=replace(plan.recipe.optimizer, schedule="cosine"))
+    assert not replace(plan, recipe=cosine).nested(BASIS, (20, 30))
+    assert stages(plan, "scm", {"images": 30, "time": 20}) == {"time": "time", "images": "images-alone"}
+    assert stages(plan, "scm", {"images": 30, "time": 30}) == {"images": "images", "time": "images"}
+
+
+def test_a_run_of_its_own_goes_on_where_the_shorter_diverged(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.train
+
+    def diverge(recipe: Any, resume: bool = False) -> Path:
+        real(recipe, resume)
+        raise Diverged("the loss was not finite")
+
+    def train(recipe: Any, resume: bool = False) -> Path:
+        return diverge(recipe, resume) if recipe.steps == 2 else real(recipe, resume)
+
+    monkeypatch.setattr(training, "train", train)
+    results, _ = train_to_budgets(plan, "scm", 1e-3, {"images": 2, "time": 3}, seed=0)
+    assert "diverged" in results["images"] and "diverged" not in results["time"]
+    monkeypatch.setattr("apexflow.comparison.plan.WARMUP", 1)
+    results, _ = train_to_budgets(plan, BASIS, 1e-3, {"images": 2, "time": 3}, seed=0)
+    assert results["time"] == results["images"] and "diverged" in results["time"]
 
 
 def test_a_stop_in_a_comparison_says_how_to_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +274,7 @@ def test_unknown_methods_and_bad_numbers_are_named(tmp_path: Path) -> None:
         Plan(tmp_path, methods=("meanflo",))
     for options, named in (
         ({"images": 0}, "images"),
+        ({"runs": 0}, "runs"),
         ({"limit": 1}, "limit"),
         ({"rates": ()}, "rates"),
         ({"rates": (float("nan"),)}, "rates"),
@@ -244,7 +356,11 @@ def test_features_are_latents_over_few_places() -> None:
 
 
 def test_names_of_lines_do_not_lie_upon_each_other() -> None:
-    figure = lines_chart("a & b", ["1", "2"], {"one": [0.1, 0.5], "<two>": [0.2, 0.5]})
+    figure = lines_chart("a & b", ["1", "2"], {"one": [0.1, 0.5], "<two>": [0.2, 0.5]}, {})
     assert "a &amp; b" in figure and "&lt;two&gt;" in figure
     places = [float(part.split('"')[0]) for part in figure.split('x="416" y="')[1:]]
+    assert 'class="error"' not in figure
+    barred = lines_chart("c", ["1"], {"one": [0.5], "two": [0.1]}, {"one": [0.25]})
+    bar = re.search(r'd="M[\d.]+ ([\d.]+)V([\d.]+)" class="error"', barred)
+    assert bar and TOP <= float(bar[2]) < float(bar[1]) <= BOTTOM
     assert len(places) == 2 and abs(places[0] - places[1]) >= 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from closed_forms import GaussianField, gaussian_velocity, make_batch, make_role
 from torch import Tensor
 
 import apexflow
-from apexflow.objectives import Batch, Networks, Objective, further_of, objectives, share_of
+from apexflow.objectives import Batch, Networks, Objective, follows_progress, further_of, objectives, share_of
+from apexflow.objectives.apex import APEX
+from apexflow.objectives.cm import CM
 from apexflow.objectives.flow_matching import FlowMatching
+from apexflow.objectives.sana_sprint import SanaSprint
+from apexflow.objectives.scm import SCM
 from apexflow.objectives.times import TimeLaw
 from apexflow.randomness import RowRandom
 from apexflow.transport import LINEAR, TRANSPORTS, Transport
@@ -114,6 +119,21 @@ def test_micro_batches_add_up_to_the_whole(method: Any, size: int) -> None:
     for one, other in zip(whole.gradients("student"), pieces.gradients("student"), strict=True):
         assert one is not None and other is not None
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+SETTINGS = [APEX(lambda_law="ramp"), SCM(warmup=0), CM(intervals=(18, 18)), SanaSprint(SCM(warmup=0))]
+
+
+@pytest.mark.parametrize("objective", [*(method() for method in objectives().values()), *SETTINGS], ids=str)
+def test_what_follows_the_runs_progress_says_so(objective: Any) -> None:
+    """A comparison may only let one run pass two budgets where the way does not depend on the end."""
+    networks = make_roles(objective).networks()
+
+    def losses(progress: float) -> list[float]:
+        batches = [replace(make_batch(turn=turn), progress=progress) for turn in range(2)]
+        return [float(objective(networks, batch, {}).everything) for batch in batches]
+
+    assert (losses(0.0) != losses(0.5)) == follows_progress(objective)
 
 
 @EVERY

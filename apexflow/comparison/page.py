@@ -8,9 +8,10 @@ from typing import Any
 from PIL import Image
 
 from apexflow.comparison.chart import lines_chart
-from apexflow.comparison.plan import Plan
+from apexflow.comparison.plan import IMAGES, TEACHER, TIME, Plan
 from apexflow.comparison.scores import grid_prompts, strips
 from apexflow.comparison.tables import budget_table, sweep_table, task_table, told
+from apexflow.comparison.train import run_folder
 from apexflow.report import page, write
 from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import section, tag, text
@@ -25,17 +26,21 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     body = [
         tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
         section("What was compared", tag("p", tag("code", text(results["command"]))), told(results)),
-        section("Equal images", shown(budget_table(rows, "images", nfe))),
-        section("Equal wall time", shown(budget_table(rows, "time", nfe))),
+        section("Equal images", shown(budget_table(rows, IMAGES, nfe))),
+        section("Equal wall time", shown(budget_table(rows, TIME, nfe))),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
         section("Tasks at one step", shown(task_table(rows))),
         section(
             "The same prompts and noise at one step", _picture(prompts, "prompt"), "; ".join(_numbered(grid_prompts()))
         ),
         section("One prompt at every number of steps", _picture(steps, "number of steps"), grid_prompts()[0]),
-        section("Stability: loss and gradient norm", tag("div", _training(plan, rows), class_="charts")),
         section(
-            "The sweep of learning rates", shown(sweep_table(rows)), "One-step scores, and the seconds that it took."
+            "Stability: loss and gradient norm",
+            tag("div", _training(plan, rows), class_="charts"),
+            "The first run of each.",
+        ),
+        section(
+            "The sweep of learning rates, and the time of all", shown(sweep_table(rows)), "One-step scores; seconds."
         ),
     ]
     return write(plan.output / "report.html", page("apexflow comparison", "".join(body)))
@@ -52,21 +57,24 @@ def shown(rows: list[list[str]]) -> str:
 
 def _nfe_charts(rows: dict[str, Any], nfe: list[int]) -> str:
     charts = []
-    for budget, title in (("images", "equal images"), ("time", "equal wall time")):
-        series = {
-            name: [one["nfe"][str(steps)]["overall"] for steps in nfe]
-            for name, row in rows.items()
-            if "nfe" in (one := row.get("budgets", {}).get(budget, {}))
-        }
-        if series:  # nothing, where all diverged
-            charts.append(lines_chart(f"mini-GenEval, {title}", [str(steps) for steps in nfe], series))
+    for budget, title in ((IMAGES, "equal images"), (TIME, "equal wall time")):
+        ends = {name: row.get("budgets", {}).get(budget, {}) for name, row in rows.items()}
+        scored = {name: [one["nfe"][str(steps)] for steps in nfe] for name, one in ends.items() if "nfe" in one}
+        if scored:  # nothing, where all diverged
+            series = {name: [report["overall"] for report in reports] for name, reports in scored.items()}
+            errors = {
+                name: [report["overall_se"] for report in scored[name]]
+                for name in scored
+                if ends[name].get("runs", 1) > 1
+            }
+            charts.append(lines_chart(f"mini-GenEval, {title}", [str(steps) for steps in nfe], series, errors))
     return "".join(charts)
 
 
 def _training(plan: Plan, rows: dict[str, Any]) -> str:
     charts = []
-    for name in rows:
-        lines = read_metrics(plan.output / "runs" / name / "run")
+    for name, row in rows.items():
+        lines = read_metrics(run_folder(plan.output / "runs" / name, row.get("stages", {}).get(IMAGES, IMAGES)))
         for key in ("loss", "grad_norm"):
             # A turn of another network has no gradient of the student, and no loss of its.
             points = [(line["step"], line[key]) for line in lines if key in line and "grad_norm" in line]
@@ -87,7 +95,12 @@ def _picture(path: Path, column: str) -> str:
 
 def grid(plan: Plan, rows: dict[str, Any], kind: str, heads: list[str]) -> Path:
     """A sheet with a row a method and a column a prompt or a number of steps, names beside and above."""
-    found = {name: [_opened(path) for path in paths] for name in rows if (paths := strips(plan, name, kind))}
+    labels = {name: f"{name}-{row['stages'][IMAGES]}" for name, row in rows.items() if "stages" in row}
+    found = {
+        name: [_opened(path) for path in paths]
+        for name, label in ({TEACHER: TEACHER} | labels).items()
+        if (paths := strips(plan, label, kind))
+    }
     sheet = pictures.labelled_sheet(found, heads)
     path = plan.output / f"grid-{kind}.png"
     sheet.save(path)

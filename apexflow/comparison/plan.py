@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from apexflow.data.cache import is_cache
 from apexflow.errors import UserError
-from apexflow.objectives import objectives
-from apexflow.training.config import Data, Preview, Recipe, suggest
+from apexflow.objectives import follows_progress, objectives
+from apexflow.training.config import Data, Preview, Recipe, parse, suggest
 
 NEVER = 10**9
+WARMUP = 20
 # Readings of a method that are compared beside its defaults: method, and fields of its dataclass.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "apex-printed": (
@@ -42,14 +43,16 @@ class Plan:
     """One comparison. `recipe` says teacher, data, batch, tuning and seed; methods differ in nothing but themselves.
 
     images: how many training pictures each method sees; the other budget is the wall time that the first method needs for
-    them. rates: learning rates that are tried for every method, each on `sweep` of the images. nfe, seeds, per_prompt,
-    limit: of the evaluation. guidance: trained into every method that can (the teacher's own when not given).
+    them. runs: how many trainings of each method, with seeds from the recipe's on; a folder may get more of them later.
+    rates: learning rates that are tried for every method, each on `sweep` of the images, with the first seed. nfe, seeds,
+    per_prompt, limit: of the evaluation. guidance: trained into every method that can (the teacher's own when not given).
     """
 
     output: Path
     recipe: Recipe = field(default_factory=lambda: comparison_recipe())
     methods: tuple[str, ...] = EVERYONE
     images: int = 6400
+    runs: int = 1
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     sweep: float = 0.25
     nfe: tuple[int, ...] = (1, 2, 4, 8, 20)
@@ -59,7 +62,7 @@ class Plan:
     guidance: float = 2.5
 
     def __post_init__(self) -> None:
-        for name in ("images", "seeds", "per_prompt"):
+        for name in ("images", "runs", "seeds", "per_prompt"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.limit is not None and self.limit < 2:
@@ -84,17 +87,32 @@ class Plan:
     def sweep_steps(self) -> int:
         return max(1, round(self.sweep * self.steps))
 
+    @property
+    def training_seeds(self) -> range:
+        return range(self.recipe.seed, self.recipe.seed + self.runs)
+
+    def of_seed(self, folder: Path, seed: int) -> Path:
+        """Where the first seed has `folder`, the place of another."""
+        return folder if seed == self.recipe.seed else folder / f"seed-{seed}"
+
     def entry(self, name: str) -> tuple[str, dict[str, Any]]:
         """The method of a name and the fields of its dataclass that the comparison sets."""
         method, given = VARIANTS.get(name, (name, {}))
         return method, {**guided(objectives()[method](), self.guidance), **given}
 
-    def recipe_for(self, name: str, folder: Path, rate: float, steps: int) -> Recipe:
-        """The run of one method at one learning rate."""
+    def nested(self, name: str, steps: Collection[int]) -> bool:
+        """Whether a run to the most of these steps is, on its way, a run to each of the fewer: nothing follows its length."""
+        method, given = self.entry(name)
+        timed = follows_progress(parse(objectives()[method], given, name))
+        warmed = len({min(WARMUP, count) for count in steps}) == 1
+        return warmed and not timed and self.recipe.optimizer.schedule == "constant"
+
+    def recipe_for(self, name: str, folder: Path, rate: float, steps: int, seed: int | None = None) -> Recipe:
+        """The run of one method at one learning rate; the first seed where none is given."""
         method, objective = self.entry(name)
         cache = self.output / "cache"
         source = None if is_cache(cache) else self.recipe.data.source  # drawn and cached once
-        settings = replace(self.recipe.optimizer, learning_rate=rate, warmup=min(20, steps))
+        settings = replace(self.recipe.optimizer, learning_rate=rate, warmup=min(WARMUP, steps))
         return replace(
             self.recipe,
             output=str(folder),
@@ -103,12 +121,13 @@ class Plan:
             data=replace(self.recipe.data, source=source, cache=str(cache)),
             optimizer=settings,
             steps=steps,
+            seed=self.recipe.seed if seed is None else seed,
         )
 
     def identity(self) -> dict[str, Any]:
-        """All that moves a result, as JSON has it; methods apart, since further ones may join later."""
+        """All that moves a result, as JSON has it; methods and runs apart, since further ones may join later."""
         plain = asdict(self)
-        del plain["output"], plain["methods"]
+        del plain["output"], plain["methods"], plain["runs"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 

@@ -9,11 +9,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from apexflow.comparison.averages import over_runs
 from apexflow.comparison.page import write_page
 from apexflow.comparison.plan import BASIS, BUDGETS, IMAGES, TEACHER, TIME, Plan, needed
 from apexflow.comparison.scores import draw_strips, score_at
 from apexflow.comparison.tables import markdown
-from apexflow.comparison.train import costs, once, sweep, train_to_budgets
+from apexflow.comparison.train import costs, once, stages, sweep, train_to_budgets
 from apexflow.errors import UserError, is_taken, writing
 from apexflow.evaluation.files import read_json, write_json, write_text
 from apexflow.generator import load
@@ -23,28 +24,28 @@ from apexflow.progress import console
 def run_comparison(plan: Plan) -> dict[str, Any]:
     """Carry out a plan, or what an earlier run has left of it; the results, which are also written to `plan.output`.
 
+    Each method is trained with the first seed before any is trained with the second, and so on, and the results are written
+    anew with each seed. What the folder has of other methods, and of further seeds, stays in them.
     UserError for a folder that holds another comparison, and for a method that the backbone cannot take.
     """
     _claim(plan)
+    earlier = _earlier(plan)
     names = needed(plan.methods)
-    held = costs(plan, names)
+    costs(plan, names)
     swept = {name: sweep(plan, name) for name in names}
-    first = swept[plan.methods[0]]["seconds_a_step"]
+    pace = _pace(plan, earlier)
     rows: dict[str, Any] = {TEACHER: {"budgets": {IMAGES: _scores(plan, TEACHER, TEACHER, plan.recipe.model)}}}
-    for name in names:
-        tried = swept[name]
-        rows[name] = {"sweep": tried, "further": held[name]["further"], "rate": tried["rate"]}
-        if tried["rate"] is not None:
-            rows[name] |= _to_budgets(plan, name, tried, first)
-        rows[name]["diverged"] = _diverged(rows[name])
-        console.print(f"{name}: {_summary(rows[name])}")
-    for name in names:
-        rows[name] |= _relative(rows, held, name)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    results = {"plan": plan.identity(), "teacher": plan.recipe.model, "rows": rows, "command": command}
-    write_json(plan.output / "results.json", results)
-    write_text(plan.output / "results.md", markdown(results))
-    results["report"] = str(write_page(plan, results))
+    rows |= {name: row for name, row in earlier["rows"].items() if "runs" in row}
+    seeds = {name: _seeds(plan, rows.get(name, {})) for name in names}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    results: dict[str, Any] = {}
+    for seed in sorted(set().union(*seeds.values())):
+        for name in names:
+            if seed in seeds[name]:
+                runs[name] += _runs(plan, name, swept[name], pace["seconds_a_step"], seed)
+                rows[name] = _row(plan, name, swept[name], runs[name])
+                console.print(f"{name}: {_summary(rows[name])}")
+        results = _write(plan, rows, pace["method"], earlier["commands"])
     return results
 
 
@@ -69,24 +70,53 @@ def _as_json(plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps(plan.identity()))
 
 
-def _to_budgets(plan: Plan, name: str, tried: dict[str, Any], first: float | None) -> dict[str, Any]:
-    """Train to both budgets and score each; the budget in time is what the first method needs for the images."""
-    ratio = (first or tried["seconds_a_step"]) / tried["seconds_a_step"]
-    steps = once(
+def _earlier(plan: Plan) -> dict[str, Any]:
+    """Rows and commands of the results that the folder has; none in a new one. An earlier version kept one command."""
+    path = plan.output / "results.json"
+    if not path.is_file():
+        return {"rows": {}, "commands": []}
+    found = read_json(path, "the results of the comparison")
+    return {"rows": found["rows"], "commands": found.get("commands", [found["command"]])}
+
+
+def _pace(plan: Plan, earlier: dict[str, Any]) -> dict[str, Any]:
+    """Which method sets the wall time, and its seconds a step: the one that was first when the folder was."""
+
+    def make() -> dict[str, Any]:
+        first = next((name for name in earlier["rows"] if name != TEACHER), plan.methods[0])
+        return {"method": first, "seconds_a_step": sweep(plan, first)["seconds_a_step"]}
+
+    return once(plan.output / "pace.json", make)
+
+
+def _seeds(plan: Plan, row: dict[str, Any]) -> set[int]:
+    """The seeds that are asked for, and those that the folder has results of."""
+    return {*plan.training_seeds, *(run["seed"] for run in row.get("runs", []))}
+
+
+def _runs(plan: Plan, name: str, tried: dict[str, Any], pace: float | None, seed: int) -> list[dict[str, Any]]:
+    """One seed of a method, trained to both budgets and each scored; nothing where every rate diverged in the sweep."""
+    if tried["rate"] is None:
+        return []
+    steps = _steps(plan, name, tried, pace)
+    trained, seconds = train_to_budgets(plan, name, tried["rate"], steps, seed)
+    folder = plan.of_seed(plan.output / "runs" / name, seed)
+    budgets = {}
+    for budget, stage in stages(plan, name, steps).items():
+        budgets[budget] = trained[budget]
+        if "diverged" not in trained[budget]:
+            place = plan.of_seed(Path(f"{name}-{stage}"), seed)
+            budgets[budget] = trained[budget] | _scores(plan, name, str(place), str(folder / f"model-{stage}"))
+    return [{"seed": seed, "seconds": seconds, "budgets": budgets}]
+
+
+def _steps(plan: Plan, name: str, tried: dict[str, Any], pace: float | None) -> dict[str, int]:
+    """Steps of both budgets; that in time is what the first method needs for the images."""
+    ratio = (pace or tried["seconds_a_step"]) / tried["seconds_a_step"]
+    return once(
         plan.output / "runs" / name / "steps.json",
         lambda: {IMAGES: plan.steps, TIME: max(1, round(plan.steps * ratio))},
     )
-    trained = train_to_budgets(plan, name, tried["rate"], steps)
-    budgets = {}
-    for budget in BUDGETS:
-        if "diverged" in trained[budget]:
-            budgets[budget] = trained[budget]
-            continue
-        same = budget == TIME and steps[TIME] == steps[IMAGES]  # one model, one set of scores
-        scored = IMAGES if same else budget
-        model = str(plan.output / "runs" / name / f"model-{scored}")
-        budgets[budget] = trained[budget] | _scores(plan, name, f"{name}-{scored}", model)
-    return {"budgets": budgets, "seconds_a_step": trained[IMAGES].get("seconds_a_step")}
 
 
 def _scores(plan: Plan, name: str, label: str, model: str) -> dict[str, Any]:
@@ -101,10 +131,29 @@ def _scores(plan: Plan, name: str, label: str, model: str) -> dict[str, Any]:
     return {"nfe": by_steps}
 
 
-def _diverged(row: dict[str, Any]) -> str:
-    """How many of a method's runs diverged, of how many."""
-    runs = [*row["sweep"]["tried"].values(), *row.get("budgets", {}).values()]
-    return f"{sum('diverged' in run for run in runs)}/{len(runs)}"
+def _row(plan: Plan, name: str, tried: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the results have of a method: the sweep, every run, and both budgets over the runs."""
+    row = {"sweep": tried, "rate": tried["rate"], "runs": runs}
+    if runs:
+        row["budgets"] = {budget: over_runs([run["budgets"][budget] for run in runs]) for budget in BUDGETS}
+        row["stages"] = stages(plan, name, read_json(plan.output / "runs" / name / "steps.json", "the budgets"))
+        row["seconds_a_step"] = row["budgets"][IMAGES].get("seconds_a_step")
+    ends = [*tried["tried"].values(), *(end for run in runs for end in run["budgets"].values())]
+    row["diverged"] = f"{sum('diverged' in end for end in ends)}/{len(ends)}"
+    return row
+
+
+def _write(plan: Plan, rows: dict[str, Any], first: str, commands: list[str]) -> dict[str, Any]:
+    """Write JSON, markdown and page of what there is."""
+    held = costs(plan, [name for name in rows if name != TEACHER])
+    for name in held:
+        rows[name] |= {"further": held[name]["further"], **_relative(rows, held, name)}
+    commands = list(dict.fromkeys([*commands, shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])]))
+    results = {"plan": plan.identity(), "teacher": plan.recipe.model, "first": first, "rows": rows}
+    results |= {"commands": commands, "command": "; ".join(commands)}
+    write_json(plan.output / "results.json", results)
+    write_text(plan.output / "results.md", markdown(results))
+    return results | {"report": str(write_page(plan, results))}
 
 
 def _relative(rows: dict[str, Any], held: dict[str, Any], name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from apexflow.comparison.plan import IMAGES, TEACHER, Plan
+from apexflow.comparison.plan import TEACHER, Plan
 from apexflow.data.cache import CachedSet
 from apexflow.data.scenes import scenes
 from apexflow.evaluation.drawing import features
@@ -114,9 +114,9 @@ def draw_strips(plan: Plan, name: str, model: Callable[[], Generator], folder: P
     return {"prompts": len(row), "nfe": len(column)}
 
 
-def strips(plan: Plan, name: str, kind: str) -> list[Path]:
+def strips(plan: Plan, label: str, kind: str) -> list[Path]:
     """The pictures of a row, in order."""
-    folder = plan.output / "scores" / (name if name == TEACHER else f"{name}-{IMAGES}") / "strips"
+    folder = plan.output / "scores" / label / "strips"
     return sorted(folder.glob(f"{kind}-*.png"), key=lambda path: int(path.stem.rpartition("-")[2]))
 
 

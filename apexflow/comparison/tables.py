@@ -14,24 +14,49 @@ def markdown(results: dict[str, Any]) -> str:
     for budget, title in ((IMAGES, "Equal images"), (TIME, "Equal wall time")):
         parts += [f"## {title}\n", table(budget_table(rows, budget, plan["nfe"]))]
     parts += ["## Tasks at one step, equal images\n", table(task_table(rows))]
-    parts += ["## What the sweep of learning rates cost\n", table(sweep_table(rows))]
+    parts += ["## What the sweep of learning rates and the runs cost\n", table(sweep_table(rows))]
     return "\n".join(parts)
 
 
 def told(results: dict[str, Any]) -> str:
     """What was done, and what the columns mean."""
-    plan, rows = results["plan"], results["rows"]
-    first = next(name for name in rows if name != TEACHER)
+    plan, rows, first = results["plan"], results["rows"], results["first"]
+    alone = [
+        name for name, row in rows.items() if any(end.endswith("-alone") for end in row.get("stages", {}).values())
+    ]
     limit = "" if plan["limit"] is None else f", {plan['limit']} prompts"
     rates = len(plan["rates"])
     return (
-        f"Teacher {results['teacher']}; {plan['images']:,} images a run at batch {plan['recipe']['batch']}; one run a method, "
+        f"Teacher {results['teacher']}; {plan['images']:,} images a run at batch {plan['recipe']['batch']}, "
         f"at the best of {counted(rates, 'learning rate')} by the one-step score of short runs of {plan['sweep']:.0%} of the "
-        f"images. Equal wall time: what {first} needs for the images. Scores are mini-GenEval, overall, each method with its "
-        f"own sampler, without guidance but what was trained in: {counted(plan['seeds'], 'seed')}, "
-        f"{counted(plan['per_prompt'], 'picture')} a prompt{limit}; ± is the standard error over pictures. FD (distance of "
+        f"images with the first seed. Equal wall time: what {first} needs for the images. {_lengths(alone)} "
+        f"{rests(rows)} Scores are mini-GenEval, overall, each method with its "
+        f"own sampler, without guidance but what was trained in: {counted(plan['seeds'], 'seed')} of the noise, "
+        f"{counted(plan['per_prompt'], 'picture')} a prompt{limit}. FD (distance of "
         "features to true pictures; less is better) and diversity (distance between pictures of a prompt) are at the fewest "
         f"evaluations. Time and memory of a training step are relative to {BASIS}; diverged: runs of all runs."
+    )
+
+
+def _lengths(alone: list[str]) -> str:
+    """How the two budgets come about."""
+    if not alone:
+        return "One run passes both budgets."
+    return (
+        f"One run passes both budgets, but {' and '.join(alone)}, in which something is timed by the run's length, "
+        "had a run for each."
+    )
+
+
+def rests(rows: dict[str, Any]) -> str:
+    """What means and errors are over."""
+    most = max(len(row.get("runs", [])) for row in rows.values())
+    over_pictures = "± is the standard error over pictures"
+    if most < 2:
+        return f"One run a method: {over_pictures}, not over runs."
+    return (
+        f"Up to {most} runs a method, which differ by the seed of training, as the column says: means over those that "
+        f"lasted, and ± is the standard error over them; of one run, and of the teacher, {over_pictures.removeprefix('± is ')}."
     )
 
 
@@ -47,8 +72,8 @@ def table(rows: list[list[str]]) -> str:
 
 
 def budget_table(rows: dict[str, Any], budget: str, nfe: list[int]) -> list[list[str]]:
-    """A row a method: scores at each number of evaluations, distance and diversity at one step, costs, stability."""
-    head = ["", *[f"NFE {steps}" for steps in nfe], "FD", "diversity", "images", "rate", "time", "memory"]
+    """A row a method: scores at each number of evaluations, distance and diversity at one step, runs, costs, stability."""
+    head = ["", *[f"NFE {steps}" for steps in nfe], "FD", "diversity", "runs", "images", "rate", "time", "memory"]
     found = [[*head, "further networks", "diverged"]]
     for name, row in rows.items():
         one = row.get("budgets", {}).get(budget)
@@ -63,16 +88,23 @@ def _score_cells(one: dict[str, Any] | None, nfe: list[int]) -> list[str]:
         return ["diverged", *[""] * (len(nfe) + 1)]
     scored = [one["nfe"][str(steps)] for steps in nfe]
     cells = [f"{report['overall']:.3f} ±{report.get('overall_se') or 0:.3f}" for report in scored]
-    spread = scored[0].get("diversity")
-    return [*cells, f"{scored[0]['distance']:.3f}", "" if spread is None else f"{spread:.3f}"]
+    return [*cells, *(with_error(scored[0], key) for key in ("distance", "diversity"))]
+
+
+def with_error(report: dict[str, Any], key: str) -> str:
+    """A number, with its standard error where several runs give one; nothing where it lacks."""
+    value, error = report.get(key), report.get(f"{key}_se")
+    return "" if value is None else f"{value:.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
 def _cost_cells(row: dict[str, Any], one: dict[str, Any] | None) -> list[str]:
     if "sweep" not in row:
-        return [""] * 6
+        return [""] * 7
+    lasting, all_runs = (one.get(key, 1) for key in ("runs", "trained")) if one else (0, 0)
+    runs = str(lasting) if lasting == all_runs else f"{lasting} of {all_runs}"
     cost = ["" if row.get(key) is None else f"{row[key]:.2f}" for key in ("time", "memory")]
     rate = "" if row["rate"] is None else f"{row['rate']:g}"
-    return [f"{one['images']:,}" if one else "", rate, *cost, ", ".join(row["further"]), row["diverged"]]
+    return [runs, f"{one['images']:,}" if one else "", rate, *cost, ", ".join(row["further"]), row["diverged"]]
 
 
 def task_table(rows: dict[str, Any]) -> list[list[str]]:
@@ -88,11 +120,12 @@ def task_table(rows: dict[str, Any]) -> list[list[str]]:
 
 
 def sweep_table(rows: dict[str, Any]) -> list[list[str]]:
-    """One-step scores of every rate, and seconds."""
+    """One-step scores of every rate, and the seconds that they and all runs to the budgets took."""
     swept = {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
     rates = list(next(iter(swept.values()))["tried"])
-    found = [["", *rates, "seconds"]]
+    found = [["", *rates, "sweep, seconds", "runs, seconds"]]
     for name, one in swept.items():
+        trained = sum(run["seconds"] for run in rows[name]["runs"])
         cells = ["diverged" if "diverged" in r else f"{r['overall']:.3f}" for r in one["tried"].values()]
-        found.append([name, *cells, f"{one['seconds']:.0f}"])
+        found.append([name, *cells, f"{one['seconds']:.0f}", f"{trained:.0f}"])
     return found

@@ -1,4 +1,8 @@
-"""Training of a comparison: the sweep of learning rates, then each method to both budgets. What is finished is not repeated."""
+"""Training of a comparison: the sweep of learning rates, then each method to both budgets. What is finished is not repeated.
+
+Each budget's result is that of a run of just its length. Where nothing in a run is timed by its length, one run passes both
+budgets; else the larger budget has a run of its own, called `alone`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.comparison.cost import measure, seconds_a_step
-from apexflow.comparison.plan import BUDGETS, Plan
+from apexflow.comparison.plan import BUDGETS, IMAGES, Plan
 from apexflow.comparison.scores import quick_score
 from apexflow.comparison.tables import counted
 from apexflow.errors import Diverged, Stopped, is_taken
 from apexflow.evaluation.files import read_json, write_json
 from apexflow.progress import console
+from apexflow.training.config import Recipe
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import train
+
+ALONE = "-alone"
 
 
 def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -54,38 +61,55 @@ def _tried(plan: Plan, name: str, rate: float) -> dict[str, Any]:
 
 
 def _try(plan: Plan, name: str, rate: float, folder: Path) -> dict[str, Any]:
-    result = _trained(plan, name, folder, rate, plan.sweep_steps)
+    result = _trained(plan.recipe_for(name, folder, rate, plan.sweep_steps), name)
     return result if "diverged" in result else result | quick_score(plan, folder / "model")
 
 
-def train_to_budgets(plan: Plan, name: str, rate: float, steps: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """One run to both budgets, the model kept at each; the smaller first. A run that diverges marks what it has not reached."""
-    folder = plan.output / "runs" / name
+def stages(plan: Plan, name: str, steps: dict[str, int]) -> dict[str, str]:
+    """By budget, the stage of training that gives its result, the smaller budget first."""
+    first, second = sorted(BUDGETS, key=lambda budget: steps[budget])
+    if steps[first] == steps[second]:
+        return dict.fromkeys(BUDGETS, IMAGES)
+    return {first: first, second: second if plan.nested(name, steps.values()) else second + ALONE}
+
+
+def run_folder(folder: Path, stage: str) -> Path:
+    """The run that a stage belongs to, below the folder of a method and seed."""
+    return folder / f"run{ALONE * stage.endswith(ALONE)}"
+
+
+def train_to_budgets(
+    plan: Plan, name: str, rate: float, steps: dict[str, int], seed: int
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Results by budget, whose models are kept, and the seconds of it all. A run that diverges marks what it has not reached."""
+    folder = plan.of_seed(plan.output / "runs" / name, seed)
     results: dict[str, dict[str, Any]] = {}
-    for budget in sorted(BUDGETS, key=lambda budget: steps[budget]):
-        if any("diverged" in result for result in results.values()):
-            results[budget] = next(result for result in results.values() if "diverged" in result)
-            continue
-        made = folder / f"{budget}.json"
-        results[budget] = once(made, partial(_stage, plan, name, rate, budget, steps[budget]))
-    for spent in ("checkpoints", "model"):  # the models at each budget are kept beside the run
-        shutil.rmtree(folder / "run" / spent, ignore_errors=True)
-    return results
+    runs: dict[Path, dict[str, Any]] = {}  # how far each run has come
+    for budget, stage in stages(plan, name, steps).items():
+        run = run_folder(folder, stage)
+        if "diverged" not in runs.get(run, {}):
+            recipe = plan.recipe_for(name, run, rate, steps[budget], seed)
+            runs[run] = once(folder / f"{stage}.json", partial(_stage, recipe, name, folder / f"model-{stage}"))
+        results[budget] = runs[run]
+    for run in runs:
+        for spent in ("checkpoints", "model"):  # the models at each budget are kept beside the run
+            shutil.rmtree(run / spent, ignore_errors=True)
+    return results, sum(result["seconds"] for result in runs.values())
 
 
-def _stage(plan: Plan, name: str, rate: float, budget: str, steps: int) -> dict[str, Any]:
-    folder = plan.output / "runs" / name
-    result = _trained(plan, name, folder / "run", rate, steps)
+def _stage(recipe: Recipe, name: str, model: Path) -> dict[str, Any]:
+    result = _trained(recipe, name)
     if "diverged" not in result:
-        shutil.rmtree(folder / f"model-{budget}", ignore_errors=True)
-        shutil.copytree(folder / "run" / "model", folder / f"model-{budget}")
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(Path(recipe.output) / "model", model)
     return result
 
 
-def _trained(plan: Plan, name: str, folder: Path, rate: float, steps: int) -> dict[str, Any]:
+def _trained(recipe: Recipe, name: str) -> dict[str, Any]:
     """Train, or go on with an interrupted run; a run that diverged is marked, not fatal."""
-    recipe = plan.recipe_for(name, folder, rate, steps)
-    console.print(f"{name}: {counted(steps, 'step')} at learning rate {rate:g}")
+    folder = Path(recipe.output)
+    told = f"{counted(recipe.steps, 'step')} at learning rate {recipe.optimizer.learning_rate:g}, seed {recipe.seed}"
+    console.print(f"{name}: {told}")
     diverged = {}
     try:
         train(recipe, resume=is_taken(folder))

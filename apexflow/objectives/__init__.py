@@ -119,12 +119,19 @@ def further_of(objective: Any) -> tuple[Further, ...]:
     return getattr(objective, "further", ())
 
 
+def follows_progress(objective: Any) -> bool:
+    """Whether a method's loss depends on `batch.progress`, as its attribute `scheduled` says; most do not look at it."""
+    return getattr(objective, "scheduled", False)
+
+
 class Objective(Protocol):
     """A training method. `needs` names the roles it calls beside the student, "reference" (EMA) and "teacher", and says
     "second_time" where it asks with a second time.
 
     One that shifts conditions (Eq. 16) also has `condition_shift`, its (a, b) or None where it has no use for them, and
     `for_family(defaults, given)`, itself with the family's pair for those of a and b that a recipe has not `given`.
+    One whose loss depends on `batch.progress` says so by `scheduled`: the way to a later end is then another from the first
+    step on.
     """
 
     @property

@@ -181,6 +181,11 @@ class APEX:
         return not from_noise or (self.path_velocity == "sample" and self.path_weight > 0)
 
     @property
+    def scheduled(self) -> bool:
+        """Only the ramp of lambda follows the run's progress."""
+        return self.lambda_law == "ramp" and self.path_weight > 0
+
+    @property
     def condition_shift(self) -> tuple[float, float] | None:
         """(a, b) of Eq. (16), where the endpoint objective uses them."""
         return (self.a, self.b) if self.endpoint_weight > 0 else None

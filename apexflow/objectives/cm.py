@@ -139,6 +139,11 @@ class CM:
         """The teacher solves the ODE in distillation; the EMA may answer for theta-minus."""
         return ("teacher",) * (self.mode == "distillation") + ("reference",) * (self.target == "reference")
 
+    @property
+    def scheduled(self) -> bool:
+        """The grid is refined by the run's progress."""
+        return self.intervals[0] != self.intervals[1]
+
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """CM, Eq. (7) (distillation) or Eq. (10) (training): the student at t_n+1 against theta-minus at t_n."""
         transport, c = networks.transport, batch.c

@@ -57,6 +57,11 @@ class SanaSprint:
         """The judge on the teacher's features."""
         return (Further("judge", "judge", on="teacher", depths=self.depths),)
 
+    @property
+    def scheduled(self) -> bool:
+        """As its sCM is."""
+        return self.scm.scheduled
+
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """One micro-batch; the student takes the even turns, the judge the odd ones."""
         if batch.turn % 2 == 1:

@@ -81,6 +81,11 @@ class SCM:
         """Distillation follows the teacher's field."""
         return ("teacher",) * (self.mode == "distillation")
 
+    @property
+    def scheduled(self) -> bool:
+        """The tangent's warm-up is a share of the run."""
+        return self.warmup > 0
+
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1 for one micro-batch: `||F - sg(F) - g||^2` per element, g the normalised tangent."""
         transport, c = networks.transport, batch.c
