@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from apexflow.errors import UserError, is_taken, writing
 from apexflow.evaluation.files import read_json, write_json, write_text
 from apexflow.generator import load
 from apexflow.progress import console
+from apexflow.training.config import Recipe
 
 
 def run_comparison(plan: Plan) -> dict[str, Any]:
@@ -53,7 +55,9 @@ def _claim(plan: Plan) -> None:
     """Take a new folder, or go on with the same comparison."""
     marker = plan.output / "plan.json"
     if marker.is_file():
-        before, now = read_json(marker, "the comparison"), _as_json(plan)
+        before, now = read_json(marker, "the comparison"), _as_json(plan.identity())
+        # A field of recipes that is younger than the folder had its default in it.
+        before["recipe"] = _as_json(asdict(Recipe(output=""))) | before["recipe"]
         if differs := [key for key in now if before.get(key) != now[key]]:
             raise UserError(
                 f"{plan.output} holds a comparison with other {' and '.join(differs)}: choose another folder with -o"
@@ -63,11 +67,11 @@ def _claim(plan: Plan) -> None:
         raise UserError(f"output {plan.output} exists and holds no comparison: choose another folder with -o")
     with writing(plan.output):
         plan.output.mkdir(parents=True, exist_ok=True)
-    write_json(marker, _as_json(plan))
+    write_json(marker, plan.identity())
 
 
-def _as_json(plan: Plan) -> dict[str, Any]:
-    return json.loads(json.dumps(plan.identity()))
+def _as_json(plain: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(plain))
 
 
 def _earlier(plan: Plan) -> dict[str, Any]:
