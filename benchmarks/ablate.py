@@ -3,9 +3,11 @@
     python benchmarks/ablate.py weights     # Table 7: lambda_p : lambda_e
     python benchmarks/ablate.py shift       # Table 6: the (a, b) grid
     python benchmarks/ablate.py readings    # pairing, real branch, path velocity, lambda, norm, guidance, beta ...
+    python benchmarks/ablate.py weights --seeds 0 1 2
 
-Every run starts from the same teacher with the same data and seed, and is scored at one and four steps on mini-GenEval. Runs
-that are already in the output file are kept, so an interrupted ablation goes on.
+Every run starts from the same teacher with the same data, and is scored at one and four steps on mini-GenEval. With several
+seeds all rows are trained with the first before any is with the second. Runs that are already in the output file are kept, so
+an interrupted ablation goes on, and one of fewer seeds takes more.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import provenance
 
+from apexflow.comparison.averages import mean_report
 from apexflow.comparison.plan import VARIANTS
 from apexflow.errors import Diverged
 from apexflow.evaluation.runner import Settings, evaluate, write_json
@@ -65,8 +68,10 @@ READINGS = {
 GROUPS = {"weights": WEIGHTS, "shift": SHIFT, "readings": READINGS}
 
 
-def run_one(objective: dict[str, Any], given: argparse.Namespace, scratch: Path, cache: Path) -> dict[str, Any]:
-    """Train and score one row; a run that diverges is marked, not fatal."""
+def run_one(
+    objective: dict[str, Any], seed: int, given: argparse.Namespace, scratch: Path, cache: Path
+) -> dict[str, Any]:
+    """Train one row with one seed and score it; a run that diverges is marked, not fatal."""
     recipe = Recipe(
         output=str(scratch / "run"),
         model=given.model,
@@ -80,6 +85,7 @@ def run_one(objective: dict[str, Any], given: argparse.Namespace, scratch: Path,
         checkpoint_every=10**6,
         sampling_steps=1,
         sampling_guidance=1.0,
+        seed=seed,
     )
     try:
         model = train(recipe)
@@ -94,6 +100,38 @@ def run_one(objective: dict[str, Any], given: argparse.Namespace, scratch: Path,
     return result
 
 
+def read(output: Path, settings: dict[str, Any], teacher: str) -> dict[str, dict[str, Any]]:
+    """The runs of every row by seed, each with its commit. An earlier version kept one run a row, of seed 0."""
+    if not output.is_file():
+        return {}
+    found = json.loads(output.read_text())
+    if found["settings"] != settings or found["teacher"] != teacher:
+        sys.exit(f"{output} was made with {found['settings']} of {found['teacher']}: choose another --output")
+    return {
+        name: row["runs"] if "runs" in row else {"0": row | {"commit": found["commit"]}}
+        for name, row in found["rows"].items()
+    }
+
+
+def keep(output: Path, settings: dict[str, Any], teacher: str, name: str, seed: int, run: dict[str, Any]) -> None:
+    """Add a run to the file as it now is: another process may have written to it since."""
+    origin = provenance()
+    table = read(output, settings, teacher)
+    table.setdefault(name, {})[str(seed)] = run | {"commit": origin["commit"]}
+    rows = {name: row(runs) for name, runs in table.items()}
+    commits = sorted({run["commit"] for runs in table.values() for run in runs.values()})
+    write_json(output, {"rows": rows, "settings": settings, "teacher": teacher} | origin | {"commits": commits})
+
+
+def row(runs: dict[str, Any]) -> dict[str, Any]:
+    """A row of the file: its runs, and their mean over those that lasted."""
+    lasting = [run for run in runs.values() if "diverged" not in run]
+    if not lasting:
+        return {"runs": runs, "diverged": next(iter(runs.values()))["diverged"]}
+    means = {steps: mean_report([run[steps] for run in lasting]) for steps in ("steps_1", "steps_4")}
+    return {"runs": runs, "lasting": len(lasting)} | means
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
@@ -102,6 +140,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--per-prompt", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Of training; a run each.")
     parser.add_argument("--only", nargs="*", help="Only the rows whose name holds one of these words.")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -112,26 +151,22 @@ def main() -> None:
         "learning_rate": given.learning_rate,
         "per_prompt": given.per_prompt,
     }
-    rows = {}
-    if output.is_file():
-        earlier = json.loads(output.read_text())
-        if earlier["settings"] != settings or earlier["teacher"] != given.model:
-            sys.exit(f"{output} was made with {earlier['settings']} of {earlier['teacher']}: choose another --output")
-        rows = earlier["rows"]
     cache = Path("runs/cache/ablate")
-    for name, objective in GROUPS[given.group].items():
-        if name in rows or (given.only and not any(word in name for word in given.only)):
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            rows[name] = run_one(objective, given, Path(scratch), cache)
-        write_json(output, {"rows": rows, "settings": settings, "teacher": given.model} | provenance())
-        console.print(f"{name}: {summary(rows[name])}")
+    for seed in given.seeds:
+        for name, objective in GROUPS[given.group].items():
+            done = read(output, settings, given.model).get(name, {})
+            if str(seed) in done or (given.only and not any(word in name for word in given.only)):
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                run = run_one(objective, seed, given, Path(scratch), cache)
+            keep(output, settings, given.model, name, seed, run)
+            console.print(f"{name}, seed {seed}: {summary(run)}")
 
 
-def summary(row: dict[str, Any]) -> str:
-    if "diverged" in row:
+def summary(run: dict[str, Any]) -> str:
+    if "diverged" in run:
         return "diverged"
-    one, four = row["steps_1"], row["steps_4"]
+    one, four = run["steps_1"], run["steps_4"]
     first = f"one step {one['overall']:.3f} (strict {one['strict']:.3f}, diversity {one['diversity'] or 0:.3f})"
     return f"{first}, four {four['overall']:.3f}"
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apexflow.comparison.tables import budget_table, rests
+from apexflow.comparison.tables import budget_table, rests, with_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -27,8 +27,8 @@ DOCUMENTS = (
 
 
 def source(result: dict[str, Any], file: str) -> str:
-    commit = result["commit"][:9] + ("+changes" if "+" in result["commit"] else "")
-    return f"`{result['command']}` at {commit} on {result['device']}; `results/{file}`."
+    commits = [commit[:9] + "+changes" * ("+" in commit) for commit in result.get("commits", [result["commit"]])]
+    return f"`{result['command']}` at {' and '.join(commits)} on {result['device']}; `results/{file}`."
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -77,16 +77,20 @@ def step_cost(result: dict[str, Any]) -> str:
 
 
 def ablation(result: dict[str, Any]) -> str:
-    rows = [["", "one step", "strict", "diversity", "four steps"]]
+    """Rows of one run or of several; a row of an earlier version has one and does not say so."""
+    rows = [["", "runs", "one step", "strict", "diversity", "four steps"]]
     for name, row in result["rows"].items():
+        lasting, all_runs = row.get("lasting", 1), len(row.get("runs", [row]))
+        runs = str(all_runs) if lasting == all_runs else f"{lasting} of {all_runs}"
         if "diverged" in row:
-            rows.append([name, "diverged", "", "", ""])
+            rows.append([name, f"0 of {all_runs}", "diverged", "", "", ""])
             continue
         one, four = row["steps_1"], row["steps_4"]
-        overall = f"{one['overall']:.3f} ±{one['overall_se']:.3f}"
-        rows.append([name, overall, f"{one['strict']:.3f}", f"{one['diversity']:.3f}", f"{four['overall']:.3f}"])
+        numbers = [with_error(one, key) for key in ("overall", "strict", "diversity")]
+        rows.append([name, runs, *numbers, with_error(four, "overall")])
     settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result["settings"].items())
-    return f"{settings}.\n\n{markdown(rows)}"
+    error = "± is a standard error: over the runs of a row, which differ by the seed of training, or over a single run's pictures"
+    return f"{settings}. {error}.\n\n{markdown(rows)}"
 
 
 def scoring(result: dict[str, Any]) -> str:
