@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from step_cost import work_ratio
+
 from apexflow.comparison.tables import budget_table, rests, with_error
 
 ROOT = Path(__file__).parent.parent
@@ -67,12 +69,14 @@ def speed(result: dict[str, Any]) -> str:
 
 
 def step_cost(result: dict[str, Any]) -> str:
-    rows = [["tuning", "time", "rows with / without gradient", "peak memory"]]
+    rows = [["tuning", "passes, with checkpointing", "time, without", "rows with / without gradient", "peak memory"]]
     for kind in ("full", "lora"):
         row = result[kind]
         passes = row["passes"]["apex"]
         counted = f"{passes['with_gradient']:.2f} / {passes['without_gradient']:.2f}"
-        rows.append([kind, f"{row['time_ratio']:.2f} times", counted, f"{row['memory_ratio']:.2f} times"])
+        by_passes = f"{work_ratio(row['passes'], kind, result['batch']):.3f} times"
+        rest = [f"{row['time_ratio']:.2f} times", counted, f"{row['memory_ratio']:.2f} times"]
+        rows.append([kind, by_passes, *rest])
     return markdown(rows)
 
 
