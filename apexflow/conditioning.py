@@ -58,6 +58,10 @@ class Condition:
         """A condition of one row (the null condition, say), repeated for `rows` rows."""
         return self._map(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
 
+    def detach(self) -> Condition:
+        """The same condition out of the graph."""
+        return self._map(Tensor.detach)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         mask = None if self.mask is None else function(self.mask)
         return Condition(function(self.embeds), mask, None if self.pooled is None else function(self.pooled))

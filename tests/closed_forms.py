@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apexflow.conditioning import Condition, Velocity
 from apexflow.objectives import Batch, Field, Further, Networks, further_of
 from apexflow.randomness import RowRandom
-from apexflow.training.roles import held
+from apexflow.training.fields import held
 from apexflow.transport import LINEAR, Transport, expand
 
 

@@ -92,8 +92,8 @@ def gradients(recipe: Path, cases: dict[str, list[str]], folder: Path) -> None:
     """Gradients of the first step of each case, in `folder/CASE.safetensors`."""
     from apexflow.training.config import load_recipe
     from apexflow.training.distributed import joined, leads
-    from apexflow.training.engine import whole
     from apexflow.training.loop import start
+    from apexflow.training.sharding import whole
     from apexflow.training.step import accumulate
 
     with joined(torch.device("cpu")):

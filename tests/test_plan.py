@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import Run, refused
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import load_shapes, presets
@@ -192,3 +193,11 @@ def test_passes_of_known_methods() -> None:
 def test_eight_bits_go_with_a_lora_alone() -> None:
     with pytest.raises(ValueError, match="storage"):
         Recipe(output="x", tuning=Tuning(storage="fp8"), optimizer=Optimizer())
+
+
+def test_a_batch_that_the_gpus_cannot_share_is_refused(recipe_file: Path, run: Run) -> None:
+    refused(run("plan", recipe_file, "batch=6", "--gpus", 4), "batch 6 cannot be shared equally by 4 processes")
+    advice = advise(Recipe(output="x", batch=6), 1, tokens=16)
+    assert [change for change, _ in advice if "parallel=fsdp" in change] == [
+        "parallel=fsdp on 2 GPUs, with full precision again"
+    ]

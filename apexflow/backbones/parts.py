@@ -73,6 +73,14 @@ def _shapes(path: Path, kind: Any) -> nn.Module:
         return kind.from_config(config)
 
 
+def without_weights(kind: Any, config: Any) -> nn.Module:
+    """A network of diffusers or transformers with its buffers, its parameters on the meta device."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return kind(config) if hasattr(kind, "config_class") else kind.from_config(config)
+
+
 class Later:
     """A network of a folder that is read when it is first called for, onto `device`; `config` is known before."""
 

@@ -110,11 +110,17 @@ def in_turn(task: Callable[[], T]) -> T:
 
 def own_rows(batch: int) -> Tensor:
     """This process's rows of the global batch: one stretch of equal length for each. UserError if they do not fit."""
-    if batch % world():
+    rows = rows_each(batch, world())
+    return torch.arange(rank() * rows, (rank() + 1) * rows)
+
+
+def rows_each(batch: int, processes: int) -> int:
+    """How many rows of a batch each process takes. UserError if they cannot be shared equally."""
+    if batch % processes:
         raise UserError(
-            f"batch {batch} cannot be shared equally by {world()} processes: make it a multiple of {world()}"
+            f"batch {batch} cannot be shared equally by {processes} processes: make it a multiple of {processes}"
         )
-    return torch.arange(batch).chunk(world())[rank()]
+    return batch // processes
 
 
 def summed(terms: dict[str, float]) -> dict[str, float]:

@@ -6,23 +6,18 @@ Losses are parts of a sum over the global batch, so gradients are summed over th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from apexflow.backbones import second_time
 from apexflow.conditioning import Condition
-from apexflow.errors import UserError
-from apexflow.objectives import Batch, Field, Networks
+from apexflow.objectives import Batch, Field, Networks, further_of
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, world
 
@@ -37,6 +32,10 @@ class Engine:
     def micro_batch(self, batch: Batch, last: bool) -> Iterator[None]:
         """Within, one micro-batch runs forward and backward; `last` says that the gradients are complete afterwards."""
         yield
+
+    def add(self, further: Mapping[str, Field], frozen: Mapping[str, Field]) -> None:
+        """Make further networks known, and how they are asked with their weights held."""
+        self.networks = replace(self.networks, further=further, frozen={**self.networks.frozen, **frozen})
 
     def owed(self) -> Tensor | float:
         """To be added to the loss: what keeps this process in step with the others, zero in value and gradient."""
@@ -97,20 +96,26 @@ class Sharded(Engine):
     pass on a row of its own first, and adds zero times the answer to its loss.
     """
 
-    DONE = 1_000
+    DONE = 1_000_000
 
     def __init__(self, networks: Networks) -> None:
-        self._raw = [networks.student, networks.reference, networks.teacher]
+        self._raw: list[Field] = []
         self._batch: Batch | None = None
         self._owed: list[Tensor] = []
-        student, reference, teacher = (self._wrap(index) for index in range(3))
-        frozen = {"student": _refuse_held, "reference": reference, "teacher": teacher}
+        student, reference, teacher = map(self._wrap, (networks.student, networks.reference, networks.teacher))
+        frozen = {name: self._wrap(field) for name, field in networks.frozen.items()}
         super().__init__(replace(networks, student=student, reference=reference, teacher=teacher, frozen=frozen))
 
-    def _wrap(self, index: int) -> Field:
+    def add(self, further: Mapping[str, Field], frozen: Mapping[str, Field]) -> None:
+        super().add(*({name: self._wrap(field) for name, field in fields.items()} for fields in (further, frozen)))
+
+    def _wrap(self, raw: Field) -> Field:
+        index = len(self._raw)
+        self._raw.append(raw)
+
         def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
-            self._wait_for(2 * index + torch.is_grad_enabled())
-            return self._raw[index](x_t, t, c, s)
+            self._wait_for(Wanted.of(x_t, c, s).number + Wanted.KINDS * index)
+            return raw(x_t, t, c) if s is None else raw(x_t, t, c, s)
 
         return answer
 
@@ -127,14 +132,46 @@ class Sharded(Engine):
         """Make the passes that others want until all want `wanted`, or this process comes first."""
         while (agreed := min(gather(wanted))) != wanted:
             assert self._batch is not None
-            one = slice(0, 1)
-            x, c = self._batch.x[one], self._batch.c[one]
-            t = torch.full((1,), 0.5, device=x.device)
-            # All of it, since whoever waits may stand where no graph is built.
-            with torch.set_grad_enabled(bool(agreed % 2)):
-                F = self._raw[agreed // 2](x, t, c)
-                if F.requires_grad:
-                    self._owed.append(F.sum() * 0)
+            index, kind = divmod(agreed, Wanted.KINDS)
+            nothing = Wanted.numbered(kind).make(self._raw[index], self._batch)
+            if nothing.requires_grad:
+                self._owed.append(nothing)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What decides how the weights of a pass travel: whether it builds a graph, which of its inputs backward goes on to, and
+    whether it hears a second time."""
+
+    graph: bool
+    point: bool
+    condition: bool
+    second: bool
+
+    KINDS: ClassVar[int] = 16
+
+    @classmethod
+    def of(cls, x_t: Tensor, c: Condition, s: Tensor | None) -> Wanted:
+        graph = torch.is_grad_enabled()
+        return cls(graph, graph and x_t.requires_grad, graph and c.embeds.requires_grad, s is not None)
+
+    @classmethod
+    def numbered(cls, number: int) -> Wanted:
+        return cls(*(bool(number >> bit & 1) for bit in range(4)))
+
+    @property
+    def number(self) -> int:
+        return sum(int(said) << bit for bit, said in enumerate((self.graph, self.point, self.condition, self.second)))
+
+    def make(self, field: Field, batch: Batch) -> Tensor:
+        """Such a pass, on the first row of a batch: zero times its answer, summed up."""
+        x, c = batch.x[:1].detach(), batch.c[:1]
+        t = torch.full((1,), 0.5, device=x.device)
+        # All of it, since whoever waits may stand where no graph is built.
+        with torch.set_grad_enabled(self.graph):
+            x.requires_grad_(self.point)
+            asked = (x, t, c if self.condition else c.detach())
+            return (field(*asked, t) if self.second else field(*asked)).sum() * 0
 
 
 @torch.no_grad()
@@ -148,73 +185,19 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def _refuse_held(*asked: Any) -> Tensor:
-    raise UserError("this method holds the student's weights still in a pass, which sharding cannot: set parallel=ddp")
-
-
-def shard(module: nn.Module, device: torch.device, half: bool) -> None:
-    """Shard a denoiser over all processes in place, block by block; it moves to `device`.
-
-    Nothing stays whole after a forward pass, the root neither: a root kept whole would not see the optimizer's step. With
-    `half`, float32 weights travel in bfloat16; inputs are not cast, since times must keep their float32.
-    """
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if half else None,
-        reduce_dtype=torch.float32 if half else None,
-        cast_forward_inputs=False,
-    )
-    options: Any = {
-        "mesh": init_device_mesh(device.type, (world(),)),
-        "reshard_after_forward": True,
-        "mp_policy": policy,
-    }
-    for blocks in module.children():
-        if isinstance(blocks, nn.ModuleList):
-            for block in blocks:
-                fully_shard(block, **options)
-    fully_shard(module, **options)
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor's full value; for a sharded one a collective, after which it lies on the CPU."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def unsharded(module: nn.Module) -> nn.Module:
-    """A copy of a sharded network with whole weights on the CPU (a collective), or the module itself if it is whole."""
-    if not isinstance(module, FSDPModule):
-        return module
-    tensors = {name: whole(tensor) for name, tensor in module.state_dict().items()}
-    plain = original_class(module).from_config(module.config)
-    if second_time.second_time_of(module) is not None:
-        second_time.attach(plain)
-    plain.load_state_dict(tensors)
-    return plain.eval().requires_grad_(False)
-
-
-def original_class(module: nn.Module) -> Any:
-    """A network's class of diffusers, which sharding hides behind one of its own."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
-
-
 def parallel_kind(recipe: Recipe, transformer: nn.Module, device: torch.device) -> str:
-    """ "alone", "ddp" or "fsdp". On its own it shards when weights, gradients, moments, average and teacher would fill more
-    than half of a GPU. UserError for sharding together with a trained text encoder."""
+    """ "alone", "ddp" or "fsdp". On its own it shards when weights, gradients, moments, average, teacher and further networks
+    would fill more than half of a GPU."""
     if world() == 1:
         return "alone"
-    if recipe.tuning.text_encoder and recipe.parallel == "fsdp":
-        raise UserError("tuning.text_encoder is trained with whole weights: set parallel=ddp")
     if recipe.parallel != "auto":
         return recipe.parallel
     # Layers in eight bits are cast as they run, which sharding does not see; nor are moments in eight bits shared out.
     if recipe.tuning.storage or recipe.optimizer.kind == "adamw8bit":
         return "ddp"
-    if device.type != "cuda" or recipe.tuning.text_encoder:
+    if device.type != "cuda":
         return "ddp"
     weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
-    copies = 1 if recipe.tuning.kind == "lora" else 6
+    more = 4 * sum(one.kind == "field" for one in further_of(recipe.build_objective()))
+    copies = 1 if recipe.tuning.kind == "lora" else 6 + more
     return "fsdp" if copies * weights > torch.cuda.get_device_properties(device).total_memory / 2 else "ddp"

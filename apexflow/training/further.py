@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Further, Networks
-from apexflow.training.roles import LoraRoles, Roles, field_of, held
+from apexflow.training.fields import held
+from apexflow.training.roles import Roles
 
 HIDDEN = 64  # width of a judge's heads
 
@@ -46,6 +48,11 @@ class Furthers:
         self.frozen[name] = held(asked, lambda: chain(*(self.trained[role].values() for role in names)), network)
 
 
+def copies(declared: Sequence[Further]) -> list[str]:
+    """The networks among them that are like the student: roles are made with them."""
+    return [one.name for one in declared if one.kind == "field"]
+
+
 def make_furthers(
     declared: Sequence[Further], backbone: Backbone, roles: Roles, networks: Networks, null: Condition, seed: int
 ) -> Furthers:
@@ -55,30 +62,23 @@ def make_furthers(
         with torch.random.fork_rng():  # the same weights whatever was drawn before, so in every process
             torch.manual_seed(seed)
             if one.kind == "field":
-                _add_field(made, one, backbone, roles)
+                made.add(one.name, *roles.further(one.name), roles.network(one.name))
             else:
                 _add_judge(made, one, backbone, roles, networks, null)
     return made
-
-
-def _add_field(made: Furthers, one: Further, backbone: Backbone, roles: Roles) -> None:
-    if isinstance(roles, LoraRoles):
-        made.add(one.name, *roles.add_adapter(one.name), roles.network(one.name))
-        return
-    network = roles.add_copy(one.name)
-    made.add(one.name, field_of(backbone, network), dict(network.named_parameters()), network)
 
 
 def _add_judge(
     made: Furthers, one: Further, backbone: Backbone, roles: Roles, networks: Networks, null: Condition
 ) -> None:
     below: Field = made.fields[one.on] if one.on in made.fields else getattr(networks, one.on)
-    look = Look(below, blocks_at(roles.network(one.on), one.depths))
+    network = roles.network(one.on)
+    look = Look(below, network, blocks_at(network, one.depths))
     x = torch.zeros(1, *backbone.latent_shape((backbone.default_size,) * 2), device=null.embeds.device)
     with torch.no_grad():
         seen = look(x, torch.ones(1, device=x.device), null)
     judge = Judge(look, [part.shape[-1] for part in seen]).to(x.device)
-    made.add(one.name, judge, dict(judge.named_parameters()), roles.network(one.on), one.on)
+    made.add(one.name, judge, dict(judge.named_parameters()), network, one.on)
 
 
 class Judge(nn.Module):
@@ -98,15 +98,21 @@ class Judge(nn.Module):
 
 
 class Look:
-    """What blocks answer while a field is asked: tokens (B, L, D) each."""
+    """What blocks of a network answer while the field that it stands behind is asked: tokens (B, L, D) each."""
 
-    def __init__(self, below: Field, blocks: Sequence[nn.Module]) -> None:
-        self.below, self.blocks = below, list(blocks)
+    def __init__(self, below: Field, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.below, self.network, self.blocks = below, network, list(blocks)
 
     def __call__(self, x_t: Tensor, t: Tensor, c: Condition) -> list[Tensor]:
         with self._watched() as seen:
             self.below(x_t, t, c)
-        return [tokens(seen[index]) for index in range(len(self.blocks))]
+        found = [tokens(seen[index]) for index in range(len(self.blocks))]
+        if isinstance(self.network, FSDPModule):
+            # Gradients come in by the blocks, past the answer that would call for the weights around them.
+            for part in found:
+                if part.requires_grad:
+                    part.register_hook(lambda _: self.network.unshard())
+        return found
 
     @contextmanager
     def _watched(self) -> Iterator[dict[int, Tensor]]:

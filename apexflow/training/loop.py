@@ -25,14 +25,15 @@ from apexflow.report import write_report
 from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, in_turn, joined, leads, own_device, own_rows, together
-from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind, shard
-from apexflow.training.further import make_furthers
+from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind
+from apexflow.training.further import copies, make_furthers
 from apexflow.training.journal import Journal
 from apexflow.training.prepare import null_condition, other_teacher, prepare, suited_objective
 from apexflow.training.preview import save_preview
-from apexflow.training.roles import Place, Roles, frozen_dtype, make_roles
+from apexflow.training.roles import Roles, frozen_dtype, make_roles
 from apexflow.training.run import CHECKPOINTS, Run, Trainee, holds_run, restore, save
 from apexflow.training.saving import save_model
+from apexflow.training.sharding import Place, all_processes, shard
 from apexflow.training.step import training_step
 from apexflow.training.storage import storing
 
@@ -92,7 +93,8 @@ def start(recipe: Recipe, resume: bool) -> Run:
     with together():
         kind = parallel_kind(recipe, backbone.transformer, device)
         teacher = other_teacher(recipe, objective.needs, backbone)
-        roles = make_roles(backbone, recipe, objective.needs, _placing(kind, recipe, device), teacher)
+        place, further = _placing(kind, recipe, device), copies(further_of(objective))
+        roles = make_roles(backbone, recipe, objective.needs, place, teacher, further)
     engine = _engine(kind, backbone, roles, recipe, null)
     trainees = {"student": Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))}
     trainees |= _further(recipe, objective, backbone, roles, engine, null)
@@ -119,8 +121,8 @@ def _placing(kind: str, recipe: Recipe, device: torch.device) -> Place:
     """What is done with each network of a run, made on the CPU, once it is complete."""
     if kind != "fsdp":
         return storing(recipe.tuning.storage, frozen_dtype(recipe), device)
-    half = recipe.precision == "bf16" and recipe.tuning.kind == "full"
-    return lambda network: shard(network, device, half)
+    half, mesh = recipe.precision == "bf16" and recipe.tuning.kind == "full", all_processes(device)
+    return lambda network: shard(network, mesh, half)
 
 
 def _engine(kind: str, backbone: Backbone, roles: Roles, recipe: Recipe, null: Condition) -> Engine:
@@ -138,12 +140,8 @@ def _further(
 ) -> dict[str, Trainee]:
     """The networks that the method declares beside the student, each with its own optimizer, made known to the engine."""
     declared = further_of(objective)
-    if not declared:
-        return {}
-    if isinstance(engine, Sharded):
-        raise UserError(f"method {recipe.method} trains further networks, which are not sharded: set parallel=ddp")
-    furthers = make_furthers(declared, backbone, roles, engine.networks, null, recipe.seed)
-    engine.networks = furthers.join(engine.networks)
+    furthers = make_furthers(declared, backbone, roles, roles.networks(null), null, recipe.seed)
+    engine.add(furthers.fields, furthers.frozen)
     return {
         one.name: Trainee(trained, _optimizer(recipe, list(trained.values()), one.betas), one.rate)
         for one, trained in zip(declared, furthers.trained.values(), strict=True)

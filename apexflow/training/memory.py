@@ -23,7 +23,7 @@ from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Networks, further_of
 from apexflow.training.config import Recipe
-from apexflow.training.further import Furthers, make_furthers
+from apexflow.training.further import Furthers, copies, make_furthers
 from apexflow.training.passes import Pass
 from apexflow.training.roles import Roles, checkpointed, make_roles
 
@@ -192,7 +192,7 @@ def on_shapes(backbone: Backbone, recipe: Recipe, tokens: int) -> OnShapes:
     declared = further_of(recipe.build_objective())
     width, pooled = backbone.text_width
     with torch.device("meta"), counting(backbone, tokens):
-        roles = make_roles(backbone, recipe, ("teacher",) if declared else ())
+        roles = make_roles(backbone, recipe, ("teacher",) if declared else (), further=copies(declared))
         null = Condition(torch.zeros(1, tokens, width), None, None if pooled is None else torch.zeros(1, pooled))
         networks = roles.networks(null)
         furthers = make_furthers(declared, backbone, roles, networks, null, recipe.seed)

@@ -13,8 +13,8 @@ import torch
 
 from apexflow.backbones import Backbone
 from apexflow.backbones.presets import load_shapes
-from apexflow.objectives import further_of
 from apexflow.training.config import Recipe
+from apexflow.training.distributed import rows_each
 from apexflow.training.memory import activations, kept_for_backward, network_sizes
 from apexflow.training.passes import Pass, trace_passes
 from apexflow.training.roles import checkpointed, loaded_dtype
@@ -70,14 +70,14 @@ class Plan:
 def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     """What a recipe takes on each of `gpus` GPUs; `tokens` of text a prompt, by default the most that the model reads.
 
-    Reads configs alone. `recipe.micro_batch` counts rows on one GPU. UserError for a model whose configs are not known.
+    Reads configs alone. `recipe.micro_batch` counts rows on one GPU. UserError for a model whose configs are not known, and for
+    a batch that the GPUs cannot share equally.
     """
-    backbone = shapes_of(recipe)
+    own, backbone = rows_each(recipe.batch, gpus), shapes_of(recipe)
     size = recipe.data.size or backbone.default_size
     shape = backbone.latent_shape((size, size))
     tokens = tokens or backbone.settings.max_tokens
     objective = recipe.build_objective()
-    own = recipe.batch // gpus if recipe.batch > gpus else 1
     rows = min(recipe.micro_batch or own, own)
     with kept_for_backward([]) as kept:
         passes, losses = trace_passes(objective, rows, recipe.batch, shape)
@@ -94,10 +94,10 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     parts = {
         "trained weights": sizes.trained // shared,
         "frozen weights": sizes.frozen // shared,
-        "further networks": sizes.further,
+        "further networks": sizes.further // shared,
         "average (EMA)": sizes.average // shared,
-        "gradients": sizes.trained // shared + sizes.further,
-        "optimizer": (sizes.trained // shared + sizes.further) // 4 * MOMENTS[recipe.optimizer.kind],
+        "gradients": (sizes.trained + sizes.further) // shared,
+        "optimizer": (sizes.trained + sizes.further) // shared // 4 * MOMENTS[recipe.optimizer.kind],
         "activations": needed.kept + of_losses,
         "one block again": needed.block,
         "batch": 2 * rows * (latents + text),
@@ -106,7 +106,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
         parts["one block whole"] = (sizes.trained + sizes.frozen) // max(blocks, 1)
     held = sum(parts[name] for name in HELD)
     # An optimizer's intermediates are as large as what it steps.
-    update = held + max(sizes.trained // shared, sizes.further)
+    update = held + max(sizes.trained, sizes.further) // shared
     return Plan(parts, update, sizes.trained // 4, again, rows, gpus, latents + text, host, passes)
 
 
@@ -180,7 +180,7 @@ def _changes(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Recipe, int]]:
     wide = replace(recipe.optimizer, kind="adamw")
     whole = replace(recipe, parallel="fsdp", optimizer=wide, tuning=replace(tuning, storage=None))
     for count in (2, 4, 8, 16):
-        if count > gpus and not (tuning.text_encoder or further_of(recipe.build_objective())):
+        if count > gpus and recipe.batch % count == 0:
             yield f"parallel=fsdp on {count} GPUs, with full precision again", whole, count
     if tuning.kind == "full" and not tuning.text_encoder:
         yield "tuning.kind=lora", replace(recipe, tuning=replace(tuning, kind="lora")), gpus

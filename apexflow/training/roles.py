@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from apexflow.backbones import Backbone, second_time
+from apexflow.backbones.parts import without_weights
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Networks
 from apexflow.training.config import Recipe, Tuning
-from apexflow.training.engine import original_class, unsharded, whole
+from apexflow.training.distributed import leads
+from apexflow.training.fields import field_of, held, not_recomputed
+from apexflow.training.sharding import Place, fill, gathered, hollow, leave, original_class, unsharded, whole
 from apexflow.training.storage import plain_state, storing
-
-Place = Callable[[nn.Module], None]  # shards a network, or leaves it where it is
-
-
-def leave(network: nn.Module) -> None:
-    """A network stays where it is and as it is."""
 
 
 class FullRoles:
     """Every weight is trained: the EMA and the teacher are further modules, made only when something calls them."""
 
     def __init__(
-        self, backbone: Backbone, teacher: nn.Module | None, text_encoder: bool, frozen: torch.dtype, place: Place
+        self,
+        backbone: Backbone,
+        teacher: nn.Module | None,
+        text_encoder: bool,
+        frozen: torch.dtype,
+        place: Place,
+        further: Sequence[str] = (),
     ) -> None:
         self.backbone = backbone
         self._modules = {"transformer": backbone.transformer}
@@ -41,7 +42,8 @@ class FullRoles:
         self.teacher = (
             None if teacher is None else (hollow(teacher) if own else teacher.eval().requires_grad_(False)).to(frozen)
         )
-        self._further: dict[str, nn.Module] = {}
+        pretrained = self.teacher if self.teacher is not None else backbone.transformer
+        self._further = {name: hollow(pretrained).float() for name in further}
         self._averages = {name: hollow(module) for name, module in self._modules.items()}
         for name, module in self._modules.items():
             place(module.requires_grad_(True))
@@ -50,6 +52,9 @@ class FullRoles:
             fill(self.teacher, backbone.transformer, place)
         elif self.teacher is not None:
             place(self.teacher)
+        for network in self._further.values():
+            fill(network, pretrained, place)
+            network.requires_grad_(True)
         self.trained = _named(self._modules)
         self.average = {name: p.data for name, p in _named(self._averages).items()}
 
@@ -88,11 +93,10 @@ class FullRoles:
         assert found is not None
         return found
 
-    def add_copy(self, name: str) -> nn.Module:
-        """A further network that is trained, and starts as the pretrained model."""
-        start = self.teacher if self.teacher is not None else self.backbone.transformer
-        self._further[name] = copy.deepcopy(start).float().requires_grad_(True)
-        return self._further[name]
+    def further(self, name: str) -> tuple[Field, dict[str, nn.Parameter]]:
+        """A further network that is trained, and starts as the pretrained model: how it is asked, and its weights."""
+        network = self._further[name]
+        return field_of(self.backbone, network), dict(network.named_parameters())
 
     @contextmanager
     def shipped(self) -> Iterator[None]:
@@ -106,8 +110,8 @@ class FullRoles:
                 setattr(self.backbone, name, module)
 
     def final(self) -> nn.Module:
-        """The averaged transformer with whole weights. All processes take part."""
-        self._averages["transformer"] = unsharded(self._averages["transformer"])
+        """The averaged transformer with whole weights, in the first process. All take part."""
+        self._averages = {name: unsharded(module) for name, module in self._averages.items()}
         return self._averages["transformer"]
 
 
@@ -119,25 +123,17 @@ class LoraRoles:
     """
 
     def __init__(
-        self, backbone: Backbone, tuning: Tuning, frozen: torch.dtype = torch.float32, place: Place = leave
+        self,
+        backbone: Backbone,
+        tuning: Tuning,
+        frozen: torch.dtype = torch.float32,
+        place: Place = leave,
+        further: Sequence[str] = (),
+        seed: int = 0,
     ) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         self.backbone = backbone
         transformer = backbone.transformer.requires_grad_(False).to(frozen)
-        alpha = tuning.alpha or tuning.rank
-        config = LoraConfig(
-            r=tuning.rank, lora_alpha=alpha, target_modules=list(backbone.lora_targets), init_lora_weights="gaussian"
-        )
-        self._inject: Callable[[str], object] = lambda name: inject_adapter_in_model(config, transformer, name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft warns of the second adapter, which is the point here
-            for name in ("default", "ema"):
-                self._inject(name)
-        self._layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
-        if not self._layers:
-            raise UserError(f"LoRA found none of its targets {list(backbone.lora_targets)} in this model")
+        self._layers = inject_adapters(transformer, tuning, backbone.lora_targets, ("default", "ema", *further), seed)
         for name, parameter in transformer.named_parameters():
             if ".lora_" in name or second_time.NAME in name:
                 parameter.data = parameter.data.float()  # adapters stay in float32 on a base of any precision
@@ -202,33 +198,25 @@ class LoraRoles:
         """The module that answers for every role."""
         return self.backbone.transformer
 
-    def add_adapter(self, name: str) -> tuple[Field, dict[str, nn.Parameter]]:
+    def further(self, name: str) -> tuple[Field, dict[str, nn.Parameter]]:
         """A further role that is trained, and starts as the base: how it is asked, and its weights."""
         transformer = self.backbone.transformer
-        before = {key: p.requires_grad for key, p in transformer.named_parameters()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._inject(name)
-        self._activate("default")
-        for key, parameter in transformer.named_parameters():
-            parameter.requires_grad_(before.get(key, True))  # peft's injection leaves the newest adapter trained alone
-        named = transformer.named_parameters()
-        trained = {
-            key.replace(f".{name}.", "."): p
-            for key, p in named
-            if f".lora_A.{name}." in key or f".lora_B.{name}." in key
-        }
-        for parameter in trained.values():
-            parameter.data = parameter.data.float()
+        parts = (f".lora_A.{name}.", f".lora_B.{name}.")
+        found = {key: p for key, p in transformer.named_parameters() if any(part in key for part in parts)}
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        trained = {key.replace(f".{name}.", "."): p for key, p in found.items()}
         return self._as(name, field_of(self.backbone, transformer)), trained
 
     @torch.no_grad()
     def final(self) -> nn.Module:
-        """A plain transformer with the averaged adapter added into its weights. All processes take part."""
+        """In the first process a plain transformer with the averaged adapter added into its weights. All take part."""
         transformer = self.backbone.transformer
         self.average = {name: whole(tensor) for name, tensor in self.average.items()}
         with second_time.without(transformer) as second:
-            tensors = {name: whole(tensor) for name, tensor in plain_state(transformer).items()}
+            tensors = gathered(plain_state(transformer))
+        if not leads():
+            return transformer
         layers = {id(layer) for layer in self._layers}
         for name, module in transformer.named_modules():
             if id(module) in layers:
@@ -236,9 +224,8 @@ class LoraRoles:
                 tensors[f"{name}.weight"] = (weight.float() + self._delta(name, module.scaling["ema"], weight)).to(
                     weight
                 )
-        plain = original_class(transformer).from_config(transformer.config)
-        plain = plain.to(next(iter(tensors.values())))
-        plain.load_state_dict(tensors)
+        plain = without_weights(original_class(transformer), transformer.config)
+        plain.load_state_dict(tensors, assign=True)
         if second is not None:
             prefix = f"{second_time.NAME}.embedders."
             averaged = {n.removeprefix(prefix): t for n, t in self.average.items() if n.startswith(prefix)}
@@ -260,6 +247,41 @@ class LoraRoles:
             self._activate("default")
 
 
+def inject_adapters(
+    transformer: nn.Module, tuning: Tuning, targets: Sequence[str], names: Sequence[str], seed: int
+) -> list[Any]:
+    """Put LoRA adapters on a network; the layers that have them. Their first weights belong to `seed` alone, so that all
+    processes draw the same.
+
+    They are made where new tensors are made, on a network without weights too.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha or tuning.rank,
+        target_modules=list(targets),
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.simplefilter("ignore")  # peft warns of the second adapter, which is the point here
+        for name in names:
+            inject_adapter_in_model(config, transformer, name)
+        layers: list[Any] = [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]
+        if not layers:
+            raise UserError(f"LoRA found none of its targets {list(targets)} in this model")
+        for layer in layers:
+            for table in (layer.lora_A, layer.lora_B):
+                if next(table.parameters()).is_meta:
+                    table.to_empty(device=torch.get_default_device())
+                table.float()
+            for name in names:
+                layer.reset_lora_parameters(name, "gaussian")
+    return layers
+
+
 Roles = FullRoles | LoraRoles
 
 
@@ -269,11 +291,13 @@ def make_roles(
     needs: tuple[str, ...],
     place: Place | None = None,
     teacher: nn.Module | None = None,
+    further: Sequence[str] = (),
 ) -> Roles:
     """The roles for a recipe's way of tuning, `place` applied to each network once it is complete: by default it stays where
     it is, its matrices kept as `tuning.storage` says.
 
-    The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless another is given.
+    The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless another is given. `further` names
+    the networks like it that are trained beside the student.
 
     With precision bf16 what is frozen is kept in bfloat16, what is trained in float32. UserError for a combination that
     does not exist.
@@ -290,9 +314,9 @@ def make_roles(
     else:
         second_time.detach(backbone.transformer)  # what it has left to say, this method never asks
     if tuning.kind == "lora":
-        return LoraRoles(backbone, tuning, frozen, place)
+        return LoraRoles(backbone, tuning, frozen, place, further, recipe.seed)
     teacher = (teacher or backbone.transformer) if "teacher" in needs else None
-    return FullRoles(backbone, teacher, tuning.text_encoder, frozen, place)
+    return FullRoles(backbone, teacher, tuning.text_encoder, frozen, place, further)
 
 
 def frozen_dtype(recipe: Recipe) -> torch.dtype:
@@ -320,68 +344,5 @@ def update_average(roles: Roles, decay: float, step: int) -> None:
     torch._foreach_lerp_([roles.average[n] for n in names], [roles.trained[n].data for n in names], weight)
 
 
-def hollow(module: nn.Module) -> nn.Module:
-    """A frozen copy whose parameters take no memory until `fill` gives them their values."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()}
-    return copy.deepcopy(module, empty).eval()
-
-
-@torch.no_grad()
-def fill(empty: nn.Module, module: nn.Module, place: Place) -> None:
-    """Make a hollow copy of a network whole, where that is now: sharded with it, so that nobody holds it whole twice."""
-    if isinstance(module, FSDPModule):
-        place(empty)
-    empty.to_empty(device=next(module.parameters()).device)
-    for own, other in zip(_tensors(empty), _tensors(module), strict=True):
-        own.copy_(other)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-@contextmanager
-def not_recomputed(network: nn.Module) -> Iterator[None]:
-    """Within, no activation is left to be computed again in backward, when the network stands differently."""
-    parts: list[Any] = [part for part in network.modules() if getattr(part, "gradient_checkpointing", False)]
-    for part in parts:
-        part.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.gradient_checkpointing = True
-
-
-def held(field: Field, parameters: Callable[[], Iterable[nn.Parameter]], network: nn.Module | None = None) -> Field:
-    """The same field with its weights, `parameters()`, out of the graph: gradients pass through it to what it is asked.
-
-    `network` is the module behind it, of which nothing may be computed again in backward, when the weights are back.
-    """
-
-    def answer(*asked: Tensor | Condition) -> Tensor:
-        watched = [parameter for parameter in parameters() if parameter.requires_grad]
-        for parameter in watched:
-            parameter.requires_grad_(False)
-        try:
-            with nullcontext() if network is None else not_recomputed(network):
-                return field(*asked)
-        finally:
-            for parameter in watched:
-                parameter.requires_grad_(True)
-
-    return answer
-
-
 def _named(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
-
-
-def field_of(backbone: Backbone, network: nn.Module) -> Field:
-    """How a network of the backbone's class is asked."""
-
-    def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
-        with second_time.going_to(network, s):
-            return backbone.velocity(network, x_t, t, c)
-
-    return answer

@@ -70,7 +70,7 @@ def accumulate(run: Run) -> dict[str, float]:
     if world() > 1:
         for role, trainee in run.trainees.items():
             if role != "student":
-                sum_gradients(list(trainee.parameters.values()))
+                sum_gradients([p for p in trainee.parameters.values() if not isinstance(p, DTensor)])
     return terms
 
 

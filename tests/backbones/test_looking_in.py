@@ -17,9 +17,8 @@ def test_a_judge_hears_the_picture_and_lets_gradients_through(
     name: str, backbone_of: Callable[[str], Backbone]
 ) -> None:
     backbone = backbone_of(name)
-    look = Look(
-        lambda *asked: backbone.velocity(backbone.transformer, *asked), blocks_at(backbone.transformer, (0, 0.95))
-    )
+    network = backbone.transformer
+    look = Look(lambda *asked: backbone.velocity(network, *asked), network, blocks_at(network, (0, 0.95)))
     x_t = torch.randn(
         2, *backbone.latent_shape((32, 32)), generator=torch.Generator().manual_seed(0), requires_grad=True
     )

@@ -1,0 +1,56 @@
+"""How networks are asked: as they are, with their weights held, and with nothing computed again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from apexflow.backbones import Backbone, second_time
+from apexflow.conditioning import Condition
+from apexflow.objectives import Field
+
+
+@contextmanager
+def not_recomputed(network: nn.Module) -> Iterator[None]:
+    """Within, no activation is left to be computed again in backward, when the network stands differently."""
+    parts: list[Any] = [part for part in network.modules() if getattr(part, "gradient_checkpointing", False)]
+    for part in parts:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
+
+
+def held(field: Field, parameters: Callable[[], Iterable[nn.Parameter]], network: nn.Module | None = None) -> Field:
+    """The same field with its weights, `parameters()`, out of the graph: gradients pass through it to what it is asked.
+
+    `network` is the module behind it, of which nothing may be computed again in backward, when the weights are back.
+    """
+
+    def answer(*asked: Tensor | Condition) -> Tensor:
+        watched = [parameter for parameter in parameters() if parameter.requires_grad]
+        for parameter in watched:
+            parameter.requires_grad_(False)
+        try:
+            with nullcontext() if network is None else not_recomputed(network):
+                return field(*asked)
+        finally:
+            for parameter in watched:
+                parameter.requires_grad_(True)
+
+    return answer
+
+
+def field_of(backbone: Backbone, network: nn.Module) -> Field:
+    """How a network of the backbone's class is asked."""
+
+    def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
+        with second_time.going_to(network, s):
+            return backbone.velocity(network, x_t, t, c)
+
+    return answer
