@@ -13,9 +13,9 @@ from apexflow.bench import device_name
 
 def provenance() -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-    ).stdout
+    # Results are what is being written: they change no number to come.
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"]
+    changed = subprocess.run(status, capture_output=True, text=True).stdout
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit + ("+changes" if changed.strip() else ""),
