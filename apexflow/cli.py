@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tune a text-to-image model into one that answers in one network evaluation, and prove it.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Make or look at data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data_app, name="data")
 
 
@@ -84,7 +84,7 @@ def export(
     ] = False,
     base: Annotated[str | None, typer.Option(help="The model that a LoRA file belongs to.")] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="stock (needs nothing of ours), any-step (ours), or original.")
+        str | None, typer.Option(help="stock (needs nothing of ours; the default), any-step (ours) or original.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -4,13 +4,15 @@
 
 Draws the glyphs of Debian's fonts-noto-color-emoji (`apt-get install fonts-noto-color-emoji`) into webdataset shards; builds a
 miniature SANA whose vocabulary is the words of the names and fits its autoencoder; caches latents and text embeddings; trains the
-miniature on them by flow matching; and tunes it by APEX, on the same cache, to answer in one network evaluation.
+miniature on them by flow matching; tunes it by APEX, on the same cache, to answer in one network evaluation; and draws some
+glyphs beside both models' pictures of their names (`sheet.png`). The same command goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tarfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +20,26 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 
 from apexflow.data.shards import Record, write_shard
-from apexflow.errors import UserError
+from apexflow.errors import Stopped, UserError, writing
+from apexflow.generator import load
+from apexflow.reporting.pictures import labelled_sheet
 from apexflow.training.config import Data, Optimizer, Preview, Recipe
 from apexflow.training.loop import train
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+TAR = "emoji.tar"
 STRIKE = 109  # the one size that the font's bitmaps have
 SIDE = 128
+SHOWN = (
+    "tiger face",
+    "umbrella",
+    "heavy black heart",
+    "green apple",
+    "large blue square",
+    "octopus",
+    "crescent moon",
+    "soccer ball",
+)
 CODE_POINTS = (range(0xA9, 0xAF), range(0x203C, 0x3300), range(0x1F000, 0x1FB00))
 
 
@@ -72,7 +87,7 @@ def recipes(output: Path, minutes: float, autoencoder_steps: int) -> tuple[Recip
         steps=1_000_000,
         minutes=0.75 * minutes,
         caption_dropout=0.1,
-        checkpoint_every=500,
+        checkpoint_every=100,
         autoencoder_steps=autoencoder_steps,
         sampling_steps=50,
         sampling_guidance=2.0,
@@ -83,7 +98,7 @@ def recipes(output: Path, minutes: float, autoencoder_steps: int) -> tuple[Recip
         objective={"path_weight": 0.0, "share": 1.0},  # as the shipped student
         data=Data(source=str(output / "cache")),
         optimizer=Optimizer(learning_rate=3e-4, warmup=20),
-        preview=Preview(every=100),
+        preview=Preview(every=50),
         steps=1_000_000,
         minutes=0.25 * minutes,
         ema_decay=0.98,
@@ -96,22 +111,36 @@ def recipes(output: Path, minutes: float, autoencoder_steps: int) -> tuple[Recip
 def run(output: Path, minutes: float, autoencoder_steps: int, font: Path) -> None:
     """Draw, train, tune; finished parts are left as they are, so the command goes on where it stopped."""
     pictures = output / "pictures"
-    if not (pictures / "emoji.tar").is_file():
+    if not (pictures / TAR).is_file():
         records = list(glyphs(font))
         pictures.mkdir(parents=True, exist_ok=True)
-        write_shard(pictures / "emoji.tar", records)
+        write_shard(pictures / TAR, records)
         print(f"{pictures}: {len(records)} glyphs")
     for recipe in recipes(output, minutes, autoencoder_steps):
         if not (Path(recipe.output) / "report.html").is_file():
             train(recipe, resume=Path(recipe.output).exists())
         print(f"{recipe.output}/model, {recipe.output}/report.html")
+    print(look(output))
+
+
+def look(output: Path) -> Path:
+    """A sheet of some names: the font's glyph, the teacher's picture and the student's, both from the same noise."""
+    with tarfile.open(output / "pictures" / TAR) as tar:
+        files = {name: tar.extractfile(f"{ord(unicodedata.lookup(name)):05x}.png") for name in SHOWN}
+        columns = [[Image.open(file).convert("RGB") for file in files.values() if file is not None]]
+    columns += [load(str(output / role / "model")).generate(SHOWN, seed=0) for role in ("teacher", "student")]
+    rows = {name: [column[index].resize((96, 96)) for column in columns] for index, name in enumerate(SHOWN)}
+    path = output / "sheet.png"
+    with writing(path):
+        labelled_sheet(rows, ["font", "teacher", "student"]).save(path)
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--minutes", type=float, default=30.0, help="training, after the autoencoder is fitted")
-    parser.add_argument("--autoencoder-steps", type=int, default=2000)
+    parser.add_argument("--autoencoder-steps", type=int, default=2000, help="fitted first, before the minutes count")
     parser.add_argument("--font", type=Path, default=FONT)
     given = parser.parse_args()
     try:
@@ -119,6 +148,9 @@ def main() -> None:
     except UserError as error:
         print(f"emoji: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (Stopped, KeyboardInterrupt):
+        print("emoji: stopped; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

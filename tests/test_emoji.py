@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from unicodedata import lookup
 
 import pytest
-import yaml
 from PIL import Image
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.miniature import build_miniature
 from apexflow.data.shards import write_shard
-from apexflow.training.config import load_recipe
-from apexflow.training.loop import train
+from apexflow.errors import Stopped
+from apexflow.training.config import Preview, Recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "emoji.py"
 
@@ -68,19 +69,45 @@ def test_glyphs_are_centred_on_white_and_captioned_by_name(
     assert picture.getpixel((64, 5)) == (255, 255, 255) == picture.getpixel((2, 64))
 
 
-def test_both_runs_train_on_one_cache(emoji: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_says_that_the_same_command_goes_on(
+    emoji: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(emoji, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["emoji.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        emoji.main()
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_run_trains_on_one_cache_goes_on_after_a_kill_and_ends_in_a_sheet(
+    emoji: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = partial(build_miniature, width=32, depth=1)
     monkeypatch.setattr("apexflow.backbones.miniature.build_miniature", small)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     square = Image.new("RGB", (128, 128), "red")
-    write_shard(pictures / "emoji.tar", [(str(i), square, f"thing number {i}", {}) for i in range(6)])
-    short = {"steps": 1, "batch": 2, "minutes": None, "autoencoder_steps": 2, "preview": {"count": 2}}
-    for index, recipe in enumerate(emoji.recipes(tmp_path, 1.0, 2)):
-        file = tmp_path / f"{index}.yaml"
-        file.write_text(yaml.safe_dump(recipe.to_dict() | short))
-        model = train(load_recipe(file, []))
-    tokenizer = load_backbone(str(model)).tokenizer
-    ids = tokenizer("thing number 3", add_special_tokens=False).input_ids
+    names = {f"{ord(lookup(name)):05x}": name for name in emoji.SHOWN}
+    write_shard(pictures / "emoji.tar", [(key, square, name, {}) for key, name in names.items()])
+    short = {"batch": 2, "minutes": 1e-6, "autoencoder_steps": 2, "sampling_steps": 1}  # a step, then the time is up
+    plain = emoji.recipes
+
+    def hastened(*given: object) -> list[Recipe]:
+        return [replace(recipe, **short, preview=Preview(count=2, steps=1)) for recipe in plain(*given)]
+
+    monkeypatch.setattr(emoji, "recipes", hastened)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("apexflow.training.loop.training_step", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        emoji.run(tmp_path, 1.0, 2, tmp_path / "no-font-now.ttf")
+    emoji.run(tmp_path, 1.0, 2, tmp_path / "no-font-now.ttf")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 96 * len(names) and sheet.getpixel((sheet.width - 250, 64)) == (255, 0, 0)
+    for role in ("teacher", "student"):
+        assert (tmp_path / role / "previews" / "step-0000001.png").is_file()  # the end of a run is always drawn
+    tokenizer = load_backbone(str(tmp_path / "student" / "model")).tokenizer
+    ids = tokenizer("large blue umbrella", add_special_tokens=False).input_ids
     assert len(set(ids)) == 3 and tokenizer.unk_token_id not in ids
     assert not (tmp_path / "student" / "cache").exists()

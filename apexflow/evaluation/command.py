@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from apexflow.errors import UserError
+from apexflow.options import Device, Json, show
 
 if TYPE_CHECKING:
     from apexflow.evaluation.drawing import Shard
@@ -35,7 +35,8 @@ def evaluate(
         str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id.", rich_help_panel=DRAW)
     ] = "mini-student",
     steps: Annotated[
-        int | None, typer.Option(help="Default: what the model was made for.", rich_help_panel=DRAW)
+        int | None,
+        typer.Option(help="Steps of the sampler. Default: what the model was made for.", rich_help_panel=DRAW),
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Default: the model's own.", rich_help_panel=DRAW)] = None,
     size: Annotated[
@@ -81,13 +82,15 @@ def evaluate(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="http://host:port/v1, or the folder of a local model (dpg, wise).", rich_help_panel=SCORE),
+        typer.Option(
+            help="http://host:port/v1 or a local model's folder (dpg, wise); mplug:FOLDER (dpg).", rich_help_panel=SCORE
+        ),
     ] = None,
     judge_model: Annotated[
         str | None, typer.Option(help="The model's name at that address.", rich_help_panel=SCORE)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Draw a suite's pictures and score them, or score pictures that are there."""
     from apexflow.data.workers import worker_device
@@ -144,18 +147,14 @@ def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
 
     waiting = [report for report in reports if "pending" in report]
     result = waiting[0] if waiting else over_seeds(reports)
-    if as_json:
-        typer.echo(json.dumps(result))
-    elif waiting:
-        lines = (f"{report['folder']}: {report['pending']} pictures to be drawn, not scored" for report in waiting)
-        typer.echo("\n".join(lines))
-    else:
-        typer.echo(score_table({result["name"]: result}))
+    lines = (f"{report['folder']}: {report['pending']} pictures to be drawn, not scored" for report in waiting)
+    show(result, as_json, "\n".join(lines) if waiting else score_table({result["name"]: result}))
 
 
 def convert_detector(
     checkpoint: Annotated[Path, typer.Argument(help="The official mmdet weights as a safetensors file.")],
     folder: Annotated[Path, typer.Argument(help="Where the transformers folder goes.")],
+    as_json: Json = False,
 ) -> None:
     """Turn GenEval's official Mask2Former weights into a folder for --detector."""
     from safetensors import SafetensorError
@@ -172,4 +171,4 @@ def convert_detector(
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {checkpoint} ({error}): fetch it again") from None
     save_detector(tensors, folder)
-    typer.echo(f"{folder}: detector converted")
+    show({"folder": str(folder)}, as_json, f"{folder}: detector converted")

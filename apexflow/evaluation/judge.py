@@ -179,12 +179,6 @@ def picture_base64(image: Picture) -> str:
     return base64.b64encode(image).decode("ascii")
 
 
-def question_messages(question: str, image: Picture) -> list[Message]:
-    """One user turn: a question about one image, such as a VQA backend asks."""
-    picture = {"type": "image_url", "image_url": {"url": picture_url(image)}}
-    return [{"role": "user", "content": [{"type": "text", "text": question}, picture]}]
-
-
 @dataclass(frozen=True)
 class Request:
     """key: what the reply is stored under; messages: made only when the request's turn comes (images are large)."""

@@ -75,6 +75,8 @@ def steps(run: Run) -> None:
                 raise Stopped(f"saved at step {run.step}; go on with the same command and --resume")
     if run.step % recipe.checkpoint_every != 0 and run.step != recipe.steps:
         save(run)  # the time limit ended the run between checkpoints
+    if run.step % recipe.preview.every != 0 and run.step != recipe.steps:
+        preview(run)
     journal.close()
 
 

@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from apexflow.evaluation.judge import picture_url
+from apexflow.evaluation.runner import Settings
+
 WORDS = [
     "<|startoftext|>",
     "<|endoftext|>",
@@ -188,3 +191,19 @@ def mjhq_folder(root: Path, count: int = 6) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((80, 70), 40 + 10 * index).convert("RGB").save(place / f"{name}.jpg")
     return root
+
+
+def question(text: str, image: Image.Image | Path) -> list[dict]:
+    """What a judge is sent: one user turn with a question about one image."""
+    picture = {"type": "image_url", "image_url": {"url": picture_url(image)}}
+    return [{"role": "user", "content": [{"type": "text", "text": text}, picture]}]
+
+
+def settings(suite: str, **changes: object) -> Settings:
+    """Two prompts in one step."""
+    return Settings(**{"suite": suite, "steps": 1, "guidance": 1.0, "limit": 2, **changes})
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """What was written of every picture."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]

@@ -106,8 +106,8 @@ def test_a_wrong_setting_leaves_the_folder_free(run: Run, tiny_model: Path, tmp_
 def test_the_official_detector_is_converted(run: Run, tmp_path: Path) -> None:
     weights = tmp_path / "official.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in checkpoint().items()}, weights)
-    code, text, _ = run("convert-detector", weights, tmp_path / "detector")
-    assert code == 0 and "converted" in text
+    code, text, _ = run("convert-detector", weights, tmp_path / "detector", "--json")
+    assert code == 0 and json.loads(text) == {"folder": str(tmp_path / "detector")}
     config = json.loads((tmp_path / "detector" / "config.json").read_text())
     assert config["apexflow_source"] == "mmdet" and (tmp_path / "detector" / "model.safetensors").is_file()
     refused(run("convert-detector", weights, tmp_path / "detector"), "exists")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from judge_server import Server, Step, answer, half_a_body, hang_up, raw, stall, status
+from little import question
 from PIL import Image
 
 from apexflow.errors import UserError
-from apexflow.evaluation.judge import Judge, JudgeError, ReplyStore, Request, collect, question_messages, strip_thinking
+from apexflow.evaluation.judge import Judge, JudgeError, ReplyStore, Request, collect, strip_thinking
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -22,7 +23,7 @@ def judge(server: Server, **changes: object) -> Judge:
 
 def test_request_and_reply(server: Server) -> None:
     server.script = [answer("fine")]
-    messages = question_messages("what?", Image.new("RGB", (2, 2)))
+    messages = question("what?", Image.new("RGB", (2, 2)))
     options = {"temperature": 0, "max_tokens": 5}
     assert judge(server, api_key="secret", options=options)(messages) == "fine"
     assert server.asked == [{"path": "/v1/chat/completions", "model": "m", "messages": messages, **options}]
@@ -123,7 +124,7 @@ def test_many_at_once_with_trouble(server: Server, tmp_path: Path) -> None:
 
 def test_a_judge_in_process_and_an_unreadable_image(tmp_path: Path) -> None:
     def missing() -> list[dict]:
-        return question_messages("?", tmp_path / "absent.png")
+        return question("?", tmp_path / "absent.png")
 
     asked = [*requests(1), Request("gone", missing)]
     result = collect(asked, lambda messages: "1", str.isdigit, ReplyStore(tmp_path / "r.jsonl"))
