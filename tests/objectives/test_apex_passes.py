@@ -70,6 +70,7 @@ def test_no_answer_is_thrown_away(options: dict[str, Any]) -> None:
         ({}, False, 2.125),
         ({}, True, 7 / 3),
         ({"guidance": 1.0}, True, 2.0),
+        ({"path_velocity": "sample"}, True, 2.0),
         ({"share": 0.25}, True, 13 / 6),
         (READINGS["as the shipped student"], False, 2.5),
         (READINGS["as the shipped student"], True, 8 / 3),
