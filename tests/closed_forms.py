@@ -206,7 +206,9 @@ def make_batch(
         x = torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(seed + 1))
     numbers = range(len(x))
     random = RowRandom(seed, step, numbers)
-    return Batch(x, make_condition(len(x)), random, torch.tensor(numbers), len(x), progress, turn)
+    c = make_condition(len(x))
+    following = (lambda: c[[*numbers[1:], 0]]) if len(x) > 1 else None
+    return Batch(x, c, random, torch.tensor(numbers), len(x), progress, turn, following)
 
 
 def micro_batches(batch: Callable[[], Batch], size: int, seed: int = 0) -> Iterator[Batch]:
@@ -216,4 +218,6 @@ def micro_batches(batch: Callable[[], Batch], size: int, seed: int = 0) -> Itera
         rows = whole.rows[first : first + size]
         piece = slice(first, first + size)
         random = RowRandom(seed, 0, rows.tolist())
-        yield Batch(whole.x[piece], whole.c[piece], random, rows, whole.total, whole.progress, whole.turn)
+        wrong = whole.following()[piece] if whole.following else None
+        following = None if wrong is None else partial(Condition.__getitem__, wrong, slice(None))
+        yield Batch(whole.x[piece], whole.c[piece], random, rows, whole.total, whole.progress, whole.turn, following)

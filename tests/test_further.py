@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 from interrupted import train_in_parts
 from torch import nn
 
+from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
 from apexflow.training.further import blocks_at, tokens
 from apexflow.training.loop import start, train
 from apexflow.training.run import Run
-from apexflow.training.step import training_step
+from apexflow.training.step import make_batch, training_step
 
 KINDS = pytest.mark.parametrize("kind", ["full", "lora"])
 # The student's turn comes every second step, so that three steps show both.
@@ -120,3 +122,20 @@ def test_tokens_are_a_pictures_own() -> None:
     text, picture, map_ = torch.zeros(1, 3, 5), torch.ones(1, 4, 5), torch.ones(1, 7, 2, 2)
     assert torch.equal(tokens((text, picture)), picture) and torch.equal(tokens(picture), picture)
     assert tokens((map_, (map_, map_))).shape == (1, 4, 7)
+
+
+def test_the_following_row_is_the_next_of_the_global_batch(recipe_file: Path) -> None:
+    """Whatever part of the batch asks, and after the last row comes the first; a batch of one has none."""
+    run = start(load_recipe(recipe_file, ["method=sana_sprint", "caption_dropout=0"]), resume=False)
+
+    def text(c: Condition) -> torch.Tensor:
+        return c.embeds.sum(1) if c.mask is None else (c.embeds * c.mask[..., None]).sum(1)
+
+    whole = text(make_batch(run, torch.arange(4)).c)
+    assert len(whole.unique(dim=0)) > 1
+    for rows in ([0, 1, 2, 3], [2, 3], [3]):
+        following = make_batch(run, torch.tensor(rows)).following
+        assert following is not None
+        torch.testing.assert_close(text(following()), whole[[(row + 1) % 4 for row in rows]])
+    alone = replace(run, recipe=replace(run.recipe, batch=1))
+    assert make_batch(alone, torch.arange(1)).following is None

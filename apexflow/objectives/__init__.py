@@ -52,8 +52,10 @@ class Networks:
 class Batch:
     """Rows of one micro-batch: data `x` (B, ...), condition `c`, their numbers `rows` (B,) within the global batch of `total`.
 
-    `progress` in [0, 1] is how far the run has come, and `turn` how many steps it has taken. What a row is used for and its
-    random numbers depend on its number alone, so micro-batches, accumulation and several processes change nothing.
+    `progress` in [0, 1] is how far the run has come, and `turn` how many steps it has taken. `following` gives, when it is
+    called, the conditions of the rows after these in the global batch, the first after the last: prompts of other pictures;
+    None where there is no other row. What a row is used for, its random numbers and its following row depend on its number
+    alone, so micro-batches, accumulation and several processes change nothing.
     """
 
     x: Tensor
@@ -63,6 +65,7 @@ class Batch:
     total: int
     progress: float = 0.0
     turn: int = 0
+    following: Callable[[], Condition] | None = None
 
     def chosen(self, share: float) -> Tensor:
         """Boolean (B,): the rows that belong to a `share` of the global batch, spread evenly and at least one of `total`."""

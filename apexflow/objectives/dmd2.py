@@ -3,7 +3,8 @@
 The second is a critic, which learns the velocity of the student's pictures and is stepped more often than the student (two
 time scales, section 4.2); a judge on the critic's features adds the GAN loss (section 4.3); with several steps the student is
 asked where its own sampler leads (section 4.5). Distances are between endpoints, as in DMD, whose gradient is scaled by the
-mean distance of the picture from the teacher's estimate. Weights are those that the authors give for SDXL.
+mean distance of the picture from the teacher's estimate. Weights are those of the released training of the one-step SDXL,
+which begins with a regression on pairs of noise and picture and calls pure noise by an earlier time; neither is done here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Latent consistency models (Luo et al., 2023): consistency distillation of a guided teacher, k points of the grid at a time.
 
 The paper tells the network the guidance omega in [2, 14]; our backbones have no such input, so one scale is trained in. Its
-grid is that of the teacher's 1,000 timesteps and so is ours: t = n / 1000, moved by the backbone's `shift`.
+grid is that of the teacher's 1,000 timesteps and so is ours: t = n / 1000, moved by the backbone's `shift`. What the equations
+say and their order were checked; their numbers are from memory, the paper's own text not being at hand.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class LCM:
         return ("teacher",) + ("reference",) * (self.target == "reference")
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
-        """Eq. (16) for one micro-batch; Eq. (17) solves the augmented PF-ODE of Eq. (13) by one DDIM jump over k points."""
+        """Eq. (16) for one micro-batch; Eq. (17) solves the augmented PF-ODE of Eq. (13) over k points, here by DDIM (Eq. 18)."""
         transport, c = networks.transport, batch.c
         n = draw_index(batch.random, self.points, self.skip)
         t, s = (networks.round_time(shift_times(i / self.points, self.shift)) for i in (n + self.skip, n))

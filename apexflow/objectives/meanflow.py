@@ -2,8 +2,7 @@
 
 The paper's `u(z_t, r, t)` is `F(x_t, t, c, s)` with s = r. The identity `u = v - (t - r) du/dt` is, for any transport, that
 the point at s to which F leads does not change along the path; for linear transport the target below is the paper's to the
-letter. The paper trains from nothing on the samples' own velocities, and so does the default; "teacher" distils. Left out: the
-share kappa of the network's own conditional answer in the guided field (the paper's appendix).
+letter. The paper trains from nothing on the samples' own velocities, and so does the default; "teacher" distils.
 """
 
 from __future__ import annotations
@@ -30,14 +29,17 @@ class MeanFlow:
 
     share: part of the rows whose two times differ (25 %); with equal times the method is flow matching.
     velocity: the path's direction is the sample's own (the paper) or the teacher's field.
-    guidance: omega of the guided field. From samples it is `omega v + (1 - omega) u(z_t, t, t | null)`; of the teacher, its
-        guided answer. 1: none.
+    guidance: scale w of the guided field. From samples it is, with `kappa` 0, `w v + (1 - w) u(z_t, t, t | null)`; of the
+        teacher, its guided answer. 1: none.
+    kappa: share of the network's own conditional answer in the guided field of the samples: `omega v + kappa u(z_t, t, t | c)
+        + (1 - omega - kappa) u(z_t, t, t | null)` with omega = (1 - kappa) w, so that the scale stays w. One pass more.
     derivative: "jvp" (the paper) or central "difference" with half step `epsilon`, where operators lack the former.
     """
 
     share: float = 0.25
     velocity: Literal["sample", "teacher"] = "sample"
     guidance: float = 1.0
+    kappa: float = 0.0
     derivative: Kind = "jvp"
     epsilon: float = 5e-3
     p: float = 1.0
@@ -50,6 +52,8 @@ class MeanFlow:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {self.share}")
+        if not 0 <= self.kappa < 1:
+            raise ValueError(f"kappa must lie in [0, 1), got {self.kappa}")
         if not 0 < self.epsilon < 0.5:
             raise ValueError(f"epsilon must lie in (0, 0.5), got {self.epsilon}")
         if self.p < 0 or self.c <= 0:
@@ -70,7 +74,8 @@ class MeanFlow:
         F = networks.student(x_t, t, c, s)
 
         def guided(v: Tensor, x_t: Tensor, null: Condition) -> Tensor:
-            return guide(v, networks.student(x_t, t, null, t), self.guidance)
+            v = guide(v, networks.student(x_t, t, null, t), self.guidance)
+            return v if self.kappa == 0 else torch.lerp(v, networks.student(x_t, t, c, t), self.kappa)
 
         with torch.no_grad():
             v = direction(networks, (x, z), t, c, self.velocity, self.guidance, guided)

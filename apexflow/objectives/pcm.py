@@ -3,7 +3,7 @@
 The path is cut into phases, and every point of a phase must lead to the same point at the phase's clean edge. With one phase
 that is consistency distillation. Sample deterministically, with as many steps of an even grid as there are phases.
 The judge (Eq. 8 and 9) looks at both ends after fresh noise, through the frozen teacher; the released one has a head on every
-block. It and the student take turns, as in the released training.
+block, and learns at twice (SD 1.5) or five times (SDXL) the student's rate. It and the student take turns, as there.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class PCM:
     """Eq. (5): the student at t_n+k against theta-minus at t_n, both moved to the edge s_m of their phase.
 
     phases: M; the paper finds 4 enough. guidance: w of Eq. (6) in the teacher's solver, 1 for none (the paper's "Ours*");
-        its released training draws w - 1 between 4 and 5, and so is the default. skip, points: k and N, as released.
+        the released training of SD 1.5 draws w - 1 between 4 and 5, and so is the default. skip, points: k and N, as there
+        (the text has k = 1).
     target: theta-minus is the EMA "reference" (the paper) or the student itself. huber, shift: as in LCM.
-    adversarial: lambda of Eq. (8), 0.1 in the paper; 0: no judge, and every turn is the student's. depths: which blocks the
-        judge looks at, as shares.
+    adversarial: lambda, the weight of Eq. (9) beside Eq. (5), 0.1 in the paper; 0: no judge, and every turn is the
+        student's. depths: which blocks the judge looks at, as shares.
     """
 
     phases: int = 4
@@ -69,7 +70,7 @@ class PCM:
         return (Further("judge", "judge", on="teacher", depths=self.depths),) * (self.adversarial > 0)
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
-        """One micro-batch: Eq. (8) at the student's turns, which are the even ones, and the judge's loss at the odd ones."""
+        """One micro-batch: Eq. (5) and its part of Eq. (9) at the student's turns, the even ones; the judge's at the odd ones."""
         later = draw_index(batch.random, self.points, self.skip) + self.skip
         judging = self.adversarial > 0 and batch.turn % 2 == 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not judging):

@@ -2,8 +2,7 @@
 
 The two take turns, as in the released training. Its laws of times are those of its sCM, for data of deviation 0.5; ours are
 shifted by ln 2 as in `scm.py`. Left out: the dense time embedding and QK norm that the paper fine-tunes its teacher for, an
-embedded guidance scale (one is trained in), the adaptive weight of sCM, and the released option to show the judge pictures
-with the prompt of another row as fakes: here a row knows of no other, so that micro-batches change nothing.
+embedded guidance scale (one is trained in), and the weights of sCM, 1 / tan(theta) and the adaptive one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ class SanaSprint:
 
     scm: sCM's fields. weight: lambda (0.5). share: part of the rows whose picture for the judge is made of pure noise, at
     t = 1 (50 %); the others' times are sCM's. depths: which blocks the judge looks at, 2, 8, 14 and 19 of 20.
-    judge_times: law of the noise that it sees, 0.5 tan(theta) ~ exp N(-0.6, 1).
+    judge_times: law of the noise that it sees, 0.5 tan(theta) ~ exp N(-0.6, 1). mismatched: pictures of the data with the
+        prompt of the row that follows are fakes to the judge too, and half of them, as in the released settings.
     """
 
     scm: SCM = field(default_factory=released_scm)
@@ -41,6 +41,7 @@ class SanaSprint:
     share: float = 0.5
     depths: tuple[float, ...] = (0.1, 0.4, 0.7, 0.95)
     judge_times: TimeLaw = field(default_factory=lambda: TimeLaw(mean=-0.6 + math.log(2)))
+    mismatched: bool = True
 
     needs: ClassVar[tuple[str, ...]] = ("teacher",)
     citation: ClassVar[str] = "Chen et al., SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency, 2025"
@@ -74,12 +75,16 @@ class SanaSprint:
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def _judges_turn(self, networks: Networks, batch: Batch) -> Losses:
-        """The hinge loss on data and on the student's pictures."""
+        """The hinge loss on data, on the student's pictures and on data with wrong prompts."""
         with torch.no_grad():
             pictures = self._pictures(networks, batch)
         judge, c = networks.further["judge"], batch.c
         real, fake = (judge(*self._noised(networks, batch, x), c) for x in (batch.x, pictures))
-        loss = (relu(1 - real).mean(1) + relu(1 + fake).mean(1)).sum() / batch.total
+        taken = relu(1 + fake).mean(1)
+        if self.mismatched and batch.following is not None:
+            wrong = judge(*self._noised(networks, batch, batch.x), batch.following())
+            taken = (taken + relu(1 + wrong).mean(1)) / 2
+        loss = (relu(1 - real).mean(1) + taken).sum() / batch.total
         zero = batch.x.new_zeros(())
         return Losses(zero, {"loss": zero, "loss_judge": loss.detach()}, {"judge": loss})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,10 +87,18 @@ def make_batch(run: Run, rows: Tensor) -> Batch:
     index = run.data.batch_rows(run.step, rows.tolist(), recipe.batch, recipe.seed)
     random = RowRandom(recipe.seed, run.step, rows.tolist(), run.device)
     dropped = RowRandom(mix(recipe.seed, 1), run.step, rows.tolist()).uniform() < recipe.caption_dropout
-    x = run.data.latents(index).to(run.device)
-    return Batch(
-        x, _condition(run, index, dropped), random, rows.to(run.device), recipe.batch, run.step / recipe.steps, run.step
-    )
+    x, c = run.data.latents(index).to(run.device), _condition(run, index, dropped)
+    following = partial(_following, run, rows) if recipe.batch > 1 else None
+    return Batch(x, c, random, rows.to(run.device), recipe.batch, run.step / recipe.steps, run.step, following)
+
+
+@torch.no_grad()
+def _following(run: Run, rows: Tensor) -> Condition:
+    """Conditions of the rows after these in this step's global batch; no caption is dropped."""
+    recipe = run.recipe
+    numbers = ((rows + 1) % recipe.batch).tolist()
+    index = run.data.batch_rows(run.step, numbers, recipe.batch, recipe.seed)
+    return _condition(run, index, torch.zeros(len(index), dtype=torch.bool))
 
 
 def _condition(run: Run, index: list[int], dropped: Tensor) -> Condition:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from closed_forms import gaussian_velocity, held, make_batch, make_condition, make_roles
+from closed_forms import gaussian_velocity, held, make_batch, make_condition, make_roles, micro_batches
 from torch import Tensor, nn
 
 from apexflow.conditioning import Condition
@@ -164,6 +165,46 @@ def test_sana_sprints_judge_has_a_hinge() -> None:
     assert SanaSprint()(given, batch, {}).further["judge"].item() == pytest.approx(6.0)
     even = SanaSprint(scm=SCM(guidance=1))(given, replace(batch, turn=0), {})
     assert even.terms["fooling"].item() == pytest.approx(-5.0)
+
+
+class Reader(Judge):
+    """Sure that a picture is right, but for one with the prompt of another row."""
+
+    def __init__(self, c: Condition) -> None:
+        super().__init__()
+        self.right, self.seen = c, list[Condition]()
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        self.seen.append(c)
+        right = (c.embeds == self.right.embeds).flatten(1).all(1, keepdim=True)
+        return self.scale * torch.full_like(x_t, 5.0) * torch.where(right, 1.0, -1.0)
+
+
+def test_sana_sprints_judge_sees_data_with_the_prompt_of_the_following_row() -> None:
+    batch = make_batch(x=torch.zeros(8, 1), turn=1)
+    judge = Reader(batch.c)
+    given = networks(OnePicture(MEAN), MEAN, judge)
+    assert SanaSprint()(given, batch, {}).further["judge"].item() == pytest.approx(
+        3.0
+    )  # 6 for the student's half of the fakes
+    real, fake, wrong = judge.seen
+    assert torch.equal(wrong.embeds, batch.c.embeds[[1, 2, 3, 4, 5, 6, 7, 0]])
+    assert torch.equal(real.embeds, batch.c.embeds) and torch.equal(fake.embeds, batch.c.embeds)
+    # Without it, and in a batch of one row, there is no wrong prompt.
+    assert SanaSprint(mismatched=False)(given, batch, {}).further["judge"].item() == pytest.approx(6.0)
+    alone = make_batch(x=torch.zeros(1, 1), turn=1)
+    judge.right = alone.c
+    assert SanaSprint()(given, alone, {}).further["judge"].item() == pytest.approx(6.0) and len(judge.seen) == 7
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_change_nothing_at_the_judges_turn(size: int) -> None:
+    objective = SanaSprint()
+    whole, pieces = make_roles(objective), make_roles(objective)
+    batch = partial(make_batch, turn=1)
+    expected = objective(whole.networks(), batch(), {}).further["judge"]
+    parts = [objective(pieces.networks(), piece, {}).further["judge"] for piece in micro_batches(batch, size)]
+    torch.testing.assert_close(sum(parts), expected)
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,22 @@ def test_guidance_needs_a_null_condition(objective: Any) -> None:
         objective(replace(roles.networks(), null=None), make_batch(), {})
 
 
+@pytest.mark.parametrize("kappa", [0.0, 0.4])
+def test_meanflows_guided_field_has_a_share_of_its_own_answer(kappa: float) -> None:
+    roles, batch = make_roles(MeanFlow()), make_batch()
+    loss = MeanFlow(share=0, guidance=3, kappa=kappa, p=0)(roles.networks(), batch, {}).total
+    asked, null, *own = roles.calls("student")
+    t = asked.t[:, None, None, None]
+    v = (asked.x_t - batch.x) / t  # z - x
+    omega = 3 * (1 - kappa)
+    guided = omega * v + (1 - omega - kappa) * null.F
+    if kappa:
+        guided = guided + kappa * own[0].F
+        assert own[0].s is not None and torch.equal(own[0].s, own[0].t)
+    expected = (asked.F - guided).square().sum() / batch.total
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
 def test_flow_matching_never_asks_with_a_second_time() -> None:
     roles = make_roles(MeanFlow())
     FlowMatching()(roles.networks(), make_batch(), {})

@@ -64,6 +64,7 @@ def test_every_method_recommends_sampler_settings(method: Any) -> None:
         (CTM, {"huber": 0.0}, "huber"),
         (MeanFlow, {"share": 1.5}, "share"),
         (MeanFlow, {"epsilon": 0.0}, "epsilon"),
+        (MeanFlow, {"kappa": 1.0}, "kappa"),
         (MeanFlow, {"c": 0.0}, "c above"),
         (RCGM, {"order": 0}, "order"),
         (RCGM, {"stride": 0.0}, "stride"),
