@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -14,7 +16,7 @@ from stock import load_stock
 from stock_runs import largest_difference, noise, our_latents, stock_latents
 from test_lora import tuned
 
-from apexflow.backbones import load_backbone
+from apexflow.backbones import BUILT_IN, load_backbone
 from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, export, save_lora
 from apexflow.export.lora import FILE
@@ -85,6 +87,13 @@ def test_a_lora_file_and_its_merge(name, folder_of, tmp_path):
         assert torch.allclose(found[key], tensor, atol=1e-6), key
     original = load_file(next((folder_of(name) / part).glob("*.safetensors")))
     assert any(not torch.equal(found[key], tensor) for key, tensor in original.items())
+
+
+def test_the_readme_of_a_lora_for_a_shipped_model_names_its_folder(tmp_path):
+    file = save_lora(tuned(BUILT_IN / "mini-teacher"), tmp_path / "lora")
+    export(str(file), tmp_path / "copy", base="mini-teacher")
+    named = re.search(r'from_pretrained\("([^"]+)"', (tmp_path / "copy" / "README.md").read_text())
+    assert named is not None and (Path(named[1]) / "model_index.json").is_file()
 
 
 def test_a_pair_adds_to_convolutions_of_any_kernel():
