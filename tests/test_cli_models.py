@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -61,6 +62,49 @@ def test_weights_of_another_network_are_named_and_damaged_ones_warned_of(
         model = copy_model(tiny_model, tmp_path / part)
         save_file({"other": torch.zeros(3)}, next((model / part).glob("*.safetensors")), {"format": "pt"})
         refused(generate(run, model), part, "another network's")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_missing_weights_are_told_in_one_line_without_a_librarys(
+    run: Run, tiny_model: Path, tmp_path: Path, part: str
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    weights = next((model / part).glob("*.safetensors"))
+    index = {"weight_map": {"a": weights.name, "b": "second.safetensors"}}
+    write(model / part / f"{weights.name}.index.json", json.dumps(index))
+    result = generate(run, model)
+    refused(result, "incomplete", f"{part}/second.safetensors is missing")
+    weights.unlink()
+    result = generate(run, model)
+    refused(result, "incomplete", f"{part}/ holds no safetensors")
+    assert len(result[2].splitlines()) == 1, result[2]
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "words"),
+    [
+        ("text_encoder", "{}", ("model_type is missing",)),
+        ("vae", "[]", ("_class_name is missing",)),
+        ("transformer", "x", ("cannot read",)),
+        ("text_encoder", '{"model_type": "gemma2"}', ("describes 2,614,341,888 parameters", "another network's")),
+        ("transformer", None, ("incomplete", "is missing")),
+    ],
+)
+def test_a_config_that_is_not_that_of_its_weights_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, part: str, config: str | None, words: tuple[str, ...]
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    (model / part / "config.json").unlink()
+    if config is not None:
+        write(model / part / "config.json", config)
+    refused(generate(run, model), f"{part}/config.json", *words)
+
+
+def test_a_config_of_another_size_is_named(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / "text_encoder" / "config.json"
+    write(config, json.dumps(json.loads(config.read_text()) | {"hidden_size": 64}))
+    refused(generate(run, model), "text_encoder", "another network's", "have another shape")
 
 
 @pytest.mark.parametrize(

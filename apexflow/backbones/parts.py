@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Mapping
@@ -24,12 +25,12 @@ OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
 
 def quiet() -> None:
-    """Silence the libraries' own bars and notices: what a user must know, apexflow says."""
+    """Silence the libraries' own bars, notices and errors: what a user must know, apexflow says."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
 
 
@@ -46,6 +47,7 @@ def load_part(folder: Path, part: str, kind: Any, device: torch.device, dtype: t
         raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
     if dtype is None:
         return _guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
+    check_part(path, kind, device)
     if device.type == "meta":
         model = _guarded(path, lambda: _shapes(path, kind))
     else:
@@ -54,11 +56,53 @@ def load_part(folder: Path, part: str, kind: Any, device: torch.device, dtype: t
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
+def check_part(path: Path, kind: Any, device: torch.device) -> None:
+    """UserError where the config of a network says nothing, or its weights are missing, cut short or far too few for it.
+
+    Cheap, since no weights are read: the libraries would build a network of their own default size first.
+    """
+    says = "model_type" if hasattr(kind, "config_class") else "_class_name"
+    config = path / "config.json"
+    if not config.is_file():
+        raise UserError(f"{path.parent} is incomplete: {path.name}/config.json is missing")
+    if says not in _guarded(config, lambda: dict(json.loads(config.read_text()))):
+        raise UserError(f"{config} does not say which network it is ({says} is missing): restore it from the original")
+    if device.type == "meta":
+        return
+    held = sum(_guarded(file, lambda file=file: _values(file)) for file in _weight_files(path))
+    described = sum(p.numel() for p in _guarded(path, lambda: _shapes(path, kind)).parameters())
+    if described > 2 * held:  # a few missing tensors are named when they are read
+        raise UserError(
+            f"{config} describes {described:,} parameters, and the weights beside it are another network's with {held:,}: "
+            "restore both from the original checkpoint"
+        )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files of a part's weights; UserError where there is none, or one that an index names is missing."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path.parent} is incomplete: {path.name}/ holds no safetensors")
+    for index in path.glob("*.safetensors.index.json"):
+        named = set(_guarded(index, lambda index=index: json.loads(index.read_text())["weight_map"].values()))
+        if missing := sorted(named - {file.name for file in files}):
+            raise UserError(f"{path.parent} is incomplete: {path.name}/{missing[0]} is missing")
+    return files
+
+
+def _values(file: Path) -> int:
+    """How many numbers a file of weights holds; it has the size that it names."""
+    with safe_open(file, "pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 no mapping
+
+
 def _weights(path: Path, kind: Any, options: dict[str, Any]) -> nn.Module:
     """A network with its weights; ValueError where some are missing, which the libraries would leave random or empty."""
-    model, info = kind.from_pretrained(path, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"the weights are another network's: {len(missing)} tensors are missing, such as {missing[0]}")
+    model, info = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    for what, found in (("are missing", info["missing_keys"]), ("have another shape", info["mismatched_keys"])):
+        if found:
+            names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found)
+            raise ValueError(f"the weights are another network's: {len(names)} tensors {what}, such as {names[0]}")
     return model
 
 
@@ -85,16 +129,11 @@ class Later:
     """A network of a folder that is read when it is first called for, onto `device`; `config` is known before."""
 
     def __init__(self, folder: Path, part: str, kind: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """UserError where the part is missing, or a file of weights has not the size that it names."""
+        """UserError where the part is missing or cannot be what its folder says; see `check_part`."""
         self.path, self.kind, self.device, self.dtype = folder / part, kind, device, dtype
         if not self.path.is_dir():
             raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
-        if device.type != "meta":
-            files = list(self.path.glob("*.safetensors"))
-            if not files:
-                raise UserError(f"{folder} is incomplete: {part}/ holds no safetensors")
-            for file in files:
-                _guarded(file, lambda file=file: safe_open(file, "pt"))
+        check_part(self.path, kind, device)
 
     @cached_property
     def config(self) -> Any:

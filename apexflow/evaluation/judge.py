@@ -19,8 +19,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -255,21 +256,47 @@ def collect(
 
     accept(reply) says whether a reply can be parsed; one that cannot is stored too and asked again, up to `attempts`
     times (identical requests, as the official judges do). on_done(key) is called in this thread as each request ends.
+    Ctrl-C leaves at once, whatever the judge does; what it answered is in the store.
     """
     collected = Collected()
     running: dict[Future[str], str] = {}
     waiting = iter(requests)
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        while True:
-            for request in islice(waiting, workers - len(running)):
-                running[pool.submit(_ask_until_accepted, request, ask, accept, store, attempts)] = request.key
-            if not running:
-                return collected
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                key = running.pop(future)
-                collected.add(key, future)
-                if on_done:
-                    on_done(key)
+    start = _now if workers == 1 else _aside
+    while True:
+        for request in islice(waiting, workers - len(running)):
+            task = partial(_ask_until_accepted, request, ask, accept, store, attempts)
+            running[start(task)] = request.key
+        if not running:
+            return collected
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            key = running.pop(future)
+            collected.add(key, future)
+            if on_done:
+                on_done(key)
+
+
+def _now(task: Callable[[], str]) -> Future[str]:
+    """Carried out in this thread, where Ctrl-C arrives: an in-process judge must not be left computing."""
+    future: Future[str] = Future()
+    try:
+        future.set_result(task())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def _aside(task: Callable[[], str]) -> Future[str]:
+    """Carried out in a thread that nobody waits for at the end: one that hangs on a server keeps no process from leaving."""
+    future: Future[str] = Future()
+
+    def carry_out() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=carry_out, daemon=True).start()
+    return future
 
 
 def _ask_until_accepted(

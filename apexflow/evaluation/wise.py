@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.errors import UserError
-from apexflow.evaluation.judge import Message, Picture, picture_base64, strip_thinking
+from apexflow.evaluation.judge import Message, Picture, picture_base64
 
 SCORES = ("consistency", "realism", "aesthetic_quality")
 
@@ -63,6 +63,8 @@ GROUPS = {  # the official files, each holding the categories that its --categor
 }
 
 _LEGACY = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)", re.IGNORECASE)
+# A lone closing tag goes, what stands before it stays; a thought that was never closed stays, too.
+_THOUGHTS = re.compile(r"(?:<think>.*?)?</think>\s*", re.DOTALL)
 _VERIFIED = re.compile(r"Score\*{0,2}\s*:?\s*([01])\b", re.IGNORECASE)
 
 
@@ -73,7 +75,7 @@ def parse(reply: str, protocol: str) -> dict[str, int] | None:
     at all, the first three lines that hold a lone 0, 1 or 2. Verified: {score}; the first match, or the only lone bit.
     """
     _protocol(protocol)
-    text = strip_thinking(reply)
+    text = _THOUGHTS.sub("", reply).strip()
     return _parse_legacy(text) if protocol == "legacy" else _parse_verified(text)
 
 
