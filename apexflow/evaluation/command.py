@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError
+from apexflow.errors import Stopped, UserError
 from apexflow.options import Device, Json, show
 
 if TYPE_CHECKING:
@@ -105,14 +107,26 @@ def evaluate(
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
-    if images is not None:
-        from apexflow.evaluation.runner import score_folder
+    with _going_on(output):
+        if images is not None:
+            from apexflow.evaluation.runner import score_folder
 
-        reports = [score_folder(images, settings, output, str(images), tools)] if shard.leads else []
-    else:
-        reports = _draw_and_score(model, settings, seeds, output, tools, score, shard)
+            reports = [score_folder(images, settings, output, str(images), tools)] if shard.leads else []
+        else:
+            reports = _draw_and_score(model, settings, seeds, output, tools, score, shard)
     if shard.leads:
         _show(reports, as_json)
+
+
+@contextmanager
+def _going_on(output: Path | None) -> Iterator[None]:
+    """Within, Ctrl-C says what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if output is None:
+            raise Stopped("nothing is kept without a folder: name one with -o, and an interrupted run goes on") from None
+        raise Stopped(f"what was drawn, answered and scored is kept in {output}: the same command goes on") from None
 
 
 def _refuse_for_images(ctx: typer.Context) -> None:

@@ -73,6 +73,7 @@ def parse(reply: str, protocol: str) -> dict[str, int] | None:
 
     Legacy: {consistency, realism, aesthetic_quality}; one digit each, no range check, later matches win; with no label
     at all, the first three lines that hold a lone 0, 1 or 2. Verified: {score}; the first match, or the only lone bit.
+    Thoughts are taken out of both as the verified script does it.
     """
     _protocol(protocol)
     text = _THOUGHTS.sub("", reply).strip()

@@ -60,6 +60,19 @@ def test_under_torchrun_one_process_speaks(
     assert code == 0 and "mini-GenEval" in text and not console.quiet
 
 
+def test_ctrl_c_says_what_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("apexflow.evaluation.runner.evaluate", interrupted)
+    monkeypatch.setattr("apexflow.evaluation.runner.score_folder", interrupted)
+    for more in (("--steps", 1), ("--images", tmp_path)):
+        code, _, errors = run("evaluate", *more, "-o", tmp_path / "e")
+        assert code == 130 and f"kept in {tmp_path / 'e'}: the same command goes on" in errors
+        code, _, errors = run("evaluate", *more)
+        assert code == 130 and "nothing is kept without a folder" in errors and "-o" in errors
+
+
 def test_options_that_cannot_apply_are_told(run: Run, tmp_path: Path) -> None:
     refused(run("evaluate", "--protocol", "clean"), "--protocol cannot apply to the suite mini-geneval")
     refused(run("evaluate", "--suite", "geneval", "--fid-size", 8, "--judge", "x"), "--judge and --fid-size", "geneval")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from little import question
 from PIL import Image
 
 from apexflow.errors import UserError
-from apexflow.evaluation.judge import Judge, JudgeError, ReplyStore, Request, collect, strip_thinking
+from apexflow.evaluation.judge import Judge, JudgeError, Message, ReplyStore, Request, collect, strip_thinking
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -129,6 +133,34 @@ def test_a_judge_in_process_and_an_unreadable_image(tmp_path: Path) -> None:
     asked = [*requests(1), Request("gone", missing)]
     result = collect(asked, lambda messages: "1", str.isdigit, ReplyStore(tmp_path / "r.jsonl"))
     assert result.replies == {"0": "1"} and "absent.png" in result.failed["gone"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_leaves_a_hanging_judge_at_once_and_keeps_what_it_answered(tmp_path: Path, workers: int) -> None:
+    hanging, release = threading.Event(), threading.Event()
+    ended: list[str] = []
+
+    def ask(messages: Sequence[Message]) -> str:
+        if messages[0]["content"] == "0":
+            return "2"
+        hanging.set()
+        release.wait(20)
+        ended.append("after its time")
+        return "2"
+
+    def interrupt() -> None:
+        hanging.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    requests = [Request(str(n), lambda n=n: [{"role": "user", "content": str(n)}]) for n in range(3)]
+    store = ReplyStore(tmp_path / "replies.jsonl")
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        collect(requests, ask, bool, store, workers=workers)
+    assert not ended and [key for key, _ in store.accepted] == ["0"]
+    left = [thread.daemon for thread in threading.enumerate() if "carry_out" in thread.name]
+    assert left == [True] * (workers if workers > 1 else 0)  # none that the process would wait for
+    release.set()
 
 
 @pytest.mark.parametrize(

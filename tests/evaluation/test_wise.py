@@ -56,7 +56,7 @@ def grades(c: int, r: int, a: int) -> dict[str, int]:
         ("Consistency: 2\n1\n1\n1", None),
         ("1\n2", None),
         ("3\n1\n1", None),
-        ("<think>Consistency: 2\nRealism: 1\nAesthetic Quality: 0", None),
+        ("<think>Consistency: 2\nRealism: 1\nAesthetic Quality: 0", grades(2, 1, 0)),  # never closed: it stays
         ("***Consistency***: 2\nRealism: 1\nAesthetic Quality: 0", None),  # up to two stars
         ("Consistency (0-2): 2\nRealism: 1\nAesthetic Quality: 0", None),
         ("Consistency -1\nRealism: 1\nAesthetic Quality: 0", None),
@@ -92,6 +92,11 @@ def test_legacy_replies(reply: str, expected: dict[str, int] | None) -> None:
         ("WiScore: 1", 1),  # the official pattern does not ask where the word begins
         ("WiScore: 1, Score: 0", 1),
         ("1\n0", None),
+        ("<think>Score: 0</think>\nScore: 1", 1),
+        ("<think>a</think> Score: 0 <think>b</think>\nScore: 1", 0),
+        ("Score: 0\n</think>Score: 1", 0),  # a lone closing tag goes, and what stands before it stays
+        ("1</think>\n\n0", None),  # with the tag goes the line break, and "10" is no bit
+        ("<think>Score: 1", 1),
         ("fine", None),
     ],
 )
