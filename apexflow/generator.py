@@ -22,13 +22,17 @@ MAX_BATCH = 32
 
 
 class Generator:
-    """A loaded model with its own sampling settings. `evaluations` counts network calls of the last `generate`, guidance
-    included, a picture. `encode`: prompts to conditions, by default the model's text encoder."""
+    """A loaded model with its own sampling settings. `encode`: prompts to conditions, by default the model's text encoder.
+
+    Of the last `generate`: `evaluations` counts network calls a picture, guidance included, and `finite` says of each picture
+    whether the model's answer was.
+    """
 
     def __init__(self, backbone: Backbone, encode: Callable[[Sequence[str]], Condition] | None = None) -> None:
         self.backbone = backbone
         self.encode = encode or backbone.encode_prompts
         self.evaluations = 0
+        self.finite: list[bool] = []
 
     def generate(
         self,
@@ -75,12 +79,14 @@ class Generator:
         times = self.times(steps)
         shape = self.backbone.latent_shape(_square(self.backbone.default_size if size is None else size))
         pictures: list[Image.Image] = []
+        self.finite = []
         for start in range(0, len(prompts), MAX_BATCH):
             part = slice(start, start + MAX_BATCH)
             z = noise(seeds[part], shape).to(self.backbone.device)
             latents = self._sample(prompts[part], z, times, guidance, kappa, rho, order, seeds[part])
             images = self.backbone.decode(latents)
-            if not images.isfinite().all():
+            self.finite += images.isfinite().flatten(1).all(1).tolist()
+            if not all(self.finite):
                 warnings.warn("the model's answer is not finite: its weights are damaged or overflow", stacklevel=2)
             pictures += to_pictures(images)
         return pictures

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from command_line import Run
 
 from apexflow import cli, load
 from apexflow.data import shards as shards_module
@@ -19,7 +23,9 @@ from apexflow.data import synthesize as module
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.readers import kinds, recognise
 from apexflow.data.synthesize import Synthesis, synthesize
+from apexflow.data.workers import Share
 from apexflow.errors import UserError
+from apexflow.progress import console
 
 PROMPTS = [f"a photo of a {color} {shape}" for color in ("red", "blue") for shape in ("star", "ring", "heart", "cross")]
 
@@ -38,7 +44,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def draw(prompts: Path, folder: Path, model: Path, rank: int = 0, world: int = 1, **settings: object) -> dict:
     chosen = Synthesis(**({"steps": 1, "guidance": 1.0} | settings))  # type: ignore[arg-type]
-    return synthesize(prompts, folder, load(str(model), "cpu"), chosen, rank, world)
+    return synthesize(prompts, folder, load(str(model), "cpu"), chosen, Share(rank, world))
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -141,6 +147,63 @@ def test_a_full_disk_keeps_the_shards_before(
             draw(prompts, tmp_path / "set", tiny_model)
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["pictures-000000.tar", "synthesis.json"]
     assert draw(prompts, tmp_path / "set", tiny_model)["pictures"] == 8
+
+
+def test_pictures_that_are_not_finite_are_left_out_counted_and_listed(
+    prompts: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    generator = load(str(tiny_model), "cpu")
+    decode, drawn = generator.backbone.decode, []
+
+    def broken_once(latents: torch.Tensor) -> torch.Tensor:
+        images = decode(latents)
+        if not drawn:
+            images[1, 0, 3, 4] = math.nan
+        drawn.extend(images)
+        return images
+
+    generator.backbone.decode = broken_once  # type: ignore[method-assign]
+    folder, settings = tmp_path / "set", Synthesis(steps=1, guidance=1.0, skip_limit=0.3)
+    with pytest.raises(
+        UserError, match=r"1 of 3 pictures are not finite, more than the share 0\.3.*damaged or overflow"
+    ):
+        synthesize(prompts, folder, generator, settings)
+    assert not shards(folder)
+    drawn.clear()
+    settings = replace(settings, skip_limit=0.4, seed=1)  # a folder without pictures may be taken for another set
+    with pytest.warns(UserWarning, match="not finite"):
+        result = synthesize(prompts, folder, generator, settings)
+    assert result["pictures"] == 7 and result["complete"] and len(drawn) == 8
+    assert result["skipped"] == {"prompts.txt:2": "the picture is not finite"}
+    captions = [record.caption for record in read_captioned(folder, Skipped())]
+    assert captions == PROMPTS[:1] + PROMPTS[2:]
+    assert synthesize(prompts, folder, generator, settings) == result and len(drawn) == 8  # known to a later call
+
+
+def test_a_broken_model_stops_at_once(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
+    generator = load(str(tiny_model), "cpu")
+    with torch.no_grad():
+        next(generator.backbone.transformer.parameters()).fill_(math.nan)
+    with pytest.raises(UserError, match="3 of 3 pictures are not finite"), pytest.warns(UserWarning):
+        synthesize(prompts, tmp_path / "set", generator, Synthesis(steps=1, skip_limit=1.0))
+
+
+@pytest.mark.parametrize("command", ["cache", "synthesize"])
+def test_under_torchrun_the_first_process_alone_speaks(
+    run: Run, prompts: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(console, "quiet", False)
+    options = ("--model", tiny_model, *(("--steps", 1) if command == "synthesize" else ()))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    alone = run(command, prompts, "-o", tmp_path / "alone", *options)
+    assert alone[0] == 0 and "this process has done its part" in alone[1]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert run(command, prompts, "-o", tmp_path / "set", *options) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    code, out, _ = run(command, prompts, "-o", tmp_path / "set", *options, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["complete"] and result["rows" if command == "cache" else "pictures"] == 8
 
 
 def test_prompts_that_are_none_are_named(tiny_model: Path, tmp_path: Path) -> None:

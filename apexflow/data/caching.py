@@ -28,6 +28,7 @@ from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.pictures import centred, to_bytes
 from apexflow.data.readers import Source, recognise
 from apexflow.data.shards import groups
+from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
 from apexflow.progress import Progress
 
@@ -57,14 +58,14 @@ def make_cache(
     model: Path,
     folder: Path,
     settings: CacheSettings,
-    rank: int = 0,
-    world: int = 1,
+    share: Share | None = None,
 ) -> bool:
-    """Cache a set in `folder`, going on where an earlier call stopped; whether it is finished (other ranks may be at work).
+    """Cache this process's share of a set in `folder`, going on where an earlier call stopped; whether all of it is finished.
 
     model: the folder that `backbone` was loaded from. Raises UserError for unreadable data, too many unusable records, or
     when the folder holds a cache that was made otherwise.
     """
+    share = share or Share()
     origin = recognise(source)
     job = Job(origin, backbone, folder, settings)
     made_by = job.made_by(model)
@@ -77,13 +78,21 @@ def make_cache(
     with Progress(f"caching {source.name}") as progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for count, window in enumerate(groups(origin.samples(total.broken), WINDOW), 1):
             number = count - 1
-            if number % world == rank:
+            if number % share.world == share.rank:
                 if not job.has_shard(number):
                     job.write_shard(number, job.encode(window, pool.map))
                 job.add_skipped(number, total)
                 job.check(Skipped(total.seen, total.reasons))
             progress.advance(len(window))
+    share.wait_for("cached by all processes", range(count), job.has_shard)
     return job.finish(count, total.files, total.broken, made_by)
+
+
+def picture_sizes(backbone: Backbone, settings: CacheSettings) -> list[Size]:
+    """The sizes that pictures are cropped to; UserError for one that the model cannot take."""
+    side = settings.size or backbone.default_size
+    backbone.latent_shape((side, side))
+    return bucket_sizes(backbone, side) if settings.buckets else [(side, side)]
 
 
 @dataclass
@@ -107,8 +116,7 @@ class Job:
     def __post_init__(self) -> None:
         side = self.settings.size or self.backbone.default_size
         self.latent_shape = self.backbone.latent_shape((side, side))
-        square = [(side, side)]
-        self.sizes: list[Size] = bucket_sizes(self.backbone, side) if self.settings.buckets else square
+        self.sizes = picture_sizes(self.backbone, self.settings)
 
     def made_by(self, model: Path) -> dict[str, Any]:
         """Everything that a row of the cache depends on."""

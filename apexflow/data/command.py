@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.errors import UserError
-from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show
+from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks
 
 SkipLimit = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of unusable records that is borne; more stops the command.")
+    float,
+    typer.Option(min=0, max=1, help="Share of unusable records (or pictures) that is borne; more stops the command."),
 ]
 
 
@@ -46,14 +47,16 @@ def cache(
     from apexflow.data.jobs import cache_command
 
     if verify:
-        result = check(source)
-        show(result, as_json, f"{source}: whole, {result['rows']} rows in {result['shards']} shards")
+        whole = check(source)
+        if speaks():
+            show(whole, as_json, f"{source}: whole, {whole['rows']} rows in {whole['shards']} shards")
         return
     if output is None:
         raise UserError("name the folder of the cache with -o FOLDER")
     settings = CacheSettings(size, buckets, captions=tuple(caption or ()), skip_limit=skip_limit)
     result = cache_command(source, output, model, settings, device)
-    show(result, as_json, _cache_text(result))
+    if result is not None:
+        show(result, as_json, _cache_text(result))
 
 
 def synthesize(
@@ -85,6 +88,8 @@ def synthesize(
 
     settings = Synthesis(steps, guidance, seed, size, tuple(caption or ()), skip_limit)
     result = synthesize_command(prompts, output, model, settings, device)
+    if result is None:
+        return
     more = "" if result["complete"] else "; this process has done its part, others are still to come"
     text = f"{output}: {result['pictures']} pictures, skipped {len(result['skipped'])}{more}"
     show(result, as_json, f"{text}{listed(result['skipped'])}\ntrain on it with data.source={output}")

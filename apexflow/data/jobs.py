@@ -1,4 +1,7 @@
-"""What `apexflow cache` and `apexflow synthesize` do: load the model, do this process's share, and sum up."""
+"""What `apexflow cache` and `apexflow synthesize` do: load the model, do this process's share, and sum up.
+
+Under torchrun the first process waits for the others, and alone speaks.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,23 @@ from apexflow.backbones import load_backbone, resolve
 from apexflow.data.cache import read_index
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.data.synthesize import Synthesis, synthesize
-from apexflow.data.workers import worker, worker_device
+from apexflow.data.workers import Share, worker_device
 from apexflow.generator import Generator
+from apexflow.progress import console
 
 
-def cache_command(source: Path, folder: Path, model: str, settings: CacheSettings, device: str) -> dict[str, Any]:
-    """What `apexflow cache` does, its share of it under torchrun; a summary with what was skipped."""
-    place = worker_device(device)
+def cache_command(
+    source: Path, folder: Path, model: str, settings: CacheSettings, device: str
+) -> dict[str, Any] | None:
+    """What `apexflow cache` does, its share of it under torchrun; a summary with what was skipped, by whoever speaks."""
+    share, place = _own_share(), worker_device(device)
     home = resolve(model)
     backbone = load_backbone(model, "cpu", torch.bfloat16 if place.type == "cuda" else torch.float32)
     backbone.vae.float()  # small, and its errors would stay in the data
     with backbone.encoders_on(place):
-        complete = make_cache(source, backbone, home, folder, settings, *worker())
+        complete = make_cache(source, backbone, home, folder, settings, share)
+    if not share.leads:
+        return None
     if not complete:
         return {"cache": str(folder), "complete": False}
     index = read_index(folder)
@@ -30,8 +38,17 @@ def cache_command(source: Path, folder: Path, model: str, settings: CacheSetting
     return {"cache": str(folder), "complete": True} | shown
 
 
-def synthesize_command(prompts: Path, folder: Path, model: str, settings: Synthesis, device: str) -> dict[str, Any]:
-    """What `apexflow synthesize` does, its share of it under torchrun; a summary."""
-    place = worker_device(device)
+def synthesize_command(
+    prompts: Path, folder: Path, model: str, settings: Synthesis, device: str
+) -> dict[str, Any] | None:
+    """What `apexflow synthesize` does, its share of it under torchrun; a summary, by whoever speaks."""
+    share, place = _own_share(), worker_device(device)
     generator = Generator(load_backbone(model, place, torch.bfloat16 if place.type == "cuda" else torch.float32))
-    return synthesize(prompts, folder, generator, settings, *worker())
+    result = synthesize(prompts, folder, generator, settings, share)
+    return result if share.leads else None
+
+
+def _own_share() -> Share:
+    share = Share.from_environment()
+    console.quiet = not share.leads
+    return share

@@ -19,7 +19,9 @@ from apexflow.data.caching import write_record
 from apexflow.data.captioned import Sample, Skipped, pick_caption
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.readers import Source, recognise
+from apexflow.data.readers.tars import members
 from apexflow.data.shards import groups, write_shard
+from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
 from apexflow.generator import MAX_BATCH, Generator, check_sampling
 from apexflow.progress import Progress
@@ -38,17 +40,46 @@ class Synthesis:
     seed: int = 0
     size: int | None = None
     captions: tuple[str, ...] = ()
-    skip_limit: float = 0.05  # share of records without a usable prompt that is borne
+    skip_limit: float = (
+        0.05  # share of records without a usable prompt, and of pictures that are not finite, that is borne
+    )
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A picture to draw: its number in the set, its prompt, and the name of the record that the prompt came from."""
+
+    index: int
+    prompt: str
+    key: str
+
+
+@dataclass
+class Lost:
+    """Pictures that this call drew, and how many of them are not finite and left out."""
+
+    drawn: int = 0
+    lost: int = 0
+
+    def check(self, limit: float) -> None:
+        """UserError when none, or less than is borne, came out."""
+        if self.lost and (self.lost == self.drawn or self.lost > limit * self.drawn):
+            raise UserError(
+                f"{self.lost} of {self.drawn} pictures are not finite, more than the share {limit:g}: the model's weights are "
+                "damaged or overflow; draw from another model, or raise the skip limit"
+            )
 
 
 def synthesize(
-    prompts: Path, folder: Path, generator: Generator, settings: Synthesis, rank: int = 0, world: int = 1
+    prompts: Path, folder: Path, generator: Generator, settings: Synthesis, share: Share | None = None
 ) -> dict[str, Any]:
     """Draw this process's share of a set into `folder`, going on where an earlier call stopped; a summary.
 
-    prompts: a list of prompts, or any set with captions. Raises UserError for a folder that holds something else, too many
-    unusable records, or steps and sizes that the model cannot take.
+    prompts: a list of prompts, or any set with captions. Pictures that are not finite are left out and listed. Raises
+    UserError for a folder that holds something else, too many unusable records or pictures, or steps and sizes that the
+    model cannot take.
     """
+    share = share or Share()
     origin = recognise(prompts)
     steps = len(generator.times(settings.steps)) - 1
     size = settings.size or generator.backbone.default_size
@@ -57,23 +88,32 @@ def synthesize(
     check_sampling(wanted["guidance"], kappa=0.0, rho=0.0, order=1)
     skipped = look_through(origin, settings)
     claim(folder, wanted)
-    drawn = missing = 0
+    shards, lost = dict[Path, list[Wish]](), Lost()
     with Progress(f"drawing {prompts.name}", skipped.seen) as progress:
         for number, window in enumerate(groups(origin.samples({}), SHARD)):
             chosen = usable(window, number * SHARD, settings.captions, Skipped())
             path = folder / f"pictures-{number:06d}.tar"
-            if number % world == rank and chosen and not path.is_file():
-                write_shard(path, _records(generator, chosen, settings, steps, size))
-            drawn += len(chosen) if path.is_file() else 0
-            missing += len(chosen) if not path.is_file() else 0
+            if chosen:
+                shards[path] = chosen
+            if number % share.world == share.rank and chosen and not path.is_file():
+                write_shard(path, _records(generator, chosen, settings, steps, size, lost))
             progress.advance(len(window))
+    share.wait_for("drawn by all processes", list(shards), Path.is_file)
+    there = {path: _left_out(path, chosen) for path, chosen in shards.items() if path.is_file()}
+    left_out = [wish for wishes in there.values() for wish in wishes]
     return {
         "folder": str(folder),
-        "pictures": drawn,
-        "complete": not missing,
-        "skipped": skipped.broken | skipped.reasons,
+        "pictures": sum(len(shards[path]) for path in there) - len(left_out),
+        "complete": len(there) == len(shards),
+        "skipped": skipped.broken | skipped.reasons | {wish.key: "the picture is not finite" for wish in left_out},
         "steps": steps,
     }
+
+
+def _left_out(path: Path, chosen: Sequence[Wish]) -> list[Wish]:
+    """What a shard holds no picture of, since it was not finite."""
+    held = {member.name.partition(".")[0] for member in members(path, {})}
+    return [wish for wish in chosen if _name(wish) not in held]
 
 
 def look_through(origin: Source, settings: Synthesis) -> Skipped:
@@ -85,7 +125,7 @@ def look_through(origin: Source, settings: Synthesis) -> Skipped:
     return skipped
 
 
-def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skipped: Skipped) -> list[tuple[int, str]]:
+def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skipped: Skipped) -> list[Wish]:
     """The prompts of a window with their numbers; what has none goes to `skipped`."""
     chosen = []
     for index, sample in enumerate(window, first):
@@ -96,27 +136,35 @@ def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skippe
             skipped.reasons[sample.key] = f"unreadable ({error})"
             continue
         if prompt:
-            chosen.append((index, prompt))
+            chosen.append(Wish(index, prompt, sample.key))
         else:
             skipped.reasons[sample.key] = "caption missing" if prompt is None else "caption empty"
     return chosen
 
 
 def _records(
-    generator: Generator, chosen: Sequence[tuple[int, str]], settings: Synthesis, steps: int, size: int
+    generator: Generator, chosen: Sequence[Wish], settings: Synthesis, steps: int, size: int, lost: Lost
 ) -> list[tuple[str, Image.Image, str, dict[str, Any]]]:
-    pictures: list[Image.Image] = []
+    """The pictures of a shard that are finite; UserError where too many are not, before any of them is written."""
+    records = []
     for group in groups(chosen, max(1, min(MAX_BATCH, BATCH_PIXELS // size**2))):
-        texts = [prompt for _, prompt in group]
+        texts = [wish.prompt for wish in group]
         for prompt in generator.backbone.unknown_words(texts):
             warnings.warn(f"the model knows no word of {prompt!r}: the picture will not follow it", stacklevel=2)
-        seeds = [(settings.seed, index) for index, _ in group]
-        pictures += generator.generate_seeded(texts, seeds, steps, size, settings.guidance)
-    facts = {"seed": settings.seed, "steps": steps}
-    return [
-        (f"{index:07d}", picture, prompt, {"prompt": prompt, "index": index} | facts)
-        for (index, prompt), picture in zip(chosen, pictures, strict=True)
-    ]
+        seeds = [(settings.seed, wish.index) for wish in group]
+        pictures = generator.generate_seeded(texts, seeds, steps, size, settings.guidance)
+        for wish, picture, finite in zip(group, pictures, generator.finite, strict=True):
+            facts = {"prompt": wish.prompt, "index": wish.index, "seed": settings.seed, "steps": steps}
+            if finite:
+                records.append((_name(wish), picture, wish.prompt, facts))
+    lost.drawn += len(chosen)
+    lost.lost += len(chosen) - len(records)
+    lost.check(settings.skip_limit)
+    return records
+
+
+def _name(wish: Wish) -> str:
+    return f"{wish.index:07d}"
 
 
 def made_by(origin: Source, generator: Generator, settings: Synthesis, steps: int, size: int) -> dict[str, Any]:
@@ -135,11 +183,11 @@ def claim(folder: Path, wanted: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
     others = [path for path in folder.iterdir() if path != marker and not path.name.endswith(".partial")]
-    if not marker.is_file():  # looked for after the listing: a process beside this one writes its claim first
-        if others:
-            raise UserError(f"output {folder} exists and holds no set that synthesize drew: choose another folder")
+    if not others:  # nothing was drawn under an earlier claim
         write_record(marker, wanted)
         return
+    if not marker.is_file():  # looked for after the listing: a process beside this one writes its claim first
+        raise UserError(f"output {folder} exists and holds no set that synthesize drew: choose another folder")
     try:
         found = json.loads(marker.read_text())
     except (OSError, ValueError) as error:

@@ -3,22 +3,58 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from apexflow.errors import UserError
 from apexflow.generator import pick_device
+from apexflow.progress import Progress
+
+Thing = TypeVar("Thing")
+WAIT = 1.0  # seconds between looks at what the other processes have made
 
 
-def worker() -> tuple[int, int]:
-    """(rank, how many) as torchrun sets them; (0, 1) without it."""
-    try:
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError as error:
-        raise UserError(f"RANK and WORLD_SIZE must be whole numbers, as torchrun sets them ({error})") from error
-    if not 0 <= rank < world:
-        raise UserError(f"RANK {rank} does not lie below WORLD_SIZE {world}")
-    return rank, world
+@dataclass(frozen=True)
+class Share:
+    """Which share of a job this process takes. The processes share a disk and need not speak to each other.
+
+    together: torchrun started them all and stops all when one fails, so the first may wait for the others.
+    """
+
+    rank: int = 0
+    world: int = 1
+    together: bool = False
+
+    @classmethod
+    def from_environment(cls) -> Share:
+        """What torchrun says (RANK, WORLD_SIZE), or everything."""
+        try:
+            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        except ValueError as error:
+            raise UserError(f"RANK and WORLD_SIZE must be whole numbers, as torchrun sets them ({error})") from error
+        if not 0 <= rank < world:
+            raise UserError(f"RANK {rank} does not lie below WORLD_SIZE {world}")
+        return cls(rank, world, "TORCHELASTIC_RUN_ID" in os.environ)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process sums up and speaks to the user. Processes started one by one each speak for themselves."""
+        return self.rank == 0 or not self.together
+
+    def wait_for(self, title: str, things: Sequence[Thing], is_there: Callable[[Thing], bool]) -> None:
+        """Until everything is there, made by the processes beside this one; only the first of torchrun's waits."""
+        if not (self.together and self.leads):
+            return
+        left = [thing for thing in things if not is_there(thing)]
+        with Progress(title, len(things), len(things) - len(left)) as progress:
+            while left:
+                time.sleep(WAIT)
+                before, left = len(left), [thing for thing in left if not is_there(thing)]
+                progress.advance(before - len(left))
 
 
 def worker_device(name: str) -> torch.device:

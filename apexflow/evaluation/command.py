@@ -13,7 +13,7 @@ from apexflow.errors import Stopped, UserError
 from apexflow.options import Device, Json, show
 
 if TYPE_CHECKING:
-    from apexflow.evaluation.drawing import Shard
+    from apexflow.data.workers import Share
     from apexflow.evaluation.suite import Settings, Tools
 
 DRAW, SCORE = "Drawing", "Scoring"
@@ -95,15 +95,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Draw a suite's pictures and score them, or score pictures that are there."""
-    from apexflow.data.workers import worker_device
-    from apexflow.evaluation.drawing import Shard
+    from apexflow.data.workers import Share, worker_device
     from apexflow.evaluation.suite import Settings, Tools
     from apexflow.progress import console
 
     if images is not None:
         _refuse_for_images(ctx)
-    shard = Shard.from_environment()
-    console.quiet = not shard.leads
+    share = Share.from_environment()
+    console.quiet = not share.leads
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
@@ -111,10 +110,10 @@ def evaluate(
         if images is not None:
             from apexflow.evaluation.runner import score_folder
 
-            reports = [score_folder(images, settings, output, str(images), tools)] if shard.leads else []
+            reports = [score_folder(images, settings, output, str(images), tools)] if share.leads else []
         else:
-            reports = _draw_and_score(model, settings, seeds, output, tools, score, shard)
-    if shard.leads:
+            reports = _draw_and_score(model, settings, seeds, output, tools, score, share)
+    if share.leads:
         _show(reports, as_json)
 
 
@@ -125,7 +124,9 @@ def _going_on(output: Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if output is None:
-            raise Stopped("nothing is kept without a folder: name one with -o, and an interrupted run goes on") from None
+            raise Stopped(
+                "nothing is kept without a folder: name one with -o, and an interrupted run goes on"
+            ) from None
         raise Stopped(f"what was drawn, answered and scored is kept in {output}: the same command goes on") from None
 
 
@@ -139,7 +140,7 @@ def _refuse_for_images(ctx: typer.Context) -> None:
 
 
 def _draw_and_score(
-    model: str, settings: Settings, seeds: int, output: Path | None, tools: Tools, score: bool, shard: Shard
+    model: str, settings: Settings, seeds: int, output: Path | None, tools: Tools, score: bool, share: Share
 ) -> list[dict[str, Any]]:
     from dataclasses import replace
 
@@ -151,7 +152,7 @@ def _draw_and_score(
     for number in range(settings.seed, settings.seed + seeds):
         folder = output / f"seed-{number}" if output else None
         this = replace(settings, seed=number)
-        reports.append(evaluate(generator, this, folder, model, tools, shard, score))
+        reports.append(evaluate(generator, this, folder, model, tools, share, score))
     return reports
 
 

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from apexflow.data.pictures import to_tensor
-from apexflow.data.workers import worker
+from apexflow.data.workers import Share
 from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture, write_json, write_text
 from apexflow.evaluation.suite import Drawing, Prompt, Settings, Suite
 from apexflow.generator import MAX_BATCH, Generator
 from apexflow.progress import Progress
 
 EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawing
-WAIT = 1.0  # seconds between looks at what the other processes have drawn
 BATCH_PIXELS = MAX_BATCH * 256**2  # a batch holds 32 small pictures, or two of 1024 x 1024
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which share of the pictures this process draws. The processes share a disk and need not speak to each other.
-
-    together: torchrun started them all and stops all when one fails, so the first may wait for the others. It alone scores.
-    """
-
-    rank: int = 0
-    world: int = 1
-    together: bool = False
-
-    @classmethod
-    def from_environment(cls) -> Shard:
-        """What torchrun says (RANK, WORLD_SIZE), or everything."""
-        return cls(*worker(), "TORCHELASTIC_RUN_ID" in os.environ)
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process scores and speaks to the user. Processes started one by one each speak for themselves."""
-        return self.rank == 0 or not self.together
 
 
 def draw(
@@ -52,17 +26,17 @@ def draw(
     prompts: Sequence[Prompt],
     folder: Path,
     title: str,
-    shard: Shard | None = None,
+    share: Share | None = None,
 ) -> None:
     """Draw what this process's share lacks into `folder/pictures`, in the suite's official layout."""
-    shard = shard or Shard()
-    pictures, partial = folder / "pictures", folder / f".partial-{shard.rank}"
+    share = share or Share()
+    pictures, partial = folder / "pictures", folder / f".partial-{share.rank}"
     pictures.mkdir(parents=True, exist_ok=True)
     for name, text in suite.notes(prompts).items():
         if not (pictures / name).is_file():
             (pictures / name).parent.mkdir(parents=True, exist_ok=True)
             write_text(pictures / name, text)
-    mine = suite.drawings(prompts)[shard.rank :: shard.world]
+    mine = suite.drawings(prompts)[share.rank :: share.world]
     todo = [drawing for drawing in mine if not is_whole(pictures / drawing.path)]
     size = settings.size or generator.backbone.default_size
     with Progress(f"{title}: drawing", len(mine), len(mine) - len(todo)) as progress:
@@ -77,17 +51,6 @@ def draw(
 def pending(suite: Suite, prompts: Sequence[Prompt], folder: Path) -> int:
     """How many of the suite's pictures are still to be drawn, by whichever process."""
     return sum(not is_whole(folder / "pictures" / drawing.path) for drawing in suite.drawings(prompts))
-
-
-def wait_for_all(suite: Suite, prompts: Sequence[Prompt], folder: Path) -> None:
-    """Until every picture is drawn, by the processes beside this one."""
-    paths = [folder / "pictures" / drawing.path for drawing in suite.drawings(prompts)]
-    left = [path for path in paths if not is_whole(path)]
-    with Progress("drawn by all processes", len(paths), len(paths) - len(left)) as progress:
-        while left:
-            time.sleep(WAIT)
-            before, left = len(left), [path for path in left if not is_whole(path)]
-            progress.advance(before - len(left))
 
 
 def _groups(drawings: Sequence[Drawing], batch: int) -> Iterator[Sequence[Drawing]]:

@@ -19,15 +19,16 @@ import torch
 
 from apexflow.backbones.parts import quiet
 from apexflow.data.fingerprint import fingerprint
+from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
-from apexflow.evaluation.drawing import EVALUATIONS, Shard, diversity, draw, pending, wait_for_all
-from apexflow.evaluation.files import read_json, write_json
+from apexflow.evaluation.drawing import EVALUATIONS, diversity, draw, pending
+from apexflow.evaluation.files import is_whole, read_json, write_json
 from apexflow.evaluation.scoring import Scored, score
 from apexflow.evaluation.suite import Found, Prompt, Settings, Suite, Tools, prompts_sha256
 from apexflow.evaluation.suites import SUITES, make_suite
 from apexflow.generator import Generator, check_sampling
 
-__all__ = ["SUITES", "Settings", "Shard", "Tools", "evaluate", "over_seeds", "score_folder", "write_json"]
+__all__ = ["SUITES", "Settings", "Share", "Tools", "evaluate", "over_seeds", "score_folder", "write_json"]
 
 VERSIONS = ("apexflow", "torch", "transformers", "diffusers", "numpy", "pillow")
 
@@ -38,33 +39,33 @@ def evaluate(
     folder: Path | None = None,
     name: str = "model",
     tools: Tools | None = None,
-    shard: Shard | None = None,
+    share: Share | None = None,
     with_scores: bool = True,
 ) -> dict[str, Any]:
     """Draw and score a suite; its report.
 
-    With a folder, pictures and rows are kept there and an interrupted run goes on. With a `shard`, this process draws
+    With a folder, pictures and rows are kept there and an interrupted run goes on. With a `share`, this process draws
     its share, and the process that finds all pictures drawn scores them (under torchrun the first, which waits for the
     others): the others' reports say how many are "pending". Without scores, the pictures are drawn for a later `score_folder`.
     """
     if folder is None:
-        if not with_scores or (shard and shard.world > 1):
+        if not with_scores or (share and share.world > 1):
             raise UserError(
                 "pictures to be kept, or shared by several processes, need a folder: name one with --output"
             )
         with tempfile.TemporaryDirectory() as scratch:
             return evaluate(generator, settings, Path(scratch) / "evaluation", name, tools)
-    shard = shard or Shard()
-    with_scores = with_scores and shard.leads
+    share = share or Share()
+    with_scores = with_scores and share.leads
     suite = _suite(settings, tools)
     if with_scores:
         suite.check()
     prompts, all_prompts = suite.choose(settings.limit)
     generation = _generation(generator, replace(settings, per_prompt=suite.per_prompt), prompts)
     _claim(folder, "generation.json", generation)
-    draw(generator, settings, suite, prompts, folder, name, shard)
-    if shard.together and shard.leads:
-        wait_for_all(suite, prompts, folder)
+    draw(generator, settings, suite, prompts, folder, name, share)
+    pictures = [folder / "pictures" / drawing.path for drawing in suite.drawings(prompts)]
+    share.wait_for("drawn by all processes", pictures, is_whole)
     left = pending(suite, prompts, folder)
     if left or not with_scores:
         return {"suite": settings.suite, "name": name, "folder": str(folder), "pending": left}

@@ -25,6 +25,7 @@ from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.order import batch_rows, data_row
 from apexflow.data.pictures import to_tensor
 from apexflow.data.scenes import render, scenes
+from apexflow.data.workers import Share
 from apexflow.errors import UserError
 
 # -- What is kept ------------------------------------------------------------------------------------------------------
@@ -170,10 +171,24 @@ def test_workers_share_the_shards_and_end_the_same(
 ) -> None:
     folder, backbone = tmp_path / "cache", load_backbone(str(tiny_model))
     job = (scene_folder, backbone, tiny_model, folder, CacheSettings())
-    assert not make_cache(*job, rank=1, world=2)
+    assert not make_cache(*job, Share(1, 2))
     assert sorted(p.stem for p in folder.glob("shard-*.json")) == ["shard-000001", "shard-000003", "shard-000005"]
-    assert make_cache(*job, rank=0, world=2)
+    assert make_cache(*job, Share(0, 2))
     assert files(folder) == files(whole)
+
+
+def test_under_torchrun_the_first_process_waits_for_the_others(
+    whole: Path, scene_folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = (scene_folder, load_backbone(str(tiny_model)), tiny_model, tmp_path / "cache", CacheSettings())
+    waited: list[bool] = []
+
+    def second(seconds: float) -> None:
+        waited.append(make_cache(*job, Share(1, 2, together=True)))
+
+    monkeypatch.setattr("apexflow.data.workers.time.sleep", second)
+    assert make_cache(*job, Share(0, 2, together=True)) and len(waited) == 1
+    assert files(tmp_path / "cache") == files(whole)
 
 
 def test_damage_is_found_named_and_mended(whole: Path, copy: Path, scene_folder: Path, tiny_model: Path) -> None:

@@ -16,7 +16,7 @@ from apexflow.evaluation import mini_geneval
 from apexflow.evaluation.files import read_rows
 from apexflow.evaluation.geneval.prompt_set import PROMPTS_SHA256
 from apexflow.evaluation.geneval.prompt_set import prompts as geneval_prompts
-from apexflow.evaluation.runner import Settings, Shard, Tools, evaluate, score_folder
+from apexflow.evaluation.runner import Settings, Share, Tools, evaluate, score_folder
 from apexflow.evaluation.suite import prompts_sha256
 from apexflow.evaluation.suites.mini_geneval import MiniGenEval
 from apexflow.evaluation.table import score_table
@@ -149,15 +149,15 @@ def test_processes_share_the_drawing_and_the_last_one_scores(
     results = []
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
-        results.append(evaluate(generator, QUICK, tmp_path / "e", shard=Shard.from_environment()))
+        results.append(evaluate(generator, QUICK, tmp_path / "e", share=Share.from_environment()))
         assert len(pictures(tmp_path / "e")) == 24 * len(results)
     assert results[0]["pending"] == 24 and same(results[1], report_of(whole))
     assert alike(tmp_path / "e", whole)
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UserError, match="RANK"):
-        Shard.from_environment()
+        Share.from_environment()
     with pytest.raises(UserError, match="--output"):
-        evaluate(generator, QUICK, shard=Shard(0, 2))
+        evaluate(generator, QUICK, share=Share(0, 2))
 
 
 def test_under_torchrun_the_first_process_waits_and_alone_scores(
@@ -166,10 +166,10 @@ def test_under_torchrun_the_first_process_waits_and_alone_scores(
     waited: list[dict] = []
 
     def second(seconds: float) -> None:
-        waited.append(evaluate(generator, QUICK, tmp_path / "e", shard=Shard(1, 2, together=True)))
+        waited.append(evaluate(generator, QUICK, tmp_path / "e", share=Share(1, 2, together=True)))
 
-    monkeypatch.setattr("apexflow.evaluation.drawing.time.sleep", second)
-    report = evaluate(generator, QUICK, tmp_path / "e", shard=Shard(0, 2, together=True))
+    monkeypatch.setattr("apexflow.data.workers.time.sleep", second)
+    report = evaluate(generator, QUICK, tmp_path / "e", share=Share(0, 2, together=True))
     assert len(waited) == 1 and waited[0]["pending"] == 0 and same(report, report_of(whole))
 
 
