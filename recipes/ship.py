@@ -7,7 +7,6 @@ python recipes/ship.py runs/mini-apex-longer/model mini-student
 from __future__ import annotations
 
 import argparse
-import copy
 import shutil
 import sys
 from pathlib import Path
@@ -28,8 +27,7 @@ def ship(model: Path, name: str) -> Path:
     target = ROOT / "apexflow" / "assets" / name
     backbone = load_backbone(str(model))
     for part in ("transformer", "vae", "text_encoder"):
-        # A copy, since encoders that stand as they were read are saved as the files that they came from.
-        setattr(backbone, part, copy.deepcopy(getattr(backbone, part)).to(torch.bfloat16))
+        getattr(backbone, part).to(torch.bfloat16)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     backbone.save(target, backbone.settings)

@@ -48,7 +48,7 @@ def test_data_that_cannot_be_used_is_named(run: Run, recipe_file: Path, tmp_path
         "corrupt": ({"a": good, "b": good[:40]}, {"a": "a star", "b": "a star"}, "corrupt"),
     }
     for name, (pictures, captions, word) in cases.items():
-        refused(run(*with_data(recipe_file, fill(tmp_path / name, pictures, captions))), word, name)
+        refused(run(*with_data(recipe_file, fill(tmp_path / name, pictures, captions)), "batch=1"), word, name)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])

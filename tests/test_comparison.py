@@ -19,7 +19,7 @@ from apexflow.comparison.averages import over_runs
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.cost import held, saved_for_backward, seconds_a_step
 from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison_recipe, guided
-from apexflow.comparison.results import run_comparison
+from apexflow.comparison.results import own_command, run_comparison
 from apexflow.comparison.scores import own_sampler, pooled
 from apexflow.comparison.tables import budget_table
 from apexflow.comparison.train import once, stages, train_to_budgets
@@ -367,3 +367,11 @@ def test_names_of_lines_do_not_lie_upon_each_other() -> None:
     bar = re.search(r'd="M[\d.]+ ([\d.]+)V([\d.]+)" class="error"', barred)
     assert bar and TOP <= float(bar[2]) < float(bar[1]) <= BOTTOM
     assert len(places) == 2 and abs(places[0] - places[1]) >= 10
+
+
+def test_the_command_is_the_same_however_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for first in ("/some/where/apexflow/cli.py", "/some/where/bin/apexflow"):
+        monkeypatch.setattr("sys.argv", [first, "compare", "apex", "-o", "a b"])
+        assert own_command() == "apexflow compare apex -o 'a b'"
+    monkeypatch.setattr("sys.argv", ["benchmarks/some.py"])
+    assert own_command() == "some.py"

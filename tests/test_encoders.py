@@ -87,6 +87,24 @@ def test_a_trained_text_encoder_is_the_one_that_is_saved(recipe_file: Path, tiny
     assert weights(model / "text_encoder") != weights(tiny_model / "text_encoder")
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_an_encoder_that_was_changed_in_place_is_saved_as_it_is(tiny_model: Path, tmp_path: Path, part: str) -> None:
+    backbone = load_backbone(str(tiny_model))
+    network = getattr(backbone, part)
+    with torch.no_grad():  # one number of many
+        next(network.parameters()).flatten()[-5] += 1
+    other = ({"vae", "text_encoder"} - {part}).pop()
+    getattr(backbone, other)
+    backbone.save(tmp_path, backbone.settings)
+    saved, held = load_file(next((tmp_path / part).glob("*.safetensors"))), network.state_dict()
+    assert saved.keys() <= held.keys() and all(torch.equal(saved[name], held[name]) for name in saved)
+    assert weights(tmp_path / other) == weights(tiny_model / other)
+    getattr(backbone, other).to(torch.bfloat16)
+    backbone.save(tmp_path / "narrow", backbone.settings)
+    saved = load_file(next((tmp_path / "narrow" / other).glob("*.safetensors")))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
 def test_previews_draw_what_the_text_encoder_would_say(recipe_file: Path) -> None:
     from apexflow.training.preview import cached_prompts
 

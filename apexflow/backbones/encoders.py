@@ -24,7 +24,6 @@ class Encoders:
     def __init__(self, parts: Mapping[str, Any]) -> None:
         """parts: by the names of their folders; networks, or `Later`."""
         self._parts = {role: {n: part for n, part in parts.items() if n.startswith(role)} for role in ROLES}
-        self._read: dict[str, Any] = {}
 
     @cached_property
     def vae(self) -> Any:
@@ -41,8 +40,7 @@ class Encoders:
 
     def _first(self, role: str) -> Any:
         networks = {n: part.read() if isinstance(part, Later) else part for n, part in self._parts[role].items()}
-        self._read[role] = next(iter(networks.values())) if len(networks) == 1 else nn.ModuleDict(networks)
-        return self._read[role]
+        return next(iter(networks.values())) if len(networks) == 1 else nn.ModuleDict(networks)
 
     def _is_later(self, role: str) -> bool:
         return all(isinstance(part, Later) for part in self._parts[role].values())
@@ -70,13 +68,29 @@ class Encoders:
                 getattr(self, role).to(device)
 
     def encoders_to_save(self) -> dict[str, Any]:
-        """By the names of their folders: `Later` for what is as it was read, else the network that stands there now."""
+        """By the names of their folders: `Later` for what is as it was read, else the network that stands there now.
+
+        A network that was read is compared with its files, which are read again for that: of what was changed in place, a hash
+        of some of its values might tell nothing, as where one token's embedding was tuned.
+        """
         saved: dict[str, Any] = {}
         for role in ROLES:
             present = vars(self).get(role)
-            if self._is_later(role) and (present is None or present is self._read.get(role)):
+            if present is None and self._is_later(role):
                 saved |= self._parts[role]
                 continue
             present = getattr(self, role)
-            saved |= dict(present.items()) if isinstance(present, nn.ModuleDict) else {role: present}
+            networks = dict(present.items()) if isinstance(present, nn.ModuleDict) else {role: present}
+            for name, network in networks.items():
+                part = self._parts[role].get(name)
+                saved[name] = part if isinstance(part, Later) and _is_as_read(network, part) else network
         return saved
+
+
+def _is_as_read(network: nn.Module, part: Later) -> bool:
+    """Whether a network still is what its folder holds: names, types and values."""
+    read, held = part.read().state_dict(), network.state_dict()
+    return read.keys() == held.keys() and all(
+        held[name].dtype == tensor.dtype and torch.equal(held[name].to(tensor.device), tensor)
+        for name, tensor in read.items()
+    )

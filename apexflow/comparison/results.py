@@ -152,7 +152,7 @@ def _write(plan: Plan, rows: dict[str, Any], first: str, commands: list[str]) ->
     held = costs(plan, [name for name in rows if name != TEACHER])
     for name in held:
         rows[name] |= {"further": held[name]["further"], **_relative(rows, held, name)}
-    commands = list(dict.fromkeys([*commands, shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])]))
+    commands = list(dict.fromkeys([*commands, own_command()]))
     results = {"plan": plan.identity(), "teacher": plan.recipe.model, "first": first, "rows": rows}
     results |= {"commands": commands, "command": "; ".join(commands)}
     write_json(plan.output / "results.json", results)
@@ -176,3 +176,9 @@ def _summary(row: dict[str, Any]) -> str:
         return f"diverged ({row['diverged']} runs)"
     numbers = ", ".join(f"{steps} step{'s' * (steps != '1')} {one['overall']:.3f}" for steps, one in scored.items())
     return f"learning rate {row['rate']:g}: {numbers}"
+
+
+def own_command() -> str:
+    """The command line of this process, the same however it was started (`python -m` puts a file's path first)."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["apexflow" if name == "cli.py" else name, *sys.argv[1:]])

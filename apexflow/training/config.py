@@ -120,6 +120,14 @@ class Recipe:
             raise ValueError("optimizer.kind=adamw8bit does not go with parallel=fsdp: its moments cannot be sharded")
         if self.tuning.storage and (self.tuning.kind != "lora" or self.parallel == "fsdp"):
             raise ValueError("tuning.storage goes with tuning.kind=lora, and not with parallel=fsdp")
+        if self.tuning.text_encoder and self.tuning.kind == "lora":
+            raise ValueError("tuning.text_encoder goes with tuning.kind=full only")
+        if self.teacher and self.tuning.kind == "lora":
+            raise ValueError("teacher goes with tuning.kind=full only: a LoRA learns from its own base")
+        if self.teacher and self.model == "miniature":
+            raise ValueError(
+                "teacher does not go with model=miniature, whose encoders are made anew: name a finished model"
+            )
 
     def build_objective(self) -> Any:
         """The method's dataclass, filled from `objective`; UserError names a method or key that does not exist."""

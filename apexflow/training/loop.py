@@ -28,7 +28,7 @@ from apexflow.training.distributed import gather, in_turn, joined, leads, own_de
 from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind
 from apexflow.training.further import copies, make_furthers
 from apexflow.training.journal import Journal
-from apexflow.training.prepare import null_condition, other_teacher, prepare, suited_objective
+from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
 from apexflow.training.run import CHECKPOINTS, Run, Trainee, holds_run, restore, save
@@ -87,20 +87,21 @@ def start(recipe: Recipe, resume: bool) -> Run:
         own_rows(recipe.batch)
         if leads() and is_taken(folder):
             _check_taken(folder, resume)
+        if recipe.optimizer.kind == "adamw8bit":
+            adam_in_eight_bits()
     torch.manual_seed(recipe.seed)
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
-    backbone, data = in_turn(lambda: prepare(recipe, folder, device))
-    objective = suited_objective(recipe, backbone)
-    null = null_condition(recipe, backbone, data).to(device)
+    made = in_turn(lambda: prepare(recipe, folder, device))
+    backbone, objective = made.backbone, made.objective
+    null = null_condition(recipe, backbone, made.data).to(device)
     with together():
         kind = parallel_kind(recipe, backbone.transformer, device)
-        teacher = other_teacher(recipe, objective.needs, backbone)
         place, further = _placing(kind, recipe, device), copies(further_of(objective))
-        roles = make_roles(backbone, recipe, objective.needs, place, teacher, further)
+        roles = make_roles(backbone, recipe, objective.needs, place, made.teacher, further)
     engine = _engine(kind, backbone, roles, recipe, null)
     trainees = {"student": Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))}
     trainees |= _further(recipe, objective, backbone, roles, engine, null)
-    run = Run(recipe, folder, backbone, data, objective, roles, engine, trainees, device)
+    run = Run(recipe, folder, backbone, made.data, objective, roles, engine, trainees, device)
     saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0]
     if resume and saved:
         restore(run, Path(saved[-1]))

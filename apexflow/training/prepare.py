@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ import torch
 from apexflow.backbones import Backbone, check_shift, load_backbone, resolve
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet, check_made_by, is_cache
-from apexflow.data.caching import CacheSettings, make_cache
+from apexflow.data.caching import CacheSettings, make_cache, picture_sizes
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
-from apexflow.data.readers import recognise
 from apexflow.data.scenes import Scene, scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
 from apexflow.progress import Progress
+from apexflow.training.check import check_batch, check_data, check_networks
 from apexflow.training.config import Data, Recipe
 from apexflow.training.roles import loaded_dtype
 
@@ -29,26 +30,59 @@ CACHE_HOME = Path("runs") / "cache"
 GREY, WORDS = torch.zeros(1, 3, 64, 64), "a photo of a red circle"
 
 
-def prepare(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Backbone, CachedSet]:
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is made of. `teacher` is the transformer that the recipe names apart from its model."""
+
+    backbone: Backbone
+    objective: Any
+    teacher: torch.nn.Module | None
+    data: CachedSet
+
+
+def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
     """Load (or, for "miniature", build) the model, and cache the data in its latents, unless a finished cache is named.
 
-    Autoencoder and text encoder stand on `device` only while the cache is made; the model is left on the CPU.
+    Whatever can be told without the data is told before any of them is drawn or cached. Autoencoder and text encoder stand on
+    `device` only while the cache is made; the model is left on the CPU.
     """
     finished = finished_cache(recipe.data)
-    source = finished or captioned_source(recipe)
-    check_pictures(recipe, CachedSet(source).has_pictures if finished else recognise(source).kind.pictures)
-    model = resolve(recipe.model if recipe.model != "miniature" else str(miniature(recipe, folder, source)))
-    backbone = load_backbone(str(model), "cpu", loaded_dtype(recipe))
-    settings = cache_settings(recipe)
-    if finished is None:
-        cache = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
-        with backbone.encoders_on(device):
-            make_cache(source, backbone, model, cache, settings)
-        data = CachedSet(cache)
+    check_data(recipe, finished)
+    if recipe.model == "miniature":
+        model = miniature(recipe, folder, finished or captioned_source(recipe))
     else:
+        model = resolve(recipe.model)
+    backbone = load_backbone(str(model), "cpu", loaded_dtype(recipe))
+    objective = suited_objective(recipe, backbone)
+    if finished is None:
+        picture_sizes(backbone, cache_settings(recipe))
+    check_networks(recipe, backbone, objective)
+    teacher = other_teacher(recipe, objective.needs, backbone)
+    data = cached_data(recipe, folder, device, backbone, model, finished)
+    check_batch(recipe, len(data))
+    return Prepared(backbone, objective, teacher, data)
+
+
+def cached_data(
+    recipe: Recipe, folder: Path, device: torch.device, backbone: Backbone, model: Path, finished: Path | None
+) -> CachedSet:
+    """The finished cache of a recipe, or one that is made (or finished) now."""
+    settings = cache_settings(recipe)
+    if finished is not None:
         data = CachedSet(finished)
         check_made_by(finished, data.index["made_by"], _expected(recipe.data, settings, backbone, model))
-    return backbone, data
+        return data
+    cache = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
+    with backbone.encoders_on(device):
+        if not is_cache(cache):
+            read_encoders(backbone)  # damaged ones are told before scenes are drawn
+        make_cache(captioned_source(recipe), backbone, model, cache, settings)
+    return CachedSet(cache)
+
+
+def read_encoders(backbone: Backbone) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Both, read now where they are not yet; UserError for one that cannot be read."""
+    return backbone.vae, backbone.text_encoder
 
 
 @torch.no_grad()
@@ -56,10 +90,6 @@ def other_teacher(recipe: Recipe, needs: Sequence[str], backbone: Backbone) -> t
     """The transformer that `teacher` names, on the CPU; UserError where it cannot teach this student."""
     if recipe.teacher is None:
         return None
-    if recipe.tuning.kind == "lora":
-        raise UserError("teacher goes with tuning.kind=full only: a LoRA learns from its own base")
-    if recipe.model == "miniature":
-        raise UserError("teacher does not go with model=miniature, whose encoders are made anew: name a finished model")
     if "teacher" not in needs:
         raise UserError(f"teacher: method {recipe.method} with these settings asks no teacher: leave it out")
     teacher = load_backbone(recipe.teacher, "cpu", loaded_dtype(recipe))
@@ -105,16 +135,6 @@ def _expected(data: Data, settings: CacheSettings, backbone: Backbone, model: Pa
     said = {"size": data.size, "buckets": data.buckets or None, "captions": list(data.captions) or None}
     by_text = {"text": True, "text encoder": text_fingerprint(model, backbone.settings)} if settings.text else {}
     return {"autoencoder": autoencoder_fingerprint(model)} | by_text | {k: v for k, v in said.items() if v is not None}
-
-
-def check_pictures(recipe: Recipe, pictures: bool) -> None:
-    """UserError when the data are prompts alone and the method reads pictures."""
-    if not pictures and getattr(recipe.build_objective(), "needs_pictures", True):
-        raise UserError(
-            f"{recipe.data.source or recipe.data.cache} holds prompts alone, and {recipe.method} with these settings starts "
-            "from pictures: draw them with `apexflow synthesize`, or use a method that starts from noise alone "
-            "(apex with objective.path_weight=0)"
-        )
 
 
 def suited_objective(recipe: Recipe, backbone: Backbone) -> Any:

@@ -299,16 +299,14 @@ def make_roles(
     The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless another is given. `further` names
     the networks like it that are trained beside the student.
 
-    With precision bf16 what is frozen is kept in bfloat16, what is trained in float32. UserError for a combination that
-    does not exist.
+    With precision bf16 what is frozen is kept in bfloat16, what is trained in float32. UserError for a network that cannot
+    be tuned so.
     """
     tuning = recipe.tuning
     frozen = frozen_dtype(recipe)
     place = place or storing(tuning.storage, frozen, backbone.device)
     if checkpointed(tuning, backbone.transformer):
         backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-    if tuning.kind == "lora" and tuning.text_encoder:
-        raise UserError("tuning.text_encoder goes with tuning.kind=full only")
     if "second_time" in needs:
         second_time.attach(backbone.transformer, ("default", "ema") if tuning.kind == "lora" else ("default",))
     else:

@@ -1,0 +1,74 @@
+"""What of a run can be told wrong before anything is drawn, cached or trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apexflow.backbones import Backbone
+from apexflow.data.cache import CachedSet
+from apexflow.data.readers import recognise
+from apexflow.errors import UserError
+from apexflow.objectives import further_of
+from apexflow.training import storage
+from apexflow.training.config import Recipe
+from apexflow.training.further import blocks_at
+from apexflow.training.memory import SHALLOW, at_depth, layers_of
+from apexflow.training.roles import make_roles
+
+
+def check_data(recipe: Recipe, finished: Path | None) -> None:
+    """UserError for data that are not there, are too few for a batch, or have no pictures where the method reads them.
+
+    finished: the finished cache that the recipe names, if it does. No picture is read.
+    """
+    if finished is not None:
+        cached = CachedSet(finished)
+        check_pictures(recipe, cached.has_pictures)
+        check_batch(recipe, len(cached))
+    elif recipe.data.source in (None, "scenes"):
+        check_batch(recipe, recipe.data.count)
+    else:
+        origin = recognise(Path(str(recipe.data.source)))
+        check_pictures(recipe, origin.kind.pictures)
+        broken: dict[str, str] = {}
+        found = sum(1 for _ in islice(origin.samples(broken), recipe.batch))
+        if not broken:  # what cannot be read is told with its reason when the cache is made
+            check_batch(recipe, found)
+
+
+def check_pictures(recipe: Recipe, pictures: bool) -> None:
+    """UserError when the data are prompts alone and the method reads pictures."""
+    if not pictures and getattr(recipe.build_objective(), "needs_pictures", True):
+        raise UserError(
+            f"{recipe.data.source or recipe.data.cache} holds prompts alone, and {recipe.method} with these settings starts "
+            "from pictures: draw them with `apexflow synthesize`, or use a method that starts from noise alone "
+            "(apex with objective.path_weight=0)"
+        )
+
+
+def check_batch(recipe: Recipe, rows: int) -> None:
+    """UserError when the data are fewer than a batch, which would show the same ones several times in every step."""
+    if rows < recipe.batch:
+        source = recipe.data.source or recipe.data.cache or "scenes"
+        raise UserError(
+            f"batch {recipe.batch} is more than the {rows} records of {source}: set batch to {rows} or less, or "
+            "give more data"
+        )
+
+
+def check_networks(recipe: Recipe, backbone: Backbone, objective: Any) -> None:
+    """UserError where this model cannot be tuned as the recipe says: its roles are made on shapes."""
+    if recipe.tuning.storage == "nf4":
+        storage.four_bit_functions()
+    shallow = at_depth(backbone, None if layers_of(backbone) is None else SHALLOW[0])
+    alone = replace(recipe, tuning=replace(recipe.tuning, text_encoder=False))
+    with torch.device("meta"):
+        make_roles(shallow, alone, objective.needs)
+    for one in further_of(objective):
+        if one.kind != "field":
+            blocks_at(backbone.transformer, one.depths)
