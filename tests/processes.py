@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -14,6 +15,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 LIBRARIES = [
     "apexflow.training.loop",
@@ -133,3 +137,60 @@ def agreements(recipe: Path, folder: Path) -> None:
         judge[rank()].grad = torch.ones_like(judge[rank()])
         sum_gradients(judge)
         assert all(torch.equal(p.grad, torch.ones_like(p)) for p in judge)
+
+
+def shares(recipe: Path, cases: dict[str, list[str]], folder: Path) -> None:
+    """What each process reads of a denoiser and holds at most while a sharded run starts, in `folder/CASE-RANK.json`."""
+    from apexflow.backbones import parts
+    from apexflow.training import sharding
+    from apexflow.training.config import load_recipe
+    from apexflow.training.distributed import joined, rank
+    from apexflow.training.loop import start
+
+    reads: list[int] = []
+    read_share = sharding.read_share
+
+    class Slices:
+        """A tensor in a file that notes what is asked of it."""
+
+        def __init__(self, saved: Any) -> None:
+            self.saved, self.get_shape = saved, saved.get_shape
+
+        def __getitem__(self, rows: Any) -> torch.Tensor:
+            found = self.saved[rows]
+            reads.append(found.nbytes)
+            return found
+
+    def no_whole_denoiser(path: Path, *_: Any) -> None:
+        raise AssertionError(f"{path} is read whole")
+
+    sharding.read_share = lambda saved, tensor: read_share(Slices(saved), tensor)
+    parts._weights = no_whole_denoiser
+    with joined(torch.device("cpu")):
+        for name, overrides in cases.items():
+            reads.clear()
+            with Held() as held:
+                start(load_recipe(recipe, [*overrides, f"output={folder / name}"]), resume=False)
+            (folder / f"{name}-{rank()}.json").write_text(json.dumps({"read": sum(reads), "held": held.most}))
+
+
+class Held(TorchDispatchMode):
+    """The most bytes of tensors that were alive at a time, of those made within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = self.counted = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self.counted += storage.nbytes()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        if self.counted > self.most:  # perhaps, unless some are gone or counted twice
+            self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+            self.counted = sum(size for _, size in self.alive.values())
+            self.most = max(self.most, self.counted)
+        return made

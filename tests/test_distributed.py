@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from processes import agreements, command, command_with_a_full_disk, gradients, launch, until, wait
-from safetensors.torch import load_file
+from processes import agreements, command, command_with_a_full_disk, gradients, launch, shares, until, wait
+from safetensors.torch import load_file, save_file
 
+from apexflow.backbones.miniature import build_miniature
+from apexflow.data.scenes import vocabulary
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
+from apexflow.training.config import load_recipe
 from apexflow.training.journal import read_metrics
+from apexflow.training.loop import start
 
 
 @pytest.fixture
@@ -78,6 +84,36 @@ def test_gradients_equal_those_of_one_process(recipe: Path, tmp_path: Path) -> N
         assert one.keys() == two.keys() and any(bool(grad.any()) for grad in one.values())
         for parameter, grad in one.items():
             assert (two[parameter] - grad).abs().max() < 1e-5, (name, parameter)
+
+
+def test_no_process_reads_or_holds_a_whole_denoiser(recipe: Path, tmp_path: Path) -> None:
+    model = tmp_path / "wide"
+    backbone = build_miniature(vocabulary(), seed=0, width=96, depth=2)
+    backbone.save(model, backbone.settings)
+    whole = sum(p.nbytes for p in backbone.transformer.parameters())
+    common = [f"model={model}", "parallel=fsdp", "method=flow_matching", "tuning.rank=1"]
+    cases = {kind: [*common, f"tuning.kind={kind}"] for kind in ("full", "lora")}
+    start(load_recipe(recipe, [*common, f"output={tmp_path / 'cached'}"]), resume=False)
+    assert wait(launch(shares, 2, recipe, cases, tmp_path)) == [0, 0]
+    for kind, copies in (("full", 2), ("lora", 1)):  # student and average, or a base and its small adapters
+        both = [json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert sum(each["read"] for each in both) == whole
+        for each in both:
+            assert each["read"] < 0.51 * whole
+            assert each["held"] < (0.5 * copies + 0.25) * whole
+
+
+def test_weights_of_another_network_are_not_shared_out(recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (file,) = (model / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["proj_out.weight"]
+    save_file(tensors, file)
+    both = launch(command, 2, "train", str(recipe), f"model={model}", "parallel=fsdp", errors=tmp_path / "errors")
+    assert wait(both) == [2, 2]
+    (line,) = spoken(tmp_path / "errors")
+    assert "1 tensors are missing, such as proj_out.weight" in line and "restore it" in line
 
 
 def test_what_processes_must_agree_on(recipe: Path, tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:
     whole, shared = plan(full, 4, 16), plan(replace(full, parallel="fsdp"), 4, 16)
     for name in ("trained weights", "frozen weights", "average (EMA)", "gradients", "optimizer"):
         assert shared.parts[name] == whole.parts[name] // 4
+    assert shared.host == whole.host // 4 and shared.saving == whole.host and whole.saving == 0
 
 
 def test_presets_have_the_published_sizes() -> None:

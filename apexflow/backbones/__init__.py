@@ -181,8 +181,13 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def load_backbone(path_or_id: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
-    """Load a model folder by the family that its `model_index.json` names. Never unpickles, never runs its code."""
+def load_backbone(
+    path_or_id: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, hollow: bool = False
+) -> Backbone:
+    """Load a model folder by the family that its `model_index.json` names. Never unpickles, never runs its code.
+
+    With `hollow` the transformer's weights are left on disk, for processes that each read a share of them.
+    """
     folder = resolve(path_or_id)
     if folder.is_file():
         pickled = folder.suffix in PICKLES
@@ -199,8 +204,10 @@ def load_backbone(path_or_id: str, device: str | torch.device = "cpu", dtype: to
     if pipeline not in table:
         raise UserError(f"{folder} is a {pipeline}; apexflow serves {', '.join(table)}")
     refuse_pickles(folder)
-    backbone = table[pipeline].load(folder, torch.device(device), dtype)
+    backbone = table[pipeline].load(folder, torch.device(device), dtype, hollow)
     second_time.load(backbone.transformer, folder)
+    if torch.device(device).type == "meta":
+        backbone.transformer.to(device)
     return backbone
 
 

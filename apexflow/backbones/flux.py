@@ -41,7 +41,7 @@ class Flux(Family):
         self.lora_targets = (*ATTENTION, *FEED_FORWARD, *single)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Flux:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Flux:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
         from diffusers import AutoencoderKL, FluxTransformer2DModel
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
@@ -54,7 +54,7 @@ class Flux(Family):
             "tokenizer": AutoTokenizer,
             "tokenizer_2": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t; c needs pooled embeddings."""

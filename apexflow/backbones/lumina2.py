@@ -31,7 +31,7 @@ class Lumina2(Family):
     depth = "num_layers"
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Lumina2:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Lumina2:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
         from diffusers import AutoencoderKL, Lumina2Transformer2DModel
         from transformers import AutoTokenizer, Gemma2Model
@@ -42,7 +42,7 @@ class Lumina2(Family):
             "text_encoder": Gemma2Model,
             "tokenizer": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     @property
     def text_width(self) -> tuple[int, int | None]:

@@ -34,10 +34,13 @@ def quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def load_part(folder: Path, part: str, kind: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def load_part(
+    folder: Path, part: str, kind: Any, device: torch.device, dtype: torch.dtype | None = None, hollow: bool = False
+) -> Any:
     """`kind.from_pretrained` on one sub-folder, local files and safetensors only; UserError when it cannot be read.
 
-    On the device "meta" a network is made from its config alone: no weights are read, and no tokenizer (dtype None).
+    On the device "meta" a network is made from its config alone: no weights are read, and no tokenizer (dtype None). A `hollow`
+    network has its buffers, no weights, and says in `weights_from` where they are.
     """
     quiet()
     path = folder / part
@@ -46,13 +49,15 @@ def load_part(folder: Path, part: str, kind: Any, device: torch.device, dtype: t
     if not path.is_dir():
         raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
     if dtype is None:
-        return _guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
+        return guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
     check_part(path, kind, device)
     if device.type == "meta":
-        model = _guarded(path, lambda: _shapes(path, kind))
+        model = guarded(path, lambda: _shapes(path, kind))
+    elif hollow:
+        return guarded(path, lambda: _hollow(path, kind)).to(dtype).eval().requires_grad_(False)
     else:
         options = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
-        model = _guarded(path, lambda: _weights(path, kind, options))
+        model = guarded(path, lambda: _weights(path, kind, options))
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -65,12 +70,12 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
     config = path / "config.json"
     if not config.is_file():
         raise UserError(f"{path.parent} is incomplete: {path.name}/config.json is missing")
-    if says not in _guarded(config, lambda: dict(json.loads(config.read_text()))):
+    if says not in guarded(config, lambda: dict(json.loads(config.read_text()))):
         raise UserError(f"{config} does not say which network it is ({says} is missing): restore it from the original")
     if device.type == "meta":
         return
-    held = sum(_guarded(file, lambda file=file: _values(file)) for file in _weight_files(path))
-    described = sum(p.numel() for p in _guarded(path, lambda: _shapes(path, kind)).parameters())
+    held = sum(guarded(file, lambda file=file: _values(file)) for file in _weight_files(path))
+    described = sum(p.numel() for p in guarded(path, lambda: _shapes(path, kind)).parameters())
     if described > 2 * held:  # a few missing tensors are named when they are read
         raise UserError(
             f"{config} describes {described:,} parameters, and the weights beside it are another network's with {held:,}: "
@@ -84,7 +89,7 @@ def _weight_files(path: Path) -> list[Path]:
     if not files:
         raise UserError(f"{path.parent} is incomplete: {path.name}/ holds no safetensors")
     for index in path.glob("*.safetensors.index.json"):
-        named = set(_guarded(index, lambda index=index: json.loads(index.read_text())["weight_map"].values()))
+        named = set(guarded(index, lambda index=index: json.loads(index.read_text())["weight_map"].values()))
         if missing := sorted(named - {file.name for file in files}):
             raise UserError(f"{path.parent} is incomplete: {path.name}/{missing[0]} is missing")
     return files
@@ -125,6 +130,24 @@ def without_weights(kind: Any, config: Any) -> nn.Module:
         return kind(config) if hasattr(kind, "config_class") else kind.from_config(config)
 
 
+def _hollow(path: Path, kind: Any) -> nn.Module:
+    network: Any = without_weights(kind, kind.load_config(path, local_files_only=True))
+    network.weights_from = path
+    for file in set(weight_files(path).values()):
+        safe_open(file, "pt")  # whole, or it does not open
+    return network
+
+
+def weight_files(path: Path) -> dict[str, Path]:
+    """Which file holds each tensor of a network of diffusers: those that it would read itself, whatever else lies there."""
+    index = path / "diffusion_pytorch_model.safetensors.index.json"
+    if index.is_file():
+        return {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    file = path / "diffusion_pytorch_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        return dict.fromkeys(opened.keys(), file)
+
+
 class Later:
     """A network of a folder that is read when it is first called for, onto `device`; `config` is known before."""
 
@@ -137,7 +160,7 @@ class Later:
 
     @cached_property
     def config(self) -> Any:
-        return _guarded(self.path, lambda: _shapes(self.path, self.kind)).config
+        return guarded(self.path, lambda: _shapes(self.path, self.kind)).config
 
     def read(self) -> Any:
         return load_part(self.path.parent, self.path.name, self.kind, self.device, self.dtype)
@@ -147,10 +170,12 @@ class Later:
         shutil.copytree(self.path, folder, ignore=shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES)))
 
 
-def load_parts(folder: Path, kinds: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def load_parts(
+    folder: Path, kinds: Mapping[str, Any], device: torch.device, dtype: torch.dtype, hollow: bool = False
+) -> dict[str, Any]:
     """The named sub-folders (tokenizers, and models with weights) and the scheduler; UserError names a missing one.
 
-    Text encoders and the autoencoder are read when they are first called for.
+    Text encoders and the autoencoder are read when they are first called for; the denoiser's weights are left out if `hollow`.
     """
     parts: dict[str, Any] = {}
     for name, kind in kinds.items():
@@ -159,8 +184,10 @@ def load_parts(folder: Path, kinds: Mapping[str, Any], device: torch.device, dty
             continue
         # Autoencoders of the AutoencoderKL line overflow in float16 ("force_upcast").
         wide = name == "vae" and dtype == torch.float16
-        load = Later if name.startswith(("text_encoder", "vae")) else load_part
-        parts[name] = load(folder, name, kind, device, torch.float32 if wide else dtype)
+        if name.startswith(("text_encoder", "vae")):
+            parts[name] = Later(folder, name, kind, device, torch.float32 if wide else dtype)
+        else:
+            parts[name] = load_part(folder, name, kind, device, dtype, hollow)
     return parts | {"scheduler": load_scheduler(folder)}
 
 
@@ -218,16 +245,17 @@ def load_scheduler(folder: Path) -> Any:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise UserError(f"{folder} is incomplete: scheduler/scheduler_config.json is missing")
-    name = _guarded(path, lambda: json.loads(path.read_text()).get("_class_name", ""))
+    name = guarded(path, lambda: json.loads(path.read_text()).get("_class_name", ""))
     # Exported models may name our own scheduler, which lies in a layer above this one.
     home = importlib.import_module(OUR_SCHEDULER[0]) if name == OUR_SCHEDULER[1] else diffusers
     kind = getattr(home, name, None)
     if kind is None:
         raise UserError(f"{path} names the scheduler {name!r}, which diffusers does not have")
-    return _guarded(path, lambda: kind.from_pretrained(path.parent, local_files_only=True))
+    return guarded(path, lambda: kind.from_pretrained(path.parent, local_files_only=True))
 
 
-def _guarded(path: Path, read: Any) -> Any:
+def guarded(path: Path, read: Any) -> Any:
+    """What `read` answers; UserError that names `path` for whatever it raises."""
     try:
         return read()
     except Exception as error:  # libraries raise many kinds for a damaged file; all mean the same to the user

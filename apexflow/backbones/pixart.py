@@ -41,7 +41,7 @@ class PixArt(Family):
         self.time_shift = self.schedule.time_shift
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> PixArt:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> PixArt:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
         from diffusers import AutoencoderKL, PixArtTransformer2DModel
         from transformers import AutoTokenizer, T5EncoderModel
@@ -54,7 +54,7 @@ class PixArt(Family):
         }
         pipeline = read_index(folder)["_class_name"]
         defaults = replace(cls.defaults, max_tokens=MAX_TOKENS[pipeline])
-        return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, defaults), pipeline)
+        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, defaults), pipeline)
 
     @property
     def text_width(self) -> tuple[int, int | None]:

@@ -43,7 +43,7 @@ class QwenImage(Family):
         self.without_gradient = (f"{last}.attn.to_add_out.", f"{last}.txt_mlp.")
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> QwenImage:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> QwenImage:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
         from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -54,7 +54,7 @@ class QwenImage(Family):
             "text_encoder": Qwen2_5_VLForConditionalGeneration,
             "tokenizer": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     @property
     def text_width(self) -> tuple[int, int | None]:

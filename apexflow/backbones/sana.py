@@ -58,12 +58,12 @@ class Sana(Encoders):
         self.time_shift = scheduler_shift(scheduler.config, tokens)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Sana:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Sana:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
         from diffusers import AutoencoderDC, SanaTransformer2DModel
         from transformers import AutoTokenizer, Gemma2Model
 
-        transformer = load_part(folder, "transformer", SanaTransformer2DModel, device, dtype)
+        transformer = load_part(folder, "transformer", SanaTransformer2DModel, device, dtype, hollow)
         vae = Later(folder, "vae", AutoencoderDC, device, dtype)
         text_encoder = Later(folder, "text_encoder", Gemma2Model, device, dtype)
         tokenizer = load_part(folder, "tokenizer", AutoTokenizer, device)

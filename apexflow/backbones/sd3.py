@@ -31,7 +31,7 @@ class StableDiffusion3(Family):
     )
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> StableDiffusion3:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> StableDiffusion3:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
         from diffusers import AutoencoderKL, SD3Transformer2DModel
         from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
@@ -46,7 +46,7 @@ class StableDiffusion3(Family):
             "tokenizer_2": AutoTokenizer,
             "tokenizer_3": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t; c needs pooled embeddings."""

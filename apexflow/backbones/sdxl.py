@@ -49,7 +49,7 @@ class StableDiffusionXL(Family):
         self.embedded_guidance = self.defaults.embedded_guidance if scale is None else scale
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> StableDiffusionXL:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> StableDiffusionXL:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
@@ -63,7 +63,7 @@ class StableDiffusionXL(Family):
             "tokenizer_2": AutoTokenizer,
         }
         zero_null = bool(read_index(folder).get("force_zeros_for_empty_prompt", True))
-        return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults), zero_null)
+        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults), zero_null)
 
     @property
     def text_width(self) -> tuple[int, int | None]:

@@ -65,7 +65,9 @@ def attach(network: nn.Module, adapters: Sequence[str] = ("default",)) -> Second
         return present
     module = time_module(network)
     width = [part for part in module.modules() if isinstance(part, nn.Linear)][-1].out_features
-    second = SecondTime(width, adapters).to(next(network.parameters()).device)
+    second = SecondTime(width, adapters)
+    if not (first := next(network.parameters())).is_meta:  # beside weights that are still to be read it has its own
+        second.to(first.device)
     if present is not None:  # a further adapter over a model that has a second time goes on from there
         for embedder in second.embedders.values():
             embedder.load_state_dict(present.embedders["default"].state_dict())

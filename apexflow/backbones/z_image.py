@@ -34,7 +34,7 @@ class ZImage(Family):
     depth = "n_layers"
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> ZImage:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> ZImage:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
         from diffusers import AutoencoderKL, ZImageTransformer2DModel
         from transformers import AutoTokenizer, Qwen3Model
@@ -45,7 +45,7 @@ class ZImage(Family):
             "text_encoder": Qwen3Model,
             "tokenizer": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype), read_settings(folder, cls.defaults))
+        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     @property
     def text_width(self) -> tuple[int, int | None]:

@@ -33,7 +33,7 @@ from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
 from apexflow.training.run import CHECKPOINTS, Run, Trainee, holds_run, restore, save
 from apexflow.training.saving import save_model
-from apexflow.training.sharding import Place, all_processes, shard
+from apexflow.training.sharding import Place, all_processes, spread
 from apexflow.training.step import training_step
 from apexflow.training.storage import storing
 
@@ -125,7 +125,7 @@ def _placing(kind: str, recipe: Recipe, device: torch.device) -> Place:
     if kind != "fsdp":
         return storing(recipe.tuning.storage, frozen_dtype(recipe), device)
     half, mesh = recipe.precision == "bf16" and recipe.tuning.kind == "full", all_processes(device)
-    return lambda network: shard(network, mesh, half)
+    return lambda network: spread(network, mesh, half, device)
 
 
 def _engine(kind: str, backbone: Backbone, roles: Roles, recipe: Recipe, null: Condition) -> Engine:

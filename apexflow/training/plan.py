@@ -33,7 +33,8 @@ class Plan:
     """Bytes on each of `gpus` GPUs, by what they are, at the start of backward; `update` is the same in the optimizer's step.
 
     cached: bytes a picture that the cache of latents and embeddings holds, on disk or in main memory. host: main memory that
-    each process takes while it starts, where the model is whole before it goes to the GPU or is shared out.
+    each process takes while it starts, for the model on its way to the GPU; saving: what the first takes to save a model that
+    was sharded.
     """
 
     parts: dict[str, int]
@@ -44,6 +45,7 @@ class Plan:
     gpus: int
     cached: int
     host: int
+    saving: int
     passes: list[Pass]
 
     @property
@@ -62,6 +64,7 @@ class Plan:
             "gpus": self.gpus,
             "cached_bytes_a_picture": self.cached,
             "host_gib": round(self.host / GIB, 2),
+            "host_saving_gib": round(self.saving / GIB, 2),
             "rows_with_gradient": sum(made.rows for made in self.passes if made.graph) / self.micro_batch,
             "rows_without_gradient": sum(made.rows for made in self.passes if not made.graph) / self.micro_batch,
         }
@@ -86,7 +89,8 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     again, blocks = checkpointed(recipe.tuning, backbone.transformer), blocks_of(backbone)
     needed = activations(backbone, recipe, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0)
     sizes = network_sizes(backbone, recipe, objective.needs, tokens)
-    host = sum(p.nbytes for p in backbone.transformer.parameters())
+    denoiser = _bytes(backbone.transformer)
+    encoder = _bytes(backbone.text_encoder) if recipe.tuning.text_encoder else 0
     shared = gpus if is_sharded(recipe, gpus) else 1
     width, pooled = backbone.text_width
     latents = 2 * math.prod(shape)
@@ -107,7 +111,12 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     held = sum(parts[name] for name in HELD)
     # An optimizer's intermediates are as large as what it steps.
     update = held + max(sizes.trained, sizes.further) // shared
-    return Plan(parts, update, sizes.trained // 4, again, rows, gpus, latents + text, host, passes)
+    host, saving = denoiser // shared + encoder, denoiser + encoder if shared > 1 else 0
+    return Plan(parts, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
+
+
+def _bytes(network: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in network.parameters())
 
 
 def shapes_of(recipe: Recipe) -> Backbone:
@@ -195,7 +204,8 @@ def plan_table(found: Plan, advice: list[tuple[str, Plan]], memory: float) -> st
         f"{'peak on each GPU':20} {shown['peak_gib']:8.2f} GiB of {memory:g}",
         f"{found.gpus} GPU(s), {found.micro_batch} rows at a time, {found.trainable:,} trainable parameters, {rows}; "
         f"checkpointing {'on' if found.checkpointing else 'off'}; the cache takes {found.cached / 1e6:.2f} MB a picture",
-        f"while it starts, each process takes {shown['host_gib']:.2f} GiB of main memory",
+        f"while it starts, each process takes {shown['host_gib']:.2f} GiB of main memory"
+        + (f"; the first one {shown['host_saving_gib']:.2f} GiB to save the model" if found.saving else ""),
     ]
     if found.peak > memory * GIB:
         lines.append("does not fit. Switch on, one after the other:")

@@ -23,6 +23,8 @@ from apexflow.errors import UserError
 from apexflow.progress import Progress
 from apexflow.training.check import check_batch, check_data, check_networks
 from apexflow.training.config import Data, Recipe
+from apexflow.training.distributed import world
+from apexflow.training.engine import parallel_kind
 from apexflow.training.roles import loaded_dtype
 
 CACHE_HOME = Path("runs") / "cache"
@@ -52,7 +54,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
         model = miniature(recipe, folder, finished or captioned_source(recipe))
     else:
         model = resolve(recipe.model)
-    backbone = load_backbone(str(model), "cpu", loaded_dtype(recipe))
+    backbone = _load(recipe, model, device)
     objective = suited_objective(recipe, backbone)
     if finished is None:
         picture_sizes(backbone, cache_settings(recipe))
@@ -85,6 +87,15 @@ def read_encoders(backbone: Backbone) -> tuple[torch.nn.Module, torch.nn.Module]
     return backbone.vae, backbone.text_encoder
 
 
+def _load(recipe: Recipe, model: Path, device: torch.device) -> Backbone:
+    dtype = loaded_dtype(recipe)
+    if world() > 1:
+        backbone = load_backbone(str(model), "cpu", dtype, hollow=True)
+        if parallel_kind(recipe, backbone.transformer, device) == "fsdp":
+            return backbone
+    return load_backbone(str(model), "cpu", dtype)
+
+
 @torch.no_grad()
 def other_teacher(recipe: Recipe, needs: Sequence[str], backbone: Backbone) -> torch.nn.Module | None:
     """The transformer that `teacher` names, on the CPU; UserError where it cannot teach this student."""
@@ -92,9 +103,10 @@ def other_teacher(recipe: Recipe, needs: Sequence[str], backbone: Backbone) -> t
         return None
     if "teacher" not in needs:
         raise UserError(f"teacher: method {recipe.method} with these settings asks no teacher: leave it out")
-    teacher = load_backbone(recipe.teacher, "cpu", loaded_dtype(recipe))
+    hollow = next(backbone.transformer.parameters()).is_meta
+    teacher = load_backbone(recipe.teacher, "cpu", loaded_dtype(recipe), hollow)
     for what, apart in (
-        ("autoencoder", _apart(*(one.encode_images(GREY.to(one.device)) for one in (backbone, teacher)))),
+        ("autoencoder", _apart(*(one.encode_images(GREY) for one in (backbone, teacher)))),
         ("text encoder", _apart(*(one.encode_prompts([WORDS]).embeds for one in (backbone, teacher)))),
         ("shape", _shapes(teacher.transformer) != _shapes(backbone.transformer)),
     ):

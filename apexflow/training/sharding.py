@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from apexflow.backbones import second_time
-from apexflow.backbones.parts import without_weights
+from apexflow.backbones.parts import guarded, weight_files, without_weights
 from apexflow.training.distributed import leads, world
 
 Place = Callable[[nn.Module], None]  # shards a network, or leaves it where it is
@@ -26,6 +28,50 @@ def leave(network: nn.Module) -> None:
 def all_processes(device: torch.device) -> DeviceMesh:
     """What weights are spread over."""
     return init_device_mesh(device.type, (world(),))
+
+
+def spread(network: nn.Module, mesh: DeviceMesh, half: bool, device: torch.device) -> None:
+    """Shard a network in place. A hollow one then reads its share of the weights: no process holds them whole.
+
+    UserError for weights that cannot be read, or are another network's.
+    """
+    empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+    shard(network, mesh, half)
+    path = vars(network).get("weights_from")
+    if empty and path is not None:
+        network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        guarded(path, lambda: read_shares(network, path, empty))
+
+
+@torch.no_grad()
+def read_shares(network: nn.Module, path: Path, needed: Sequence[str]) -> None:
+    """Fill a sharded network from the files in `path`; ValueError where one of the `needed` parameters is not there."""
+    files = weight_files(path)
+    tensors = {_in_file(name): tensor for name, tensor in network.state_dict().items()}
+    if missing := sorted({_in_file(name) for name in needed} - files.keys()):
+        raise ValueError(f"the weights are another network's: {len(missing)} tensors are missing, such as {missing[0]}")
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as opened:
+            for name in sorted(name for name in tensors.keys() & files.keys() if files[name] == file):
+                read_share(opened.get_slice(name), tensors[name])
+
+
+def read_share(saved: Any, tensor: Tensor) -> None:
+    """Fill a tensor, or this process's rows of one sharded by rows, from a slice of a file."""
+    if list(tensor.shape) != saved.get_shape():
+        raise ValueError(f"the weights are another network's: {tuple(tensor.shape)} is wanted, not {saved.get_shape()}")
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(saved[:])
+        return
+    own = tensor.to_local()
+    first = tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())
+    if len(own):
+        own.copy_(saved[first : first + len(own)])
+
+
+def _in_file(name: str) -> str:
+    """What the model folder calls a tensor of a network under adapters."""
+    return name.replace(".base_layer.", ".")
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, half: bool) -> None:
@@ -101,7 +147,9 @@ def original_class(module: nn.Module) -> Any:
 def hollow(module: nn.Module) -> nn.Module:
     """A frozen copy whose parameters take no memory until `fill` gives them their values."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()}
-    return copy.deepcopy(module, empty).eval()
+    made = copy.deepcopy(module, empty).eval()
+    vars(made).pop("weights_from", None)
+    return made
 
 
 @torch.no_grad()

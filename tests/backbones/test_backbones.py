@@ -16,6 +16,7 @@ from apexflow.backbones import Settings, backbones, load_backbone
 from apexflow.conditioning import Condition, concatenate
 from apexflow.errors import UserError
 from apexflow.sampler import sample, time_grid
+from apexflow.training.sharding import read_shares
 
 FAMILIES = list(BUILDERS)
 SIZE = (32, 64)
@@ -54,6 +55,18 @@ def test_one_step_equals_the_stock_pipeline(name, folder_of, backbone_of):
     expected = one_step(name, load_stock(folder_of(name)), PROMPTS, z, SIZE, "latent")
     assert largest_difference(sampled(backbone, PROMPTS, z), expected) < 1e-5
     assert float((expected - z).abs().max()) > 1e-2  # the network did something
+
+
+@families
+@torch.no_grad()
+def test_weights_that_are_read_later_answer_the_same(name, folder_of, backbone_of):
+    backbone, network = backbone_of(name), load_backbone(str(folder_of(name)), hollow=True).transformer
+    names = [name for name, _ in network.named_parameters()]
+    assert all(parameter.is_meta for parameter in network.parameters())
+    network._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    read_shares(network, network.weights_from, names)
+    asked = (noise(backbone, 2), torch.tensor([0.9, 0.4]), backbone.encode_prompts(PROMPTS[:2]))
+    assert torch.equal(*(backbone.velocity(one, *asked) for one in (network, backbone.transformer)))
 
 
 @families
