@@ -308,7 +308,9 @@ def make_roles(
     if checkpointed(tuning, backbone.transformer):
         backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if "second_time" in needs:
-        second_time.attach(backbone.transformer, ("default", "ema") if tuning.kind == "lora" else ("default",))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)  # the same weights in every process, whatever was drawn before
+            second_time.attach(backbone.transformer, ("default", "ema") if tuning.kind == "lora" else ("default",))
     else:
         second_time.detach(backbone.transformer)  # what it has left to say, this method never asks
     if tuning.kind == "lora":
