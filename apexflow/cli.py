@@ -138,12 +138,12 @@ def compare(
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe with teacher, data, batch and tuning. Default: the miniature on scenes.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Training pictures that each method sees.")] = 6400,
+    images: Annotated[int, typer.Option(min=1, help="Training pictures that each method sees.")] = 3000,
     runs: Annotated[
         int, typer.Option(min=1, help="Trainings of each, with seeds of their own; a finished folder takes more.")
     ] = 1,
     nfe: Annotated[str, typer.Option(help="Network evaluations a picture, with commas.")] = "1,2,4,8,20",
-    rates: Annotated[str, typer.Option(help="Learning rates that are tried for each, with commas.")] = "1e-4,3e-4,1e-3",
+    rates: Annotated[str, typer.Option(help="Learning rates that are tried for each, with commas.")] = "3e-4,1e-3",
     guidance: Annotated[float, typer.Option(help="Scale that is trained into every method that can.")] = 2.5,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the evaluation.")] = 3,
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,

@@ -63,8 +63,7 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: Calls) -> None:
     rows = results["rows"]
     assert list(rows) == ["teacher", "scm", "flow_matching"]
     # The same sweep for all, then the same images for all; another run only where the time allows other steps.
-    sweeps = [call for call in calls if call[2] == plan.sweep_steps]
-    assert sorted(sweeps[:4]) == sorted((name, rate, 1, 0) for name in METHODS for rate in plan.rates)
+    assert sorted(calls[:4]) == sorted((name, rate, plan.steps, 0) for name in METHODS for rate in plan.rates)
     for name in METHODS:
         row = rows[name]
         assert row["rate"] in plan.rates and row["diverged"] == "0/4"
@@ -121,7 +120,24 @@ def test_a_comparison_that_is_cut_off_anywhere_goes_on_without_repeating_a_run(
     assert list(run_comparison(small)["rows"]) == ["teacher", BASIS]
     # A run cut off before its result was written is taken up again at its last step, where nothing is left to train.
     trained = [steps for _, _, steps, _ in calls]
-    assert trained == [1, 1, 4, 4] and not (plan.output / "sweep" / BASIS / "run-0.0001").exists()
+    assert trained == [4] * 4 and not (plan.output / "sweep" / BASIS / "run-0.0001").exists()
+
+
+def test_the_rate_is_chosen_by_every_number_of_steps(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two rates, the one with the best single step may answer nothing at two."""
+    asked: list[tuple[int, Any]] = []
+    one_step = {1e-4: 0.4, 1e-3: 0.5}
+
+    def score(plan: Plan, generator: Any, sampler: dict[str, Any], steps: int, *_: Any) -> dict[str, float]:
+        asked.append((steps, sampler))
+        early = len(asked) <= len(plan.nfe)  # the rates are tried in order
+        overall = one_step[1e-4 if early else 1e-3] if steps == 1 else 0.6 * early
+        return {"overall": overall, "distance": 1.0}
+
+    monkeypatch.setattr("apexflow.comparison.scores.score", score)
+    found = training.sweep(plan, "scm")
+    assert [steps for steps, _ in asked] == [1, 2, 1, 2] and all(s == own_sampler(plan, "scm") for _, s in asked)
+    assert found["rate"] == 1e-4 and found["tried"]["0.0001"]["overall"] == pytest.approx(0.5)
 
 
 def test_a_finished_comparison_takes_more_runs_and_repeats_none(plan: Plan, calls: Calls) -> None:

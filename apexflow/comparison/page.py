@@ -40,7 +40,9 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
             "The first run of each.",
         ),
         section(
-            "The sweep of learning rates, and the time of all", shown(sweep_table(rows)), "One-step scores; seconds."
+            "The sweep of learning rates, and the time of all",
+            shown(sweep_table(rows)),
+            "Mean scores over the numbers of evaluations; seconds.",
         ),
     ]
     return write(plan.output / "report.html", page("apexflow comparison", "".join(body)))

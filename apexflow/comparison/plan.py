@@ -44,17 +44,16 @@ class Plan:
 
     images: how many training pictures each method sees; the other budget is the wall time that the first method needs for
     them. runs: how many trainings of each method, with seeds from the recipe's on; a folder may get more of them later.
-    rates: learning rates that are tried for every method, each on `sweep` of the images, with the first seed. nfe, seeds,
-    per_prompt, limit: of the evaluation. guidance: trained into every method that can (the teacher's own when not given).
+    rates: learning rates that are tried for every method, each on all of the images, with the first seed: a rate that is best
+    early need not last. nfe, seeds, per_prompt, limit: of the evaluation. guidance: trained into every method that can.
     """
 
     output: Path
     recipe: Recipe = field(default_factory=lambda: comparison_recipe())
     methods: tuple[str, ...] = EVERYONE
-    images: int = 6400
+    images: int = 3000
     runs: int = 1
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    sweep: float = 0.25
+    rates: tuple[float, ...] = (3e-4, 1e-3)
     nfe: tuple[int, ...] = (1, 2, 4, 8, 20)
     seeds: int = 3
     per_prompt: int = 2
@@ -67,8 +66,8 @@ class Plan:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.limit is not None and self.limit < 2:
             raise UserError(f"limit must be at least 2, since a distance needs several pictures; got {self.limit}")
-        if not self.rates or not all(0 < rate < math.inf for rate in self.rates) or not 0 < self.sweep <= 1:
-            raise UserError(f"rates must be finite and above 0 and sweep in (0, 1], got {self.rates} and {self.sweep}")
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
+            raise UserError(f"rates must be finite and above 0, got {self.rates}")
         if not math.isfinite(self.guidance):
             raise UserError(f"guidance must be a number, got {self.guidance}")
         if not self.nfe or min(self.nfe) < 1:
@@ -82,10 +81,6 @@ class Plan:
     def steps(self) -> int:
         """Steps of the budget in images."""
         return max(1, self.images // self.recipe.batch)
-
-    @property
-    def sweep_steps(self) -> int:
-        return max(1, round(self.sweep * self.steps))
 
     @property
     def training_seeds(self) -> range:

@@ -58,7 +58,7 @@ def _claim(plan: Plan) -> None:
         before, now = read_json(marker, "the comparison"), _as_json(plan.identity())
         # A field of recipes that is younger than the folder had its default in it.
         before["recipe"] = _as_json(asdict(Recipe(output=""))) | before["recipe"]
-        if differs := [key for key in now if before.get(key) != now[key]]:
+        if differs := [key for key in before | now if before.get(key) != now.get(key)]:
             raise UserError(
                 f"{plan.output} holds a comparison with other {' and '.join(differs)}: choose another folder with -o"
             )

@@ -32,11 +32,11 @@ GRID_PROMPTS, GRID_SEED = 8, 11
 KEPT = ("overall", "overall_se", "strict", "tasks", "diversity", "evaluations", "pictures")
 
 
-def quick_score(plan: Plan, model: Path) -> dict[str, float]:
-    """One step, one picture a prompt: what the sweep chooses by."""
-    limit = min(QUICK_PROMPTS, plan.limit or QUICK_PROMPTS)
-    report = score(plan, load(str(model), plan.recipe.device), {}, 1, [QUICK_SEED], 1, limit)
-    return {key: report[key] for key in ("overall", "distance")}
+def quick_score(plan: Plan, name: str, model: Path) -> dict[str, float]:
+    """One picture a prompt, the mean over the plan's numbers of steps: what the sweep chooses by."""
+    generator, limit = load(str(model), plan.recipe.device), min(QUICK_PROMPTS, plan.limit or QUICK_PROMPTS)
+    reports = [score(plan, generator, own_sampler(plan, name), steps, [QUICK_SEED], 1, limit) for steps in plan.nfe]
+    return {key: sum(report[key] for report in reports) / len(reports) for key in ("overall", "distance")}
 
 
 def score_at(plan: Plan, name: str, model: Callable[[], Generator], steps: int) -> dict[str, Any]:

@@ -28,8 +28,8 @@ def told(results: dict[str, Any]) -> str:
     rates = len(plan["rates"])
     return (
         f"Teacher {results['teacher']}; {plan['images']:,} images a run at batch {plan['recipe']['batch']}, "
-        f"at the best of {counted(rates, 'learning rate')} by the one-step score of short runs of {plan['sweep']:.0%} of the "
-        f"images with the first seed. Equal wall time: what {first} needs for the images. {_lengths(alone)} "
+        f"at the best of {counted(rates, 'learning rate')} by the mean score over the evaluations of a run each with the "
+        f"first seed. Equal wall time: what {first} needs for the images. {_lengths(alone)} "
         f"{rests(rows)} Scores are mini-GenEval, overall, each method with its "
         f"own sampler, without guidance but what was trained in: {counted(plan['seeds'], 'seed')} of the noise, "
         f"{counted(plan['per_prompt'], 'picture')} a prompt{limit}. FD (distance of "
@@ -120,7 +120,7 @@ def task_table(rows: dict[str, Any]) -> list[list[str]]:
 
 
 def sweep_table(rows: dict[str, Any]) -> list[list[str]]:
-    """One-step scores of every rate, and the seconds that they and all runs to the budgets took."""
+    """Mean scores of every rate over the evaluations, and the seconds that they and all runs to the budgets took."""
     swept = {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
     rates = list(next(iter(swept.values()))["tried"])
     found = [["", *rates, "sweep, seconds", "runs, seconds"]]

@@ -40,7 +40,7 @@ def costs(plan: Plan, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def sweep(plan: Plan, name: str) -> dict[str, Any]:
-    """Every learning rate on a share of the budget: scores, seconds, the best rate (None where all diverged)."""
+    """Every learning rate on the budget in images: scores, seconds, the best rate (None where all diverged)."""
     tried = {rate: _tried(plan, name, rate) for rate in plan.rates}
     whole = {rate: result for rate, result in tried.items() if "diverged" not in result}
     best = max(whole, key=lambda rate: (whole[rate]["overall"], -whole[rate]["distance"]), default=None)
@@ -61,8 +61,8 @@ def _tried(plan: Plan, name: str, rate: float) -> dict[str, Any]:
 
 
 def _try(plan: Plan, name: str, rate: float, folder: Path) -> dict[str, Any]:
-    result = _trained(plan.recipe_for(name, folder, rate, plan.sweep_steps), name)
-    return result if "diverged" in result else result | quick_score(plan, folder / "model")
+    result = _trained(plan.recipe_for(name, folder, rate, plan.steps), name)
+    return result if "diverged" in result else result | quick_score(plan, name, folder / "model")
 
 
 def stages(plan: Plan, name: str, steps: dict[str, int]) -> dict[str, str]:
