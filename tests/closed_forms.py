@@ -207,7 +207,7 @@ def make_batch(
     numbers = range(len(x))
     random = RowRandom(seed, step, numbers)
     c = make_condition(len(x))
-    following = (lambda: c[[*numbers[1:], 0]]) if len(x) > 1 else None
+    following = (lambda: c[[*numbers[1:], 0]].detach()) if len(x) > 1 else None
     return Batch(x, c, random, torch.tensor(numbers), len(x), progress, turn, following)
 
 

@@ -38,10 +38,10 @@ def changed(before: dict[str, dict[str, torch.Tensor]], run: Run) -> set[str]:
     return {role for role in now if any(not torch.equal(now[role][name], before[role][name]) for name in now[role])}
 
 
-@KINDS
+@pytest.mark.parametrize("options", ["tuning.kind=full", "tuning.kind=lora", "tuning.text_encoder=true"])
 @EVERY
-def test_each_role_is_stepped_at_its_turn_alone(recipe_file: Path, method: str, kind: str) -> None:
-    run = start(load_recipe(recipe_file, overrides(method, kind)), resume=False)
+def test_each_role_is_stepped_at_its_turn_alone(recipe_file: Path, method: str, options: str) -> None:
+    run = start(load_recipe(recipe_file, [*overrides(method, "full"), options]), resume=False)
     others = set(run.trainees) - {"student"}
     start_of_average = {name: tensor.clone() for name, tensor in run.roles.average.items()}
     first = weights(run)

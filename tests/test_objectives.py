@@ -144,6 +144,18 @@ def test_data_and_conditions_are_left_as_they_were(method: Any) -> None:
     assert torch.equal(batch.x, x) and torch.equal(batch.c.embeds, embeds)
 
 
+@pytest.mark.parametrize("turn", [0, 1])
+@EVERY
+def test_conditions_learn_from_the_students_loss_alone(method: Any, turn: int) -> None:
+    """Their text encoder, where it is trained, is a part of the student."""
+    batch = make_batch(turn=turn)
+    batch.c.embeds.requires_grad_()
+    losses = method()(make_roles(method()).networks(), batch, {})
+    for loss in losses.further.values():
+        loss.backward(retain_graph=True)
+    assert batch.c.embeds.grad is None
+
+
 @EVERY
 def test_methods_are_frozen(method: Any) -> None:
     with pytest.raises(AttributeError):

@@ -53,9 +53,9 @@ class Batch:
     """Rows of one micro-batch: data `x` (B, ...), condition `c`, their numbers `rows` (B,) within the global batch of `total`.
 
     `progress` in [0, 1] is how far the run has come, and `turn` how many steps it has taken. `following` gives, when it is
-    called, the conditions of the rows after these in the global batch, the first after the last: prompts of other pictures;
-    None where there is no other row. What a row is used for, its random numbers and its following row depend on its number
-    alone, so micro-batches, accumulation and several processes change nothing.
+    called, the conditions of the rows after these in the global batch, the first after the last: prompts of other pictures,
+    without a graph; None where there is no other row. What a row is used for, its random numbers and its following row depend
+    on its number alone, so micro-batches, accumulation and several processes change nothing.
     """
 
     x: Tensor
@@ -96,7 +96,10 @@ class Losses:
 
     @property
     def everything(self) -> Tensor:
-        """What to differentiate: every role's loss reaches the weights of that role alone."""
+        """What to differentiate: every role's loss reaches the weights of that role alone.
+
+        Conditions may have a graph, where the student's text encoder is trained: further losses take them detached.
+        """
         return sum(self.further.values(), self.total)
 
 

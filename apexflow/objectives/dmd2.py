@@ -106,13 +106,14 @@ class DMD2:
 
     def _others(self, networks: Networks, batch: Batch, x_fake: Tensor) -> dict[str, Tensor]:
         """The critic's flow matching of the student's pictures, and the judge's loss on them and on data."""
+        c = batch.c.detach()
         x_t, t, target = self._noised(networks, batch, x_fake)
-        error = networks.further["critic"](x_t, t, batch.c) - target
+        error = networks.further["critic"](x_t, t, c) - target
         losses = {"critic": error.float().flatten(1).square().mean(1).sum() / batch.total}
         if self.gan > 0:
             judge = networks.further["judge"]
             y_t, s, _ = self._noised(networks, batch, batch.x)
-            right = softplus(-judge(y_t, s, batch.c)).mean(1) + softplus(judge(x_t, t, batch.c)).mean(1)
+            right = softplus(-judge(y_t, s, c)).mean(1) + softplus(judge(x_t, t, c)).mean(1)
             losses["judge"] = self.judge_gan * right.sum() / batch.total
         return losses
 

@@ -100,8 +100,8 @@ class PCM:
 
     def _judges_turn(self, networks: Networks, batch: Batch, f: Tensor, target: Tensor, later: Tensor) -> Losses:
         """Eq. (9): theta-minus' ends are the real ones, the student's the fakes."""
-        judge, zero = networks.further["judge"], f.new_zeros(())
-        real, fake = (judge(*self._noised(networks, batch, x, later), batch.c) for x in (target, f))
+        judge, c, zero = networks.further["judge"], batch.c.detach(), f.new_zeros(())
+        real, fake = (judge(*self._noised(networks, batch, x, later), c) for x in (target, f))
         loss = (relu(1 - real).mean(1) + relu(1 + fake).mean(1)).sum() / batch.total
         return Losses(zero, {"loss": zero, "loss_judge": loss.detach()}, {"judge": loss})
 

@@ -78,7 +78,7 @@ class SanaSprint:
         """The hinge loss on data, on the student's pictures and on data with wrong prompts."""
         with torch.no_grad():
             pictures = self._pictures(networks, batch)
-        judge, c = networks.further["judge"], batch.c
+        judge, c = networks.further["judge"], batch.c.detach()
         real, fake = (judge(*self._noised(networks, batch, x), c) for x in (batch.x, pictures))
         taken = relu(1 + fake).mean(1)
         if self.mismatched and batch.following is not None:
