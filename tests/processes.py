@@ -131,12 +131,12 @@ def agreements(recipe: Path, folder: Path) -> None:
         marks = folder / "marks"
         in_turn(lambda: marks.open("a").write(f"{rank()}\n"))
         assert marks.read_text() == "0\n1\n"
-        judge = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
+        judge = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 4)]
         sum_gradients(judge)
         assert all(p.grad is None for p in judge)  # nobody's turn
         judge[rank()].grad = torch.ones_like(judge[rank()])
         sum_gradients(judge)
-        assert all(torch.equal(p.grad, torch.ones_like(p)) for p in judge)
+        assert all(torch.equal(p.grad, torch.ones_like(p)) for p in judge[:2]) and judge[2].grad is None
 
 
 def shares(recipe: Path, cases: dict[str, list[str]], folder: Path) -> None:

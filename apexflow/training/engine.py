@@ -176,13 +176,16 @@ class Wanted:
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum over the processes the gradients of a role that neither DDP nor FSDP2 looks after."""
-    if not any(gather(any(p.grad is not None for p in parameters))):
-        return  # it was nobody's turn
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+    """Sum over the processes the gradients of a role that neither DDP nor FSDP2 looks after.
+
+    A parameter that no process has a gradient of keeps none, as in one process: the optimizer leaves it alone.
+    """
+    reached = map(any, zip(*gather([p.grad is not None for p in parameters]), strict=True))
+    for parameter, anywhere in zip(parameters, reached, strict=True):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
 
 
 def parallel_kind(recipe: Recipe, transformer: nn.Module, device: torch.device) -> str:
