@@ -211,7 +211,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="apexflow", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)  # the parser turns an unhandled Ctrl-C into a code
     except UserError as error:
         _fail("" if isinstance(error, ToldElsewhere) else str(error), 2)
@@ -238,7 +238,3 @@ def _fail(message: str, code: int) -> None:
     if message:
         print(f"apexflow: error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

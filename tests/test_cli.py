@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,15 @@ def test_help_of_every_command(run: Run) -> None:
     ):
         code, out, _ = run(*command, "--help")
         assert code == 0 and "Usage" in out
+
+
+def test_the_package_is_the_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    module = subprocess.run([sys.executable, "-m", "apexflow", "--help"], capture_output=True, text=True)
+    assert code == module.returncode == 0 and "Usage: apexflow [OPTIONS] COMMAND" in out
+    assert module.stdout == out
+    module = subprocess.run([sys.executable, "-m", "apexflow", "nothing"], capture_output=True, text=True)
+    refused((module.returncode, module.stdout, module.stderr), "No such command 'nothing'")
 
 
 # -- Outputs ------------------------------------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ def test_names_of_lines_do_not_lie_upon_each_other() -> None:
 
 
 def test_the_command_is_the_same_however_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    for first in ("/some/where/apexflow/cli.py", "/some/where/bin/apexflow"):
+    for first in ("/some/where/apexflow/__main__.py", "/some/where/bin/apexflow"):
         monkeypatch.setattr("sys.argv", [first, "compare", "apex", "-o", "a b"])
         assert own_command() == "apexflow compare apex -o 'a b'"
     monkeypatch.setattr("sys.argv", ["benchmarks/some.py"])

@@ -181,4 +181,4 @@ def _summary(row: dict[str, Any]) -> str:
 def own_command() -> str:
     """The command line of this process, the same however it was started (`python -m` puts a file's path first)."""
     name = Path(sys.argv[0]).name
-    return shlex.join(["apexflow" if name == "cli.py" else name, *sys.argv[1:]])
+    return shlex.join(["apexflow" if name == "__main__.py" else name, *sys.argv[1:]])
