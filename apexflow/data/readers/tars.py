@@ -37,6 +37,7 @@ def claim(path: Path) -> list[Path]:
 
 
 def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+    """The record at which a tar breaks off is lost with the rest of it: nobody knows what it lacks."""
     for path in files:
         current, parts = "", dict[str, Member]()
         for member in members(path, broken):
@@ -48,7 +49,7 @@ def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
                 parts = {}
             current = key
             parts["." + suffix.lower()] = member
-        if parts:
+        if parts and str(path) not in broken:
             yield _sample(path, current, parts)
 
 
