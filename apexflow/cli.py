@@ -13,7 +13,7 @@ import typer
 from apexflow.data.command import cache, synthesize
 from apexflow.errors import Stopped, ToldElsewhere, UserError, is_out_of_memory, is_taken, writing
 from apexflow.evaluation.command import convert_detector, evaluate
-from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks
+from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks, tells
 from apexflow.training.command import plan, train
 
 app = typer.Typer(
@@ -235,6 +235,6 @@ def _warn(message: Warning | str, *rest: Any, **named: Any) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    if message:
+    if message and tells():
         print(f"apexflow: error: {message}", file=sys.stderr)
     sys.exit(code)

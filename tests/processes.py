@@ -85,6 +85,12 @@ def command(*arguments: str) -> None:
     main()
 
 
+def command_under_torchrun(port: int, devices: tuple[str, str], *arguments: str) -> None:
+    """The command line on the device of each rank, where torchrun's store listens at `port`."""
+    os.environ.update({"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)})
+    command(*arguments, "--device", devices[int(os.environ["RANK"])])
+
+
 def command_with_a_full_disk(full: int, *arguments: str) -> None:
     """The command line, where the process of rank `full` can write no large file."""
     if int(os.environ["RANK"]) == full:

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import agreements, command, command_with_a_full_disk, gradients, launch, shares, until, wait
+from processes import (
+    agreements,
+    command,
+    command_under_torchrun,
+    command_with_a_full_disk,
+    gradients,
+    launch,
+    shares,
+    until,
+    wait,
+)
 from safetensors.torch import load_file, save_file
 
 from apexflow.backbones.miniature import build_miniature
@@ -196,6 +206,36 @@ def test_a_mistake_is_one_line_and_nobody_waits(
     assert wait(both) == [2, 2]
     (line,) = spoken(tmp_path / "errors")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices", "codes", "message"),
+    [
+        (["cache", "prompts.txt", "--model", "nowhere"], ("cpu", "cpu"), [2, 2], "model 'nowhere' not found"),
+        (["synthesize", "nowhere.txt", "--model", "MODEL"], ("cpu", "cpu"), [2, 2], "data 'nowhere.txt' not found"),
+        (["evaluate", "--model", "nowhere"], ("cpu", "cpu"), [2, 2], "model 'nowhere' not found"),
+        (["cache", "prompts.txt", "--buckets=yes"], ("cpu", "cpu"), [2, 2], "--buckets"),
+        (["cache", "prompts.txt", "--model", "MODEL"], ("cpu", "gpu"), [0, 2], "'gpu'"),
+    ],
+    ids=["cache", "synthesize", "evaluate", "option", "one process alone"],
+)
+def test_a_mistake_where_processes_share_only_a_disk_is_told_once(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    devices: tuple[str, str],
+    codes: list[int],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a photo of a red star\n")
+    torchruns = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = [str(tiny_model) if argument == "MODEL" else argument for argument in arguments]
+    both = launch(command_under_torchrun, 2, torchruns.port, devices, *given, "-o", "out", errors=tmp_path / "errors")
+    assert wait(both) == codes
+    (line,) = spoken(tmp_path / "errors")
+    assert line.startswith("apexflow: error: ") and message in line
 
 
 @pytest.mark.parametrize("full", [0, 1])

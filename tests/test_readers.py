@@ -215,7 +215,7 @@ def test_records_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     skipped.check(0.9, tmp_path)
 
 
-# In a tar of two records: no caption yet, cut in its name, in the caption, at its end, in the second record's picture and caption.
+# In a tar of two records: before the first one's caption, in it (twice), behind it, in the second one's picture, in its caption.
 CUTS = [("tar", 800, 0), ("tar", 1100, 0), ("tar", 1537, 0), ("tar", 2048, 0), ("tar", 2600, 1), ("tar", 3586, 1)]
 
 
