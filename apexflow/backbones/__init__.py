@@ -205,9 +205,8 @@ def load_backbone(
         raise UserError(f"{folder} is a {pipeline}; apexflow serves {', '.join(table)}")
     refuse_pickles(folder)
     backbone = table[pipeline].load(folder, torch.device(device), dtype, hollow)
-    second_time.load(backbone.transformer, folder)
-    if torch.device(device).type == "meta":
-        backbone.transformer.to(device)
+    if torch.device(device).type != "meta":
+        second_time.load(backbone.transformer, folder)
     return backbone
 
 

@@ -52,9 +52,11 @@ def load_part(
         return guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
     check_part(path, kind, device)
     if device.type == "meta":
-        model = guarded(path, lambda: _shapes(path, kind))
+        model = guarded(path, lambda: _described(path, kind))
     elif hollow:
-        return guarded(path, lambda: _hollow(path, kind)).to(dtype).eval().requires_grad_(False)
+        model = guarded(path, lambda: _described(path, kind, buffers=True))
+        model.weights_from = path
+        return model.to(dtype).eval().requires_grad_(False)
     else:
         options = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
         model = guarded(path, lambda: _weights(path, kind, options))
@@ -66,7 +68,7 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
 
     Cheap, since no weights are read: the libraries would build a network of their own default size first.
     """
-    says = "model_type" if hasattr(kind, "config_class") else "_class_name"
+    says = "model_type" if is_of_transformers(kind) else "_class_name"
     config = path / "config.json"
     if not config.is_file():
         raise UserError(f"{path.parent} is incomplete: {path.name}/config.json is missing")
@@ -74,8 +76,8 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
         raise UserError(f"{config} does not say which network it is ({says} is missing): restore it from the original")
     if device.type == "meta":
         return
-    held = sum(guarded(file, lambda file=file: _values(file)) for file in _weight_files(path))
-    described = sum(p.numel() for p in guarded(path, lambda: _shapes(path, kind)).parameters())
+    held = sum(map(math.prod, weight_shapes(path).values()))
+    described = sum(p.numel() for p in guarded(path, lambda: _described(path, kind)).parameters())
     if described > 2 * held:  # a few missing tensors are named when they are read
         raise UserError(
             f"{config} describes {described:,} parameters, and the weights beside it are another network's with {held:,}: "
@@ -83,8 +85,11 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
         )
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The files of a part's weights; UserError where there is none, or one that an index names is missing."""
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights of a part, from the headers of its files, each of which has the size that it names.
+
+    UserError for a damaged file, one that an index names and is missing, or where there is none.
+    """
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path.parent} is incomplete: {path.name}/ holds no safetensors")
@@ -92,13 +97,12 @@ def _weight_files(path: Path) -> list[Path]:
         named = set(guarded(index, lambda index=index: json.loads(index.read_text())["weight_map"].values()))
         if missing := sorted(named - {file.name for file in files}):
             raise UserError(f"{path.parent} is incomplete: {path.name}/{missing[0]} is missing")
-    return files
+    return {name: shape for file in files for name, shape in guarded(file, lambda file=file: _header(file)).items()}
 
 
-def _values(file: Path) -> int:
-    """How many numbers a file of weights holds; it has the size that it names."""
-    with safe_open(file, "pt") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 no mapping
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, "pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 no mapping
 
 
 def _weights(path: Path, kind: Any, options: dict[str, Any]) -> nn.Module:
@@ -111,31 +115,23 @@ def _weights(path: Path, kind: Any, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _shapes(path: Path, kind: Any) -> nn.Module:
-    """A network of diffusers or transformers on the meta device, from the config in `path`."""
-    if hasattr(kind, "config_class"):
-        config = kind.config_class.from_pretrained(path, local_files_only=True)
-        with torch.device("meta"):
-            return kind(config)
-    config = kind.load_config(path, local_files_only=True)
-    with torch.device("meta"):
-        return kind.from_config(config)
-
-
-def without_weights(kind: Any, config: Any) -> nn.Module:
-    """A network of diffusers or transformers with its buffers, its parameters on the meta device."""
+def without_weights(kind: Any, config: Any, buffers: bool = True) -> nn.Module:
+    """A network of diffusers or transformers with its parameters on the meta device; its `buffers` are real, or there too."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        return kind(config) if hasattr(kind, "config_class") else kind.from_config(config)
+    with init_empty_weights(include_buffers=not buffers):
+        return kind(config) if is_of_transformers(kind) else kind.from_config(config)
 
 
-def _hollow(path: Path, kind: Any) -> nn.Module:
-    network: Any = without_weights(kind, kind.load_config(path, local_files_only=True))
-    network.weights_from = path
-    for file in set(weight_files(path).values()):
-        safe_open(file, "pt")  # whole, or it does not open
-    return network
+def _described(path: Path, kind: Any, buffers: bool = False) -> Any:
+    """The network without weights that the config in `path` describes."""
+    read = kind.config_class.from_pretrained if is_of_transformers(kind) else kind.load_config
+    return without_weights(kind, read(path, local_files_only=True), buffers)
+
+
+def is_of_transformers(kind: Any) -> bool:
+    """Whether a class of networks is one of transformers; else it is of diffusers."""
+    return hasattr(kind, "config_class")
 
 
 def weight_files(path: Path) -> dict[str, Path]:
@@ -160,7 +156,7 @@ class Later:
 
     @cached_property
     def config(self) -> Any:
-        return guarded(self.path, lambda: _shapes(self.path, self.kind)).config
+        return guarded(self.path, lambda: _described(self.path, self.kind)).config
 
     def read(self) -> Any:
         return load_part(self.path.parent, self.path.name, self.kind, self.device, self.dtype)

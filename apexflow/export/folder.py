@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apexflow.backbones import BUILT_IN, PICKLES, Backbone, Settings, load_backbone, read_settings, resolve
-from apexflow.backbones.parts import index_entry, read_index
+from apexflow.backbones.parts import index_entry, read_index, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
-from apexflow.export.merge import check_lora, merge_into, read_lora, weight_shapes
+from apexflow.export.merge import check_lora, merge_into, read_lora
 from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import call_options, stock_scheduler_config
 

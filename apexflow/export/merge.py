@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from apexflow.backbones.parts import weight_shapes
 from apexflow.errors import UserError
 from apexflow.progress import Progress
 
@@ -57,20 +58,6 @@ def read_lora(path: Path) -> dict[str, Pair]:
         )
         for module in sorted(modules)
     }
-
-
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all weights in a folder of safetensors, from their headers; UserError for a damaged file."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {file} ({error}): restore it from the original checkpoint") from error
-    if not shapes:
-        raise UserError(f"{folder} holds no safetensors: restore it from the original checkpoint")
-    return shapes
 
 
 def check_lora(path: Path, pairs: dict[str, Pair], part: Path) -> None:
