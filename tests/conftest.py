@@ -16,6 +16,7 @@ from command_line import Run
 
 from apexflow import cli
 from apexflow.backbones.miniature import build_miniature
+from apexflow.backbones.parts import Later
 from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
 
@@ -52,6 +53,20 @@ def recipe_file(tmp_path: Path, tiny_model: Path, scene_folder: Path) -> Path:
         "steps: 6\nbatch: 4\ncheckpoint_every: 2\npreview: {every: 3, count: 2}\noptimizer: {warmup: 2}\n"
     )
     return path
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the parts that were read, in order."""
+    found: list[str] = []
+    read = Later.read
+
+    def note(later: Later) -> object:
+        found.append(later.path.name)
+        return read(later)
+
+    monkeypatch.setattr(Later, "read", note)
+    return found
 
 
 @pytest.fixture

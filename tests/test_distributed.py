@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +24,14 @@ from processes import (
     wait,
 )
 from safetensors.torch import load_file, save_file
+from test_teacher import like
 
 from apexflow.backbones.miniature import build_miniature
+from apexflow.backbones.presets import load_shapes
 from apexflow.data.scenes import vocabulary
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
+from apexflow.training.engine import parallel_kind
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import start
 
@@ -78,18 +83,33 @@ CASES |= {
     "dmd2 fsdp": ["method=dmd2", "objective.guidance=2", "parallel=fsdp"],
     "dmd2 lora fsdp": ["method=dmd2", "objective.guidance=2", "tuning.kind=lora", "tuning.rank=4", "parallel=fsdp"],
     "text encoder fsdp": ["tuning.text_encoder=true", "parallel=fsdp", "objective.share=0.5", "data.cache=null"],
+    "text encoder ddp": [
+        "tuning.text_encoder=true",
+        "parallel=ddp",
+        "data.cache=null",
+        "method=dmd2",
+        "objective.guidance=2",
+    ],
     "sana_sprint fsdp": ["method=sana_sprint", "parallel=fsdp"],
 }
 
 
-def test_gradients_equal_those_of_one_process(recipe: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def larger(tiny_model: Path, tmp_path: Path) -> Path:
+    """A teacher of its own, of another size than the student."""
+    return like(tiny_model, tmp_path / "larger", width=64, depth=2)
+
+
+def test_gradients_equal_those_of_one_process(recipe: Path, tmp_path: Path, larger: Path) -> None:
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
-    split = {name: [*o, "micro_batch=1", "tuning.checkpointing=true"] for name, o in CASES.items()}
+    own = ["method=dmd2", "objective.guidance=2", f"teacher={larger}"]
+    cases = CASES | {f"own teacher {parallel}": [*own, f"parallel={parallel}"] for parallel in ("ddp", "fsdp")}
+    split = {name: [*o, "micro_batch=1", "tuning.checkpointing=true"] for name, o in cases.items()}
     both = launch(gradients, 2, recipe, split, tmp_path / "two")
-    alone = launch(gradients, 1, recipe, CASES, tmp_path / "one")
+    alone = launch(gradients, 1, recipe, cases, tmp_path / "one")
     assert wait(both) == [0, 0] and wait(alone) == [0]
-    for name in CASES:
+    for name in cases:
         one, two = (load_file(tmp_path / world / f"{name}.safetensors") for world in ("one", "two"))
         assert one.keys() == two.keys() and any(bool(grad.any()) for grad in one.values())
         for parameter, grad in one.items():
@@ -126,6 +146,28 @@ def test_weights_of_another_network_are_not_shared_out(recipe: Path, tmp_path: P
     assert "1 tensors are missing, such as proj_out.weight" in line and "restore it" in line
 
 
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ([], (6, 0, 0)),
+        (["tuning.kind=lora"], (1, 0, 0)),
+        (["method=dmd2"], (10, 0, 0)),
+        (["method=dmd2", "teacher=larger"], (5, 0, 5)),
+    ],
+)
+def test_what_would_fill_half_of_a_gpu_is_sharded(
+    recipe: Path, tiny_model: Path, larger: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], copies: Any
+) -> None:
+    asked = load_recipe(recipe, options)
+    models = [load_shapes(str(folder)) for folder in [tiny_model, larger][: 2 if asked.teacher else 1]]
+    networks = (models[0].transformer, models[0].text_encoder, models[-1].transformer)
+    half = sum(count * p.nbytes for count, one in zip(copies, networks, strict=True) for p in one.parameters())
+    for memory, kind in ((2 * half - 2, "fsdp"), (2 * half, "ddp")):
+        card = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
+        assert parallel_kind(asked, models, torch.device("cuda")) == kind
+
+
 def test_what_processes_must_agree_on(recipe: Path, tmp_path: Path) -> None:
     assert wait(launch(agreements, 2, recipe, tmp_path)) == [0, 0]
 
@@ -136,8 +178,11 @@ EVERYTHING = ["method=dmd2", "objective.student_every=2", "tuning.text_encoder=t
 @pytest.mark.parametrize(
     "options", [["parallel=fsdp", *EVERYTHING], ["parallel=ddp", "tuning.kind=lora", "tuning.rank=4"]]
 )
-def test_kill_and_resume_on_two_processes_is_exact(recipe: Path, tmp_path: Path, options: list[str]) -> None:
-    common = ["train", str(recipe), *options, "steps=4", "preview.every=4"]
+def test_kill_and_resume_on_two_processes_is_exact(
+    recipe: Path, tmp_path: Path, larger: Path, options: list[str]
+) -> None:
+    full = EVERYTHING[2] in options
+    common = ["train", str(recipe), *options, *[f"teacher={larger}"] * full, "steps=4", "preview.every=4"]
     assert wait(launch(command, 2, *common, f"output={tmp_path / 'whole'}")) == [0, 0]
     parts = tmp_path / "parts"
     killed = launch(command, 2, *common, f"output={parts}")
@@ -151,7 +196,7 @@ def test_kill_and_resume_on_two_processes_is_exact(recipe: Path, tmp_path: Path,
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert (parts / "model" / "model_index.json").is_file() and (parts / "report.html").is_file()
-    for part in ("transformer", "text_encoder") if EVERYTHING[2] in options else ():
+    for part in ("transformer", "text_encoder") if full else ():
         saved = load_file(next((parts / "model" / part).glob("*.safetensors")))
         assert all(torch.equal(saved[name], two[f"average/{part}.{name}"]) for name in saved)
     assert len(list((parts / "tensorboard").iterdir())) <= 2  # one writer a start

@@ -10,26 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from apexflow.backbones import load_backbone
-from apexflow.backbones.parts import Later
 from apexflow.data.cache import CachedSet
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.errors import UserError
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import finish, start, steps
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the parts that were read, in order."""
-    found: list[str] = []
-    read = Later.read
-
-    def note(later: Later) -> object:
-        found.append(later.path.name)
-        return read(later)
-
-    monkeypatch.setattr(Later, "read", note)
-    return found
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import Run, refused
+from test_teacher import like
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import load_shapes, presets
@@ -94,6 +95,24 @@ def test_further_networks_and_a_trained_text_encoder_are_counted(
     for _ in range(2):  # sana_sprint's judge takes the odd turns
         training_step(run)
     assert found.parts["optimizer"] == moments_of(run)
+
+
+def test_a_teacher_of_another_size_and_its_critic_are_counted(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    larger = like(tiny_model, tmp_path / "larger", width=64, depth=2)
+    alone = load_recipe(recipe_file, ["method=dmd2", "tuning.checkpointing=true"])
+    recipe = replace(alone, teacher=str(larger))
+    run = start(recipe, resume=False)
+    tokens = make_batch(run, torch.arange(recipe.batch)).c.embeds.shape[1]
+    found, sizes = plan(recipe, tokens=tokens), sizes_of(run.roles)
+    others = [p for role, one in run.trainees.items() if role != "student" for p in one.parameters.values()]
+    assert found.parts["further networks"] == sum(p.nbytes for p in others)
+    assert found.parts["frozen weights"] == sizes.frozen and found.parts["average (EMA)"] == sizes.average
+    assert found.parts["activations"] == pytest.approx(really_saved(run), rel=0.15)
+    assert found.parts["one block again"] > plan(alone, tokens=tokens).parts["one block again"]
+    networks = (run.roles.backbone.transformer, run.roles.network("teacher"))
+    assert found.host == sum(p.nbytes for network in networks for p in network.parameters())
 
 
 def test_a_deep_network_is_extrapolated_from_a_shallow_one(tmp_path: Path) -> None:

@@ -222,6 +222,11 @@ def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
+def bytes_of(network: nn.Module) -> int:
+    """What a network's parameters take."""
+    return sum(p.nbytes for p in network.parameters())
+
+
 def compute_dtype(network: nn.Module) -> torch.dtype:
     """The dtype that a network computes in: that of its parameters, unless they are stored narrower (fp8, 4 bits)."""
     stored = next(network.parameters()).dtype

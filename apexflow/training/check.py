@@ -16,9 +16,15 @@ from apexflow.errors import UserError
 from apexflow.objectives import further_of
 from apexflow.training import storage
 from apexflow.training.config import Recipe
+from apexflow.training.depth import SHALLOW, at_depth, layers_of
 from apexflow.training.further import blocks_at
-from apexflow.training.memory import SHALLOW, at_depth, layers_of
 from apexflow.training.roles import make_roles
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """UserError for a teacher that nobody would ask."""
+    if recipe.teacher and "teacher" not in recipe.build_objective().needs:
+        raise UserError(f"teacher: method {recipe.method} with these settings asks no teacher: leave it out")
 
 
 def check_data(recipe: Recipe, finished: Path | None) -> None:

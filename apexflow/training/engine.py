@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from apexflow.backbones import Backbone
+from apexflow.backbones.parts import bytes_of
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Networks, further_of
 from apexflow.training.config import Recipe
-from apexflow.training.distributed import gather, world
+from apexflow.training.distributed import gather
 
 
 class Engine:
@@ -188,11 +190,12 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
             dist.all_reduce(parameter.grad)
 
 
-def parallel_kind(recipe: Recipe, transformer: nn.Module, device: torch.device) -> str:
-    """ "alone", "ddp" or "fsdp". On its own it shards when weights, gradients, moments, average, teacher and further networks
-    would fill more than half of a GPU."""
-    if world() == 1:
-        return "alone"
+def parallel_kind(recipe: Recipe, models: Sequence[Backbone], device: torch.device) -> str:
+    """ "ddp" or "fsdp" for the first of `models`, and the teacher of its own that follows it, if one does; of shapes alone.
+
+    On its own it shards when weights, gradients, moments, average, teacher and further networks would fill more than half of
+    a GPU.
+    """
     if recipe.parallel != "auto":
         return recipe.parallel
     # Layers in eight bits are cast as they run, which sharding does not see; nor are moments in eight bits shared out.
@@ -200,7 +203,7 @@ def parallel_kind(recipe: Recipe, transformer: nn.Module, device: torch.device) 
         return "ddp"
     if device.type != "cuda":
         return "ddp"
-    weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
-    more = 4 * sum(one.kind == "field" for one in further_of(recipe.build_objective()))
-    copies = 1 if recipe.tuning.kind == "lora" else 6 + more
-    return "fsdp" if copies * weights > torch.cuda.get_device_properties(device).total_memory / 2 else "ddp"
+    student, pretrained = (bytes_of(model.transformer) for model in (models[0], models[-1]))
+    further = sum(one.kind == "field" for one in further_of(recipe.build_objective()))
+    held = student if recipe.tuning.kind == "lora" else 5 * student + (1 + 4 * further) * pretrained
+    return "fsdp" if held > torch.cuda.get_device_properties(device).total_memory / 2 else "ddp"

@@ -25,7 +25,7 @@ from apexflow.report import write_report
 from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, in_turn, joined, leads, own_device, own_rows, together
-from apexflow.training.engine import Engine, Replicated, Sharded, parallel_kind
+from apexflow.training.engine import Engine, Replicated, Sharded
 from apexflow.training.further import copies, make_furthers
 from apexflow.training.journal import Journal
 from apexflow.training.prepare import null_condition, prepare
@@ -95,10 +95,9 @@ def start(recipe: Recipe, resume: bool) -> Run:
     backbone, objective = made.backbone, made.objective
     null = null_condition(recipe, backbone, made.data).to(device)
     with together():
-        kind = parallel_kind(recipe, backbone.transformer, device)
-        place, further = _placing(kind, recipe, device), copies(further_of(objective))
+        place, further = _placing(made.parallel, recipe, device), copies(further_of(objective))
         roles = make_roles(backbone, recipe, objective.needs, place, made.teacher, further)
-    engine = _engine(kind, backbone, roles, recipe, null)
+    engine = _engine(made.parallel, backbone, roles, recipe, null)
     trainees = {"student": Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))}
     trainees |= _further(recipe, objective, backbone, roles, engine, null)
     run = Run(recipe, folder, backbone, made.data, objective, roles, engine, trainees, device)

@@ -23,11 +23,11 @@ from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Networks, further_of
 from apexflow.training.config import Recipe
+from apexflow.training.depth import SHALLOW, at_depth, by_depth, layers_of
 from apexflow.training.further import Furthers, copies, make_furthers
 from apexflow.training.passes import Pass
 from apexflow.training.roles import Roles, checkpointed, make_roles
 
-SHALLOW = (2, 3)
 HELD = ", held"  # how a `Pass` names a role whose weights are out of the graph
 
 
@@ -52,31 +52,25 @@ def sizes_of(roles: Any, furthers: Furthers | None = None) -> Sizes:
     return Sizes(sum(trained.values()), sum(average.values()), frozen, sum(further.values()))
 
 
-def network_sizes(backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], tokens: int) -> Sizes:
-    """The sizes of a run's networks, from roles made on the meta device; like blocks are counted on a shallow network."""
+def network_sizes(
+    backbone: Backbone, recipe: Recipe, needs: tuple[str, ...], tokens: int, teacher: Backbone | None = None
+) -> Sizes:
+    """The sizes of a run's networks, from roles made on the meta device; `teacher`: a model of its own, if the recipe has one."""
     # A judge has to look into the network to be made, which no base in four bits can answer on shapes.
     whole = replace(recipe, tuning=replace(recipe.tuning, storage=None))
 
-    def count(depth: int | None) -> Sizes:
+    def alone(student: Backbone, teacher: Backbone | None) -> Sequence[int]:
         with torch.device("meta"):
-            sizes = sizes_of(make_roles(at_depth(backbone, depth), recipe, needs))
-        if not further_of(recipe.build_objective()):
-            return sizes
-        made = on_shapes(at_depth(backbone, depth), whole, tokens)
-        return replace(sizes, further=sizes_of(made.roles, made.furthers).further)
+            return astuple(sizes_of(make_roles(student, recipe, needs, teacher=teacher)))
 
-    layers = layers_of(backbone)
-    if layers is None:
-        return count(None)
-    few, more = (astuple(count(depth)) for depth in SHALLOW)
-    return Sizes(*(one + (layers - SHALLOW[0]) * (two - one) for one, two in zip(few, more, strict=True)))
+    def further(student: Backbone, teacher: Backbone | None) -> Sequence[int]:
+        made = on_shapes(student, whole, tokens, teacher)
+        return [sizes_of(made.roles, made.furthers).further]
 
-
-def layers_of(backbone: Backbone) -> int | None:
-    """How many like blocks the network has, where counting two shallow ones is enough."""
-    config: Any = backbone.transformer.config
-    layers = config[backbone.depth] if backbone.depth else 0
-    return layers if layers > SHALLOW[1] else None
+    sizes = Sizes(*by_depth(alone, backbone, teacher))
+    if not further_of(recipe.build_objective()):
+        return sizes
+    return replace(sizes, further=by_depth(further, backbone, teacher)[0])
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -126,44 +120,44 @@ class Activations:
 
 
 def activations(
-    backbone: Backbone, recipe: Recipe, passes: Sequence[Pass], shape: Sequence[int], tokens: int, captions: int = 0
+    backbone: Backbone,
+    recipe: Recipe,
+    passes: Sequence[Pass],
+    shape: Sequence[int],
+    tokens: int,
+    captions: int = 0,
+    teacher: Backbone | None = None,
 ) -> Activations:
-    """What the passes with a graph keep. `backbone` is on the meta device; `shape` (C, h, w) of latents; `captions` are
-    encoded by a text encoder that is trained."""
+    """What the passes with a graph keep. `backbone` and a `teacher` of its own are on the meta device; `shape` (C, h, w) of
+    latents; `captions` are encoded by a text encoder that is trained."""
     graphs = [made for made in passes if made.graph]
-    largest = [Pass("student", max(made.rows for made in graphs), True)]
     # How the base is stored changes nothing here, since a layer runs in the precision of the run; captions are counted apart.
-    plain = replace(recipe.tuning, storage=None, text_encoder=False)
-    whole, again = (replace(recipe, tuning=replace(plain, checkpointing=on)) for on in (False, True))
-    layers = layers_of(backbone)
-    checkpointing = checkpointed(recipe.tuning, backbone.transformer)
+    again = checkpointed(recipe.tuning, backbone.transformer)
+    plain = replace(recipe, tuning=replace(recipe.tuning, storage=None, text_encoder=False, checkpointing=again))
 
-    def count(settings: Recipe, made: Sequence[Pass], depth: int | None) -> int:
-        return _count(at_depth(backbone, depth), settings, made, shape, tokens)
+    def count(student: Backbone, teacher: Backbone | None) -> Sequence[int]:
+        return [_count(student, plain, graphs, shape, tokens, teacher)]
 
-    text = _count_captions(backbone, captions, tokens) if captions else 0
-    if layers is None:
-        blocks = max(len(m) for m in backbone.transformer.children() if isinstance(m, nn.ModuleList))
-        kept = count(again if checkpointing else whole, graphs, None)
-        return Activations(kept + text, count(whole, largest, None) // blocks if checkpointing else 0)
-    few, more = (count(again if checkpointing else whole, graphs, depth) for depth in SHALLOW)
-    kept = few + (layers - SHALLOW[0]) * (more - few) + text
-    if not checkpointing:
+    kept = by_depth(count, backbone, teacher)[0]
+    kept += _count_captions(backbone, captions, tokens) if captions else 0
+    if not again:
         return Activations(kept, 0)
-    one, two = (count(whole, largest, depth) for depth in SHALLOW)
-    return Activations(kept, two - one)
+    trained = [backbone, *([teacher] if teacher and copies(further_of(recipe.build_objective())) else [])]
+    rows = max(made.rows for made in graphs)
+    return Activations(kept, max(_one_block(one, plain, rows, shape, tokens) for one in trained))
 
 
-def at_depth(backbone: Backbone, depth: int | None) -> Backbone:
-    """The backbone with a transformer of its own, of `depth` blocks (None: as many as it has), on the meta device."""
-    other: Any = copy.copy(backbone)
-    transformer: Any = backbone.transformer
-    config = dict(transformer.config) | ({backbone.depth: depth} if depth is not None else {})
-    kind: Any = type(transformer)
-    dtype = next(backbone.transformer.parameters()).dtype
-    with torch.device("meta"):
-        other.transformer = kind.from_config(config).to(dtype).requires_grad_(False)
-    return other
+def _one_block(backbone: Backbone, recipe: Recipe, rows: int, shape: Sequence[int], tokens: int) -> int:
+    """What a block of a network keeps of a pass of `rows` while it is computed again."""
+    whole = replace(recipe, tuning=replace(recipe.tuning, checkpointing=False))
+    layers = layers_of(backbone)
+    depths: Sequence[int | None] = SHALLOW if layers else (None,)
+    counts = [
+        _count(at_depth(backbone, depth), whole, [Pass("student", rows, True)], shape, tokens) for depth in depths
+    ]
+    if layers is not None:
+        return counts[1] - counts[0]
+    return counts[0] // max(len(part) for part in backbone.transformer.children() if isinstance(part, nn.ModuleList))
 
 
 @dataclass(frozen=True)
@@ -187,20 +181,28 @@ class OnShapes:
         return self.networks.further[name] if name in self.networks.further else getattr(self.networks, name)
 
 
-def on_shapes(backbone: Backbone, recipe: Recipe, tokens: int) -> OnShapes:
-    """The networks that a recipe asks, around a backbone on the meta device."""
+def on_shapes(backbone: Backbone, recipe: Recipe, tokens: int, teacher: Backbone | None = None) -> OnShapes:
+    """The networks that a recipe asks, around a backbone, and a teacher of its own, on the meta device."""
     declared = further_of(recipe.build_objective())
     width, pooled = backbone.text_width
     with torch.device("meta"), counting(backbone, tokens):
-        roles = make_roles(backbone, recipe, ("teacher",) if declared else (), further=copies(declared))
+        needs = ("teacher",) if declared else ()
+        roles = make_roles(backbone, recipe, needs, teacher=teacher, further=copies(declared))
         null = Condition(torch.zeros(1, tokens, width), None, None if pooled is None else torch.zeros(1, pooled))
         networks = roles.networks(null)
         furthers = make_furthers(declared, backbone, roles, networks, null, recipe.seed)
     return OnShapes(roles, furthers, furthers.join(networks))
 
 
-def _count(backbone: Backbone, recipe: Recipe, graphs: Sequence[Pass], shape: Sequence[int], tokens: int) -> int:
-    made, mode = on_shapes(backbone, recipe, tokens), FakeTensorMode(allow_non_fake_inputs=True)
+def _count(
+    backbone: Backbone,
+    recipe: Recipe,
+    graphs: Sequence[Pass],
+    shape: Sequence[int],
+    tokens: int,
+    teacher: Backbone | None = None,
+) -> int:
+    made, mode = on_shapes(backbone, recipe, tokens, teacher), FakeTensorMode(allow_non_fake_inputs=True)
     turned = as_fake(made.modules, mode)
     for table in (made.roles.trained, *made.furthers.trained.values()):
         table.update({name: turned[id(parameter)] for name, parameter in table.items()})

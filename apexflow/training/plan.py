@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones import Backbone
+from apexflow.backbones.parts import bytes_of
 from apexflow.backbones.presets import load_shapes
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import rows_each
@@ -76,7 +77,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     Reads configs alone. `recipe.micro_batch` counts rows on one GPU. UserError for a model whose configs are not known, and for
     a batch that the GPUs cannot share equally.
     """
-    own, backbone = rows_each(recipe.batch, gpus), shapes_of(recipe)
+    own, backbone, teacher = rows_each(recipe.batch, gpus), shapes_of(recipe), shapes_of_teacher(recipe)
     size = recipe.data.size or backbone.default_size
     shape = backbone.latent_shape((size, size))
     tokens = tokens or backbone.settings.max_tokens
@@ -87,10 +88,10 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
         of_losses = kept.bytes
         del losses
     again, blocks = checkpointed(recipe.tuning, backbone.transformer), blocks_of(backbone)
-    needed = activations(backbone, recipe, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0)
-    sizes = network_sizes(backbone, recipe, objective.needs, tokens)
-    denoiser = _bytes(backbone.transformer)
-    encoder = _bytes(backbone.text_encoder) if recipe.tuning.text_encoder else 0
+    needed = activations(backbone, recipe, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0, teacher)
+    sizes = network_sizes(backbone, recipe, objective.needs, tokens, teacher)
+    denoiser, named = bytes_of(backbone.transformer), bytes_of(teacher.transformer) if teacher else 0
+    encoder = bytes_of(backbone.text_encoder) if recipe.tuning.text_encoder else 0
     shared = gpus if is_sharded(recipe, gpus) else 1
     width, pooled = backbone.text_width
     latents = 2 * math.prod(shape)
@@ -111,12 +112,8 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     held = sum(parts[name] for name in HELD)
     # An optimizer's intermediates are as large as what it steps.
     update = held + max(sizes.trained, sizes.further) // shared
-    host, saving = denoiser // shared + encoder, denoiser + encoder if shared > 1 else 0
+    host, saving = (denoiser + named) // shared + encoder, denoiser + encoder if shared > 1 else 0
     return Plan(parts, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
-
-
-def _bytes(network: torch.nn.Module) -> int:
-    return sum(p.nbytes for p in network.parameters())
 
 
 def shapes_of(recipe: Recipe) -> Backbone:
@@ -125,7 +122,12 @@ def shapes_of(recipe: Recipe) -> Backbone:
     return _shapes(model, loaded_dtype(recipe))
 
 
-@lru_cache(maxsize=1)
+def shapes_of_teacher(recipe: Recipe) -> Backbone | None:
+    """The same of the teacher that a recipe names."""
+    return _shapes(recipe.teacher, loaded_dtype(recipe)) if recipe.teacher else None
+
+
+@lru_cache(maxsize=2)
 def _shapes(model: str, dtype: torch.dtype) -> Backbone:
     return load_shapes(model, dtype)
 

@@ -21,7 +21,7 @@ from apexflow.data.scenes import Scene, scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
 from apexflow.progress import Progress
-from apexflow.training.check import check_batch, check_data, check_networks
+from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
 from apexflow.training.config import Data, Recipe
 from apexflow.training.distributed import world
 from apexflow.training.engine import parallel_kind
@@ -34,12 +34,13 @@ GREY, WORDS = torch.zeros(1, 3, 64, 64), "a photo of a red circle"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run is made of. `teacher` is the transformer that the recipe names apart from its model."""
+    """What a run is made of. `teacher`: the model that the recipe names apart from its own; parallel: see `_load`."""
 
     backbone: Backbone
     objective: Any
-    teacher: torch.nn.Module | None
+    teacher: Backbone | None
     data: CachedSet
+    parallel: str
 
 
 def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
@@ -49,20 +50,23 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
     `device` only while the cache is made; the model is left on the CPU.
     """
     finished = finished_cache(recipe.data)
+    check_teacher(recipe)
     check_data(recipe, finished)
     if recipe.model == "miniature":
         model = miniature(recipe, folder, finished or captioned_source(recipe))
     else:
         model = resolve(recipe.model)
-    backbone = _load(recipe, model, device)
+    folders = [model, resolve(recipe.teacher)] if recipe.teacher else [model]
+    parallel, backbone, teacher = _load(recipe, folders, device)
     objective = suited_objective(recipe, backbone)
     if finished is None:
         picture_sizes(backbone, cache_settings(recipe))
     check_networks(recipe, backbone, objective)
-    teacher = other_teacher(recipe, objective.needs, backbone)
+    if teacher is not None:
+        check_teaches(recipe, (backbone, teacher), folders)
     data = cached_data(recipe, folder, device, backbone, model, finished)
     check_batch(recipe, len(data))
-    return Prepared(backbone, objective, teacher, data)
+    return Prepared(backbone, objective, teacher, data, parallel)
 
 
 def cached_data(
@@ -87,41 +91,43 @@ def read_encoders(backbone: Backbone) -> tuple[torch.nn.Module, torch.nn.Module]
     return backbone.vae, backbone.text_encoder
 
 
-def _load(recipe: Recipe, model: Path, device: torch.device) -> Backbone:
-    dtype = loaded_dtype(recipe)
-    if world() > 1:
-        backbone = load_backbone(str(model), "cpu", dtype, hollow=True)
-        if parallel_kind(recipe, backbone.transformer, device) == "fsdp":
-            return backbone
-    return load_backbone(str(model), "cpu", dtype)
+def _load(recipe: Recipe, folders: Sequence[Path], device: torch.device) -> tuple[str, Backbone, Backbone | None]:
+    """How the processes share the run ("alone", "ddp" or "fsdp"), its model, and the teacher that it names; where they shard,
+    weights are left on disk."""
+
+    def load(where: str, hollow: bool = False) -> list[Backbone]:
+        return [load_backbone(str(folder), where, loaded_dtype(recipe), hollow) for folder in folders]
+
+    parallel = "alone" if world() == 1 else parallel_kind(recipe, load("meta"), device)
+    models = load("cpu", hollow=parallel == "fsdp")
+    return parallel, models[0], models[1] if recipe.teacher else None
 
 
 @torch.no_grad()
-def other_teacher(recipe: Recipe, needs: Sequence[str], backbone: Backbone) -> torch.nn.Module | None:
-    """The transformer that `teacher` names, on the CPU; UserError where it cannot teach this student."""
-    if recipe.teacher is None:
-        return None
-    if "teacher" not in needs:
-        raise UserError(f"teacher: method {recipe.method} with these settings asks no teacher: leave it out")
-    hollow = next(backbone.transformer.parameters()).is_meta
-    teacher = load_backbone(recipe.teacher, "cpu", loaded_dtype(recipe), hollow)
-    for what, apart in (
-        ("autoencoder", _apart(*(one.encode_images(GREY) for one in (backbone, teacher)))),
-        ("text encoder", _apart(*(one.encode_prompts([WORDS]).embeds for one in (backbone, teacher)))),
-        ("shape", _shapes(teacher.transformer) != _shapes(backbone.transformer)),
-    ):
-        if apart:
-            raise UserError(f"teacher {recipe.teacher} has another {what} than model {recipe.model}: name its like")
-    return teacher.transformer
+def check_teaches(recipe: Recipe, pair: Sequence[Backbone], folders: Sequence[Path]) -> None:
+    """UserError where the second of a pair cannot teach the first: their latents, texts and transports must be the same.
+
+    Encoders of the same files are not read; what is read for it is let go.
+    """
+    backbone, teacher = pair
+    side = recipe.data.size or backbone.default_size
+    autoencoders = {autoencoder_fingerprint(folder) for folder in folders}
+    texts = {text_fingerprint(folder, one.settings) for one, folder in zip(pair, folders, strict=True)}
+    cpu = torch.device("cpu")
+    with backbone.encoders_on(cpu), teacher.encoders_on(cpu):
+        for what, differs in (
+            ("transport", backbone.transport != teacher.transport),
+            ("autoencoder", len(autoencoders) > 1 and _apart(*(one.encode_images(GREY) for one in pair))),
+            ("text encoder", len(texts) > 1 and _apart(*(one.encode_prompts([WORDS]).embeds for one in pair))),
+            ("shape of latents", len({one.latent_shape((side, side)) for one in pair}) > 1),
+        ):
+            if differs:
+                raise UserError(f"teacher {recipe.teacher} has another {what} than model {recipe.model}: name its like")
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two encoders answer differently; rounded weights still count as the same."""
     return one.shape != other.shape or bool((one.cpu() - other.cpu()).norm() > 0.1 * one.norm())
-
-
-def _shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 @torch.no_grad()

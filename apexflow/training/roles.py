@@ -28,7 +28,7 @@ class FullRoles:
     def __init__(
         self,
         backbone: Backbone,
-        teacher: nn.Module | None,
+        teacher: Backbone | None,
         text_encoder: bool,
         frozen: torch.dtype,
         place: Place,
@@ -38,10 +38,11 @@ class FullRoles:
         self._modules = {"transformer": backbone.transformer}
         if text_encoder:
             self._modules["text_encoder"] = backbone.text_encoder
-        own = teacher is backbone.transformer
-        self.teacher = (
-            None if teacher is None else (hollow(teacher) if own else teacher.eval().requires_grad_(False)).to(frozen)
-        )
+        own, self._like = teacher is backbone, teacher or backbone  # who a teacher and further networks answer like
+        self.teacher: nn.Module | None = None
+        if teacher is not None:
+            network = hollow(teacher.transformer) if own else teacher.transformer.eval().requires_grad_(False)
+            self.teacher = network.to(frozen)
         pretrained = self.teacher if self.teacher is not None else backbone.transformer
         self._further = {name: hollow(pretrained).float() for name in further}
         self._averages = {name: hollow(module) for name, module in self._modules.items()}
@@ -66,20 +67,22 @@ class FullRoles:
     def networks(self, null: Condition | None) -> Networks:
         """The fields that an objective may call."""
         teacher = self.teacher if self.teacher is not None else self.backbone.transformer
+        networks = {
+            "student": (self.backbone, self.backbone.transformer),
+            "reference": (self.backbone, self._averages["transformer"]),
+            "teacher": (self._like, teacher),
+        }
+        fields = {name: field_of(*asked) for name, asked in networks.items()}
         return Networks(
-            student=field_of(self.backbone, self.backbone.transformer),
-            reference=field_of(self.backbone, self._averages["transformer"]),
-            teacher=field_of(self.backbone, teacher),
+            student=fields["student"],
+            reference=fields["reference"],
+            teacher=fields["teacher"],
             null=null,
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
-            frozen=self._frozen(teacher),
+            frozen={name: held(fields[name], part.parameters, part) for name, (_, part) in networks.items()},
         )
-
-    def _frozen(self, teacher: nn.Module) -> dict[str, Field]:
-        modules = {"student": self.backbone.transformer, "reference": self._averages["transformer"], "teacher": teacher}
-        return {name: held(field_of(self.backbone, part), part.parameters, part) for name, part in modules.items()}
 
     @property
     def everything(self) -> list[nn.Module]:
@@ -96,7 +99,7 @@ class FullRoles:
     def further(self, name: str) -> tuple[Field, dict[str, nn.Parameter]]:
         """A further network that is trained, and starts as the pretrained model: how it is asked, and its weights."""
         network = self._further[name]
-        return field_of(self.backbone, network), dict(network.named_parameters())
+        return field_of(self._like, network), dict(network.named_parameters())
 
     @contextmanager
     def shipped(self) -> Iterator[None]:
@@ -290,14 +293,14 @@ def make_roles(
     recipe: Recipe,
     needs: tuple[str, ...],
     place: Place | None = None,
-    teacher: nn.Module | None = None,
+    teacher: Backbone | None = None,
     further: Sequence[str] = (),
 ) -> Roles:
     """The roles for a recipe's way of tuning, `place` applied to each network once it is complete: by default it stays where
     it is, its matrices kept as `tuning.storage` says.
 
-    The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless another is given. `further` names
-    the networks like it that are trained beside the student.
+    The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless a `teacher` is given, whose
+    network may be of another size. `further` names the networks like the teacher's that are trained beside the student.
 
     With precision bf16 what is frozen is kept in bfloat16, what is trained in float32. UserError for a network that cannot
     be tuned so.
@@ -306,7 +309,8 @@ def make_roles(
     frozen = frozen_dtype(recipe)
     place = place or storing(tuning.storage, frozen, backbone.device)
     if checkpointed(tuning, backbone.transformer):
-        backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        for one in (backbone, teacher or backbone):  # what is trained beside the student is like the teacher
+            one.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if "second_time" in needs:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # the same weights in every process, whatever was drawn before
@@ -315,7 +319,9 @@ def make_roles(
         second_time.detach(backbone.transformer)  # what it has left to say, this method never asks
     if tuning.kind == "lora":
         return LoraRoles(backbone, tuning, frozen, place, further, recipe.seed)
-    teacher = (teacher or backbone.transformer) if "teacher" in needs else None
+    if teacher is not None:
+        second_time.detach(teacher.transformer)  # a teacher is asked for velocities alone
+    teacher = (teacher or backbone) if "teacher" in needs else None
     return FullRoles(backbone, teacher, tuning.text_encoder, frozen, place, further)
 
 
