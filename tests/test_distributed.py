@@ -152,6 +152,7 @@ def test_weights_of_another_network_are_not_shared_out(recipe: Path, tmp_path: P
         ([], (6, 0, 0)),
         (["tuning.kind=lora"], (1, 0, 0)),
         (["method=dmd2"], (10, 0, 0)),
+        (["tuning.text_encoder=true"], (6, 5, 0)),
         (["method=dmd2", "teacher=larger"], (5, 0, 5)),
     ],
 )

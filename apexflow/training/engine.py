@@ -193,8 +193,8 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def parallel_kind(recipe: Recipe, models: Sequence[Backbone], device: torch.device) -> str:
     """ "ddp" or "fsdp" for the first of `models`, and the teacher of its own that follows it, if one does; of shapes alone.
 
-    On its own it shards when weights, gradients, moments, average, teacher and further networks would fill more than half of
-    a GPU.
+    On its own it shards when weights, gradients, moments and average of what is trained, and teacher and further networks would
+    fill more than half of a GPU.
     """
     if recipe.parallel != "auto":
         return recipe.parallel
@@ -204,6 +204,7 @@ def parallel_kind(recipe: Recipe, models: Sequence[Backbone], device: torch.devi
     if device.type != "cuda":
         return "ddp"
     student, pretrained = (bytes_of(model.transformer) for model in (models[0], models[-1]))
+    trained = student + (bytes_of(models[0].text_encoder) if recipe.tuning.text_encoder else 0)
     further = sum(one.kind == "field" for one in further_of(recipe.build_objective()))
-    held = student if recipe.tuning.kind == "lora" else 5 * student + (1 + 4 * further) * pretrained
+    held = student if recipe.tuning.kind == "lora" else 5 * trained + (1 + 4 * further) * pretrained
     return "fsdp" if held > torch.cuda.get_device_properties(device).total_memory / 2 else "ddp"
