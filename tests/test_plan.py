@@ -100,7 +100,7 @@ def test_further_networks_and_a_trained_text_encoder_are_counted(
 def test_a_teacher_of_another_size_and_its_critic_are_counted(
     recipe_file: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    larger = like(tiny_model, tmp_path / "larger", width=64, depth=2)
+    larger = like(tiny_model, tmp_path / "larger", width=64, depth=6)  # deep enough to be extrapolated
     alone = load_recipe(recipe_file, ["method=dmd2", "tuning.checkpointing=true"])
     recipe = replace(alone, teacher=str(larger))
     run = start(recipe, resume=False)

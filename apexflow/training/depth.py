@@ -10,7 +10,7 @@ import torch
 
 from apexflow.backbones import Backbone
 
-SHALLOW = (2, 3)
+SHALLOW = (2, 4)  # even, for judges that look at the middle block: what lies below it grows by half of a block
 
 
 def by_depth(count: Callable[..., Sequence[int]], *networks: Backbone | None) -> list[int]:
@@ -26,8 +26,14 @@ def by_depth(count: Callable[..., Sequence[int]], *networks: Backbone | None) ->
     for index, n in enumerate(layers):
         if n is not None:
             more = at(index)
-            found = [sum_ + (n - SHALLOW[0]) * (two - one) for sum_, one, two in zip(found, few, more, strict=True)]
+            blocks = [one_block(*counts) for counts in zip(few, more, strict=True)]
+            found = [one + (n - SHALLOW[0]) * block for one, block in zip(found, blocks, strict=True)]
     return found
+
+
+def one_block(few: int, more: int) -> int:
+    """What a block adds, from the counts of both shallow networks."""
+    return (more - few) // (SHALLOW[1] - SHALLOW[0])
 
 
 def layers_of(backbone: Backbone) -> int | None:

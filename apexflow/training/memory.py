@@ -23,7 +23,7 @@ from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Networks, further_of
 from apexflow.training.config import Recipe
-from apexflow.training.depth import SHALLOW, at_depth, by_depth, layers_of
+from apexflow.training.depth import SHALLOW, at_depth, by_depth, layers_of, one_block
 from apexflow.training.further import Furthers, copies, make_furthers
 from apexflow.training.passes import Pass
 from apexflow.training.roles import Roles, checkpointed, make_roles
@@ -156,7 +156,7 @@ def _one_block(backbone: Backbone, recipe: Recipe, rows: int, shape: Sequence[in
         _count(at_depth(backbone, depth), whole, [Pass("student", rows, True)], shape, tokens) for depth in depths
     ]
     if layers is not None:
-        return counts[1] - counts[0]
+        return one_block(*counts)
     return counts[0] // max(len(part) for part in backbone.transformer.children() if isinstance(part, nn.ModuleList))
 
 
