@@ -156,8 +156,7 @@ def compare(
     given: dict[str, Any] = {"images": images, "runs": runs, "guidance": guidance}
     given |= {"seeds": seeds, "per_prompt": per_prompt, "limit": limit}
     result, text = compare_command(tuple(methods or ()), output, recipe, nfe, rates, given)
-    if speaks():
-        show(result, as_json, text)
+    show(result, as_json, text)
 
 
 def bench(

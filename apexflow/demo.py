@@ -10,6 +10,7 @@ from apexflow.data.scenes import scenes
 from apexflow.errors import UserError, is_taken
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import Generator, load, picture_grid
+from apexflow.locking import alone_in
 from apexflow.report import write_report
 from apexflow.training.config import Data, Optimizer, Preview, Recipe
 from apexflow.training.loop import train
@@ -50,7 +51,8 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
             raise UserError(
                 f"output {output} holds something else than a run, which --force would delete: choose another"
             )
-        shutil.rmtree(output)
+        with alone_in(output):
+            shutil.rmtree(output)
     model = train(demo_recipe(output, minutes))
     teacher, student = load("mini-teacher"), load(str(model))
     cases = {

@@ -55,6 +55,12 @@ def test_compare_takes_a_recipe_and_speaks_json(run: Run, recipe_file: Path, tmp
     assert Path(result["report"]).is_file() and (folder / "results.md").is_file()
 
 
+def test_compare_under_torchrun_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(run("compare", "-o", tmp_path / "compared"), "one process", "torchrun")
+    assert not (tmp_path / "compared").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -29,6 +29,7 @@ from test_teacher import like
 from apexflow.backbones.miniature import build_miniature
 from apexflow.backbones.presets import load_shapes
 from apexflow.data.scenes import vocabulary
+from apexflow.locking import alone_in
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
 from apexflow.training.engine import parallel_kind
@@ -252,6 +253,14 @@ def test_a_mistake_is_one_line_and_nobody_waits(
     assert wait(both) == [2, 2]
     (line,) = spoken(tmp_path / "errors")
     assert message in line
+
+
+def test_a_run_in_the_folder_of_another_stops_with_one_line(recipe: Path, tmp_path: Path) -> None:
+    with alone_in(tmp_path / "run"):
+        both = launch(command, 2, "train", str(recipe), errors=tmp_path / "errors")
+        assert wait(both) == [2, 2]
+    (line,) = spoken(tmp_path / "errors")
+    assert "another apexflow command works in" in line
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 from apexflow.comparison.plan import EVERYONE, Plan, comparison_recipe
 from apexflow.comparison.results import run_comparison
 from apexflow.comparison.tables import budget_table
+from apexflow.data.workers import Share
 from apexflow.errors import UserError
 from apexflow.training.config import load_recipe
 
@@ -16,7 +17,9 @@ from apexflow.training.config import load_recipe
 def compare_command(
     methods: tuple[str, ...], output: Path, recipe: Path | None, nfe: str, rates: str, given: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-    """Carry out a comparison; its results and what to print."""
+    """Carry out a comparison; its results and what to print. UserError under torchrun."""
+    if Share.from_environment().world > 1:
+        raise UserError("compare works in one process, so that times compare: start it without torchrun")
     shared = comparison_recipe()
     if recipe is not None:
         read = load_recipe(recipe)

@@ -19,6 +19,7 @@ from apexflow.comparison.train import costs, once, stages, sweep, train_to_budge
 from apexflow.errors import UserError, is_taken, writing
 from apexflow.evaluation.files import read_json, write_json, write_text
 from apexflow.generator import load
+from apexflow.locking import alone_in
 from apexflow.progress import console
 from apexflow.training.config import Recipe
 
@@ -28,8 +29,13 @@ def run_comparison(plan: Plan) -> dict[str, Any]:
 
     Each method is trained with the first seed before any is trained with the second, and so on, and the results are written
     anew with each seed. What the folder has of other methods, and of further seeds, stays in them.
-    UserError for a folder that holds another comparison, and for a method that the backbone cannot take.
+    UserError for a folder that holds another comparison or in which one goes on, and for a method that the backbone cannot take.
     """
+    with alone_in(plan.output):
+        return _carry_out(plan)
+
+
+def _carry_out(plan: Plan) -> dict[str, Any]:
     _claim(plan)
     earlier = _earlier(plan)
     names = needed(plan.methods)

@@ -25,10 +25,11 @@ def cache_command(
     """What `apexflow cache` does, its share of it under torchrun; a summary with what was skipped, by whoever speaks."""
     share, place = _own_share(), worker_device(device)
     home = resolve(model)
-    backbone = load_backbone(model, "cpu", torch.bfloat16 if place.type == "cuda" else torch.float32)
-    backbone.vae.float()  # small, and its errors would stay in the data
-    with backbone.encoders_on(place):
-        complete = make_cache(source, backbone, home, folder, settings, share)
+    with share.alone_in(folder):
+        backbone = load_backbone(model, "cpu", torch.bfloat16 if place.type == "cuda" else torch.float32)
+        backbone.vae.float()  # small, and its errors would stay in the data
+        with backbone.encoders_on(place):
+            complete = make_cache(source, backbone, home, folder, settings, share)
     if not share.leads:
         return None
     if not complete:
@@ -43,8 +44,9 @@ def synthesize_command(
 ) -> dict[str, Any] | None:
     """What `apexflow synthesize` does, its share of it under torchrun; a summary, by whoever speaks."""
     share, place = _own_share(), worker_device(device)
-    generator = Generator(load_backbone(model, place, torch.bfloat16 if place.type == "cuda" else torch.float32))
-    result = synthesize(prompts, folder, generator, settings, share)
+    with share.alone_in(folder):
+        generator = Generator(load_backbone(model, place, torch.bfloat16 if place.type == "cuda" else torch.float32))
+        result = synthesize(prompts, folder, generator, settings, share)
     return result if share.leads else None
 
 

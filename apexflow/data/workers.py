@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from apexflow.errors import UserError
 from apexflow.generator import pick_device
+from apexflow.locking import alone_in
 from apexflow.progress import Progress
 
 Thing = TypeVar("Thing")
@@ -44,6 +47,10 @@ class Share:
     def leads(self) -> bool:
         """Whether this process sums up and speaks to the user. Processes started one by one each speak for themselves."""
         return self.rank == 0 or not self.together
+
+    def alone_in(self, folder: Path) -> AbstractContextManager[None]:
+        """Within, no other command does this share of the work in `folder`; UserError where one does."""
+        return alone_in(folder, f"{self.rank or ''}")
 
     def wait_for(self, title: str, things: Sequence[Thing], is_there: Callable[[Thing], bool]) -> None:
         """Until everything is there, made by the processes beside this one; only the first of torchrun's waits."""

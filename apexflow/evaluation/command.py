@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,7 +106,7 @@ def evaluate(
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
-    with _going_on(output):
+    with _going_on(output), share.alone_in(output) if output else nullcontext():
         if images is not None:
             from apexflow.evaluation.runner import score_folder
 

@@ -6,11 +6,9 @@ layout), `scoring.json` (what scored them), `results.jsonl` (a row a picture) an
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from apexflow.evaluation.scoring import Scored, score
 from apexflow.evaluation.suite import Found, Prompt, Settings, Suite, Tools, prompts_sha256
 from apexflow.evaluation.suites import SUITES, make_suite
 from apexflow.generator import Generator, check_sampling
+from apexflow.locking import alone_in
 
 __all__ = ["SUITES", "Settings", "Share", "Tools", "evaluate", "over_seeds", "score_folder", "write_json"]
 
@@ -69,7 +68,9 @@ def evaluate(
     left = pending(suite, prompts, folder)
     if left or not with_scores:
         return {"suite": settings.suite, "name": name, "folder": str(folder), "pending": left}
-    with _alone(folder):
+    with alone_in(
+        folder, "scoring", wait=True
+    ):  # of processes that finish drawing together, the later finds all scored
         drawn = {"name": name, "evaluations": read_json(folder / EVALUATIONS, "the evaluation")} | generation
         if suite.measures_diversity:
             drawn["diversity"] = diversity(generator, folder, suite.drawings(prompts), suite.per_prompt)
@@ -186,14 +187,6 @@ def _claim(folder: Path, marker: str, settings: dict[str, Any]) -> None:
     if foreign and not (folder / "generation.json").is_file():
         raise UserError(f"output {folder} exists and holds no evaluation: choose another folder")
     write_json(path, settings)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Processes that finish drawing together score one after the other; the later finds everything scored."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:

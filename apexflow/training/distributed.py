@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from apexflow.errors import ToldElsewhere, UserError
 from apexflow.generator import pick_device
+from apexflow.locking import alone_in
 from apexflow.progress import console
 
 T = TypeVar("T")
@@ -95,6 +97,16 @@ def together() -> Iterator[None]:
     told = [message for message in gather(None if own is None else str(own)) if message is not None]
     if told:
         raise (UserError if leads() else ToldElsewhere)(told[0]) from own
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Within, no other command works in a run's folder, for which its first process stands; UserError of all if one does."""
+    with ExitStack() as held:
+        with together():
+            if leads():
+                held.enter_context(alone_in(folder))
+        yield
 
 
 def in_turn(task: Callable[[], T]) -> T:

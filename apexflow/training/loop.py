@@ -24,7 +24,7 @@ from apexflow.progress import Progress, console
 from apexflow.report import write_report
 from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
-from apexflow.training.distributed import gather, in_turn, joined, leads, own_device, own_rows, together
+from apexflow.training.distributed import gather, in_turn, joined, leads, only_run_in, own_device, own_rows, together
 from apexflow.training.engine import Engine, Replicated, Sharded
 from apexflow.training.further import copies, make_furthers
 from apexflow.training.journal import Journal
@@ -41,10 +41,10 @@ from apexflow.training.storage import storing
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Carry out a recipe; the folder of the saved model. Started by torchrun, its processes share every batch.
 
-    Raises UserError for bad input, an output that exists without `resume`, or a loss that stays non-finite. On Ctrl-C or
-    SIGTERM to any process the run is saved and Stopped raised.
+    Raises UserError for bad input, an output that exists without `resume` or in which another run goes on, or a loss that stays
+    non-finite. On Ctrl-C or SIGTERM to any process the run is saved and Stopped raised.
     """
-    with joined(own_device(recipe.device)):
+    with joined(own_device(recipe.device)), only_run_in(Path(recipe.output)):
         run = start(recipe, resume)
         steps(run)
         return finish(run)

@@ -20,6 +20,7 @@ from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.scenes import Scene, scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
+from apexflow.locking import alone_in
 from apexflow.progress import Progress
 from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
 from apexflow.training.config import Data, Recipe
@@ -82,7 +83,9 @@ def cached_data(
     with backbone.encoders_on(device):
         if not is_cache(cache):
             read_encoders(backbone)  # damaged ones are told before scenes are drawn
-        make_cache(captioned_source(recipe), backbone, model, cache, settings)
+        source = captioned_source(recipe)
+        with alone_in(cache, wait=True):
+            make_cache(source, backbone, model, cache, settings)
     return CachedSet(cache)
 
 
@@ -174,12 +177,13 @@ def captioned_source(recipe: Recipe) -> Path:
     if data.source not in (None, "scenes"):
         return Path(str(data.source))
     folder = CACHE_HOME / f"scenes-{data.count}-seed{data.seed}"
-    if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        with Progress("drawing scenes", data.count) as progress:
-            write_scenes(_counted(scenes(data.count, data.seed), progress), partial)
-        partial.rename(folder)
+    with alone_in(folder, wait=True):
+        if not folder.is_dir():
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            with Progress("drawing scenes", data.count) as progress:
+                write_scenes(_counted(scenes(data.count, data.seed), progress), partial)
+            partial.rename(folder)
     return folder
 
 

@@ -28,7 +28,8 @@ from apexflow.training.engine import Engine
 from apexflow.training.roles import Roles
 
 CHECKPOINTS = "checkpoints"
-BEFORE_A_RUN = {"cache", "base", ".partial-base"}  # what is made in the folder before the recipe is written there
+# What is made in the folder before the recipe is written there.
+BEFORE_A_RUN = {"cache", ".cache.lock", "base", ".partial-base"}
 
 
 def holds_run(folder: Path) -> bool:

@@ -1,0 +1,68 @@
+"""One command at a time in an output folder: the operating system's lock, which ends with its process, even a killed one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from apexflow.errors import UserError
+from apexflow.progress import console
+
+
+@contextmanager
+def alone_in(folder: Path, part: str = "", wait: bool = False) -> Iterator[None]:
+    """Within, no other command works in `folder`, or in one `part` of its work. The folder need not be there.
+
+    Raises UserError at once where another does, or waits for it. The lock is a file beside the folder, which is gone afterwards;
+    where none can be made (a place that is read only, a disk without locks), nothing is held.
+    """
+    whole = folder.resolve()
+    path = whole.parent / f".{whole.name}{part and '-' + part}.lock"
+    try:
+        file = _take(path)
+    except BlockingIOError:
+        if not wait:
+            raise UserError(
+                f"another apexflow command works in {folder}: wait until it has ended, or choose another folder"
+            ) from None
+        console.print(f"waiting for another apexflow command that works in {folder}")
+        file = _take(path, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def _take(path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> TextIO | None:
+    """The lock's file, open and locked, or None where there can be none; BlockingIOError where another process has it."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, how)
+            if _is_still(file, path):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            file.close()
+            return None
+        file.close()
+
+
+def _is_still(file: TextIO, path: Path) -> bool:
+    """Whether nobody has deleted the file meanwhile, as whoever had the lock does."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

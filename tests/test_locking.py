@@ -1,0 +1,102 @@
+"""Two commands in one folder: the second stops at once, and a killed one stops nobody."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import pytest
+from command_line import Run, refused, write
+
+from apexflow.errors import UserError
+from apexflow.locking import alone_in
+from apexflow.progress import console
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from apexflow.locking import alone_in\n"
+    "with alone_in(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def other(folder: Path) -> Iterator[subprocess.Popen]:
+    """A process that works in the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_command_in_a_folder_stops_at_once(
+    run: Run, folder: Path, other: subprocess.Popen, recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    prompts = write(tmp_path / "prompts.txt", "a red star\n")
+    for command in (
+        ("compare", "flow_matching", "-o", folder, "--recipe", recipe_file),
+        ("train", recipe_file, f"output={folder}", "--resume"),
+        ("cache", prompts, "-o", folder, "--model", tiny_model),
+        ("synthesize", prompts, "-o", folder, "--model", tiny_model),
+        ("evaluate", "-o", folder, "--model", tiny_model),
+        ("evaluate", "-o", folder, "--images", tmp_path),
+    ):
+        refused(run(*command), f"another apexflow command works in {folder}", "choose another folder")
+    assert not folder.exists() and other.poll() is None
+
+
+def test_a_running_demo_is_not_replaced(run: Run, folder: Path, other: subprocess.Popen) -> None:
+    folder.mkdir()
+    write(folder / "recipe.json", "{}")
+    refused(run("demo", "-o", folder, "--force"), "another apexflow command works in")
+    assert (folder / "recipe.json").is_file()
+
+
+def test_a_killed_process_stops_nobody(folder: Path, other: subprocess.Popen, tmp_path: Path) -> None:
+    other.kill()
+    other.wait()
+    with alone_in(folder):
+        with alone_in(tmp_path / "beside"), alone_in(folder, "1"):
+            pass
+        with pytest.raises(UserError), alone_in(tmp_path / "x" / ".." / "out"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_may_wait_comes_after(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, order = Event(), []
+    monkeypatch.setattr(console, "print", lambda text: waits.set())
+
+    def second() -> None:
+        with alone_in(folder, wait=True):
+            order.append("second")
+
+    with ThreadPoolExecutor(1) as pool:
+        with alone_in(folder):
+            ended = pool.submit(second)
+            assert waits.wait(60)
+            order.append("first")
+        ended.result()
+    assert order == ["first", "second"]
+
+
+def test_where_no_lock_can_be_the_work_goes_on(tmp_path: Path) -> None:
+    entered = False
+    with alone_in(write(tmp_path / "file", "") / "out"):
+        entered = True
+    assert entered and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_was_killed_while_it_cached_goes_on(run: Run, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    write(tmp_path / "run" / ".cache.lock", "")
+    assert run("train", recipe_file, "steps=1", "--resume")[0] == 0
+    assert not (tmp_path / "run" / ".cache.lock").exists()
