@@ -27,14 +27,16 @@ from apexflow.objectives import objectives
 
 SIDE = 4  # latents are averaged to this many places a side: few enough features for some hundred pictures
 MOST_TRUE = 2000
-QUICK_PROMPTS, QUICK_SEED = 60, 1000  # other noise than the comparison's own
+QUICK_PROMPTS, QUICK_SEED = 120, 1000  # other noise than the comparison's own
 GRID_PROMPTS, GRID_SEED = 8, 11
 KEPT = ("overall", "overall_se", "strict", "tasks", "diversity", "evaluations", "pictures")
 
 
 def quick_score(plan: Plan, name: str, model: Path) -> dict[str, float]:
     """One picture a prompt, the mean over the plan's numbers of steps: what the sweep chooses by."""
-    generator, limit = load(str(model), plan.recipe.device), min(QUICK_PROMPTS, plan.limit or QUICK_PROMPTS)
+    generator = load(str(model), plan.recipe.device)
+    # As many pictures as are scored later, but each of its own prompt, which tells rates apart the most.
+    limit = min(QUICK_PROMPTS, plan.per_prompt * plan.seeds * (plan.limit or QUICK_PROMPTS))
     reports = [score(plan, generator, own_sampler(plan, name), steps, [QUICK_SEED], 1, limit) for steps in plan.nfe]
     return {key: sum(report[key] for report in reports) / len(reports) for key in ("overall", "distance")}
 
