@@ -161,6 +161,19 @@ def test_advice_ends_where_it_fits() -> None:
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] <= few < peaks[-2]
 
 
+@pytest.mark.parametrize(
+    ("options", "advised"),
+    [
+        (["parallel=fsdp"], ["parallel=fsdp on 4 GPUs, with full precision again", "tuning.kind=lora"]),
+        (["parallel=fsdp", "tuning.kind=lora"], ["parallel=fsdp on 4 GPUs, with full precision again"]),
+        (["teacher=mini-teacher"], ["optimizer.kind=adamw8bit", "parallel=fsdp on 4 GPUs, with full precision again"]),
+    ],
+)
+def test_advice_keeps_to_what_goes_with_the_recipe(recipe_file: Path, options: list[str], advised: list[str]) -> None:
+    recipe = load_recipe(recipe_file, [*options, "tuning.checkpointing=true", "micro_batch=1"])
+    assert [change for change, _ in advise(recipe, 1, gpus=2, tokens=16)] == advised
+
+
 def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:
     recipe = Recipe(output="x", precision="bf16", batch=4, tuning=Tuning(kind="lora", checkpointing=False))
     plain, narrow = (

@@ -179,21 +179,21 @@ def _changes(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Recipe, int]]:
     while rows > 1:
         rows = max(rows // 4, 1)
         yield f"micro_batch={rows}", (recipe := replace(recipe, micro_batch=rows)), gpus
-    narrower: list[Kind] = [] if tuning.kind == "full" else ["fp8", "nf4"] if tuning.storage is None else ["nf4"]
-    for storage in narrower:
+    sharded = recipe.parallel == "fsdp"  # goes with neither of the next two
+    narrower: list[Kind] = ["fp8", "nf4"] if tuning.storage is None else ["nf4"]
+    for storage in narrower if tuning.kind == "lora" and not sharded else []:
         if tuning.storage != storage:
             tuning = replace(tuning, storage=storage)
             yield f"tuning.storage={storage}", (recipe := replace(recipe, tuning=tuning)), gpus
-    if recipe.optimizer.kind == "adamw":
+    if recipe.optimizer.kind == "adamw" and not sharded:
         narrow = replace(recipe, optimizer=replace(recipe.optimizer, kind="adamw8bit"))
         yield "optimizer.kind=adamw8bit", (recipe := narrow), gpus
-    # Sharding goes with neither of the two.
     wide = replace(recipe.optimizer, kind="adamw")
     whole = replace(recipe, parallel="fsdp", optimizer=wide, tuning=replace(tuning, storage=None))
     for count in (2, 4, 8, 16):
         if count > gpus and recipe.batch % count == 0:
             yield f"parallel=fsdp on {count} GPUs, with full precision again", whole, count
-    if tuning.kind == "full" and not tuning.text_encoder:
+    if tuning.kind == "full" and not tuning.text_encoder and recipe.teacher is None:
         yield "tuning.kind=lora", replace(recipe, tuning=replace(tuning, kind="lora")), gpus
 
 
