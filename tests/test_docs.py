@@ -59,7 +59,7 @@ def test_every_file_that_the_documents_name_exists() -> None:
 def test_imports_point_down() -> None:
     """transport, conditioning -> sampler -> objectives -> backbones, data -> training, evaluation -> cli."""
     order = [
-        "transport conditioning randomness errors progress options",
+        "transport conditioning randomness errors progress options locking",
         "sampler",
         "objectives",
         "backbones",
