@@ -19,7 +19,7 @@ from apexflow.training.config import Optimizer, Recipe, Tuning, load_recipe
 from apexflow.training.loop import start, training_step
 from apexflow.training.memory import activations, example_inputs, kept_for_backward, sizes_of
 from apexflow.training.passes import Pass, cost, count_passes
-from apexflow.training.plan import GIB, advise, plan
+from apexflow.training.plan import GIB, advise, plan, settled
 from apexflow.training.roles import loaded_dtype
 from apexflow.training.step import make_batch
 
@@ -166,12 +166,25 @@ def test_advice_ends_where_it_fits() -> None:
     [
         (["parallel=fsdp"], ["parallel=fsdp on 4 GPUs, with full precision again", "tuning.kind=lora"]),
         (["parallel=fsdp", "tuning.kind=lora"], ["parallel=fsdp on 4 GPUs, with full precision again"]),
-        (["teacher=mini-teacher"], ["optimizer.kind=adamw8bit", "parallel=fsdp on 4 GPUs, with full precision again"]),
+        (
+            ["teacher=mini-teacher"],
+            ["optimizer.kind=adamw8bit", *(f"parallel=fsdp on {n} GPUs, with full precision again" for n in (2, 4))],
+        ),
     ],
 )
 def test_advice_keeps_to_what_goes_with_the_recipe(recipe_file: Path, options: list[str], advised: list[str]) -> None:
     recipe = load_recipe(recipe_file, [*options, "tuning.checkpointing=true", "micro_batch=1"])
     assert [change for change, _ in advise(recipe, 1, gpus=2, tokens=16)] == advised
+
+
+def test_auto_is_planned_as_a_run_would_take_it(recipe_file: Path, run: Run) -> None:
+    options = ("plan", recipe_file, "model=mini-teacher", "--tokens", 8, "--gpus", 2, "--json")
+    for memory, sharded in ((0.1, True), (80, False)):
+        assert ("one block whole" in json.loads(run(*options, "--memory", memory)[1])["parts_gib"]) == sharded
+    recipe = Recipe(output="x", tuning=Tuning(checkpointing=True), batch=4, micro_batch=1)
+    assert settled(recipe, 1, 1) == recipe and settled(recipe, 2, None).parallel == "ddp"
+    advised = [change for change, _ in advise(settled(recipe, 2, 80 * GIB), 1, gpus=2, tokens=8)]
+    assert "parallel=fsdp on 2 GPUs, with full precision again" in advised
 
 
 def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:

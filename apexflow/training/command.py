@@ -49,19 +49,23 @@ def plan(
 ) -> None:
     """Say what a recipe needs on each GPU before anything is loaded, and what to switch on where it does not fit."""
     from apexflow.training.config import load_recipe
-    from apexflow.training.plan import GIB, advise, plan_table
+    from apexflow.training.plan import GIB, advise, plan_table, settled
     from apexflow.training.plan import plan as count
 
-    loaded = load_recipe(recipe, overrides or [])
+    limit = round(memory * GIB)
+    loaded = settled(load_recipe(recipe, overrides or []), gpus, limit)
     found = count(loaded, gpus, tokens)
-    advice = advise(loaded, round(memory * GIB), gpus, tokens)
-    fits = found.peak <= memory * GIB
+    advice = advise(loaded, limit, gpus, tokens)
+    fits = found.peak <= limit
     result = found.to_dict() | {"fits": fits, "switch_on": [[change, then.to_dict()] for change, then in advice]}
     show(result, as_json, plan_table(found, advice, memory))
 
 
 def _no_room(recipe: Any) -> str:
     """What to do about a run that is out of memory, from its plan."""
-    from apexflow.training.plan import out_of_memory
+    from apexflow.training.distributed import own_device
+    from apexflow.training.engine import memory_of
+    from apexflow.training.plan import out_of_memory, settled
 
-    return out_of_memory(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    gpus = int(os.environ.get("WORLD_SIZE", "1"))
+    return out_of_memory(settled(recipe, gpus, memory_of(own_device(recipe.device))), gpus)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -190,21 +190,24 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
             dist.all_reduce(parameter.grad)
 
 
-def parallel_kind(recipe: Recipe, models: Sequence[Backbone], device: torch.device) -> str:
+def parallel_kind(recipe: Recipe, models: Sequence[Backbone], memory: int | None) -> Literal["ddp", "fsdp"]:
     """ "ddp" or "fsdp" for the first of `models`, and the teacher of its own that follows it, if one does; of shapes alone.
 
-    On its own it shards when weights, gradients, moments and average of what is trained, and teacher and further networks would
-    fill more than half of a GPU.
+    memory: bytes of a GPU, None for a CPU. On its own it shards when weights, gradients, moments and average of what is
+    trained, and teacher and further networks would fill more than half of that.
     """
     if recipe.parallel != "auto":
         return recipe.parallel
     # Layers in eight bits are cast as they run, which sharding does not see; nor are moments in eight bits shared out.
-    if recipe.tuning.storage or recipe.optimizer.kind == "adamw8bit":
-        return "ddp"
-    if device.type != "cuda":
+    if recipe.tuning.storage or recipe.optimizer.kind == "adamw8bit" or memory is None:
         return "ddp"
     student, pretrained = (bytes_of(model.transformer) for model in (models[0], models[-1]))
     trained = student + (bytes_of(models[0].text_encoder) if recipe.tuning.text_encoder else 0)
     further = sum(one.kind == "field" for one in further_of(recipe.build_objective()))
     held = student if recipe.tuning.kind == "lora" else 5 * trained + (1 + 4 * further) * pretrained
-    return "fsdp" if held > torch.cuda.get_device_properties(device).total_memory / 2 else "ddp"
+    return "fsdp" if held > memory / 2 else "ddp"
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

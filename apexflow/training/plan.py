@@ -16,6 +16,7 @@ from apexflow.backbones.parts import bytes_of
 from apexflow.backbones.presets import load_shapes
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import rows_each
+from apexflow.training.engine import parallel_kind
 from apexflow.training.memory import activations, kept_for_backward, network_sizes
 from apexflow.training.passes import Pass, trace_passes
 from apexflow.training.roles import checkpointed, loaded_dtype
@@ -74,8 +75,8 @@ class Plan:
 def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     """What a recipe takes on each of `gpus` GPUs; `tokens` of text a prompt, by default the most that the model reads.
 
-    Reads configs alone. `recipe.micro_batch` counts rows on one GPU. UserError for a model whose configs are not known, and for
-    a batch that the GPUs cannot share equally.
+    Reads configs alone. `recipe.micro_batch` counts rows on one GPU; with `parallel=auto` no weights are shared out (see
+    `settled`). UserError for a model whose configs are not known, and for a batch that the GPUs cannot share equally.
     """
     own, backbone, teacher = rows_each(recipe.batch, gpus), shapes_of(recipe), shapes_of_teacher(recipe)
     size = recipe.data.size or backbone.default_size
@@ -92,7 +93,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     sizes = network_sizes(backbone, recipe, objective.needs, tokens, teacher)
     denoiser, named = bytes_of(backbone.transformer), bytes_of(teacher.transformer) if teacher else 0
     encoder = bytes_of(backbone.text_encoder) if recipe.tuning.text_encoder else 0
-    shared = gpus if is_sharded(recipe, gpus) else 1
+    shared = gpus if recipe.parallel == "fsdp" else 1
     width, pooled = backbone.text_width
     latents = 2 * math.prod(shape)
     text = 2 * (tokens * width + (pooled or 0))
@@ -132,9 +133,12 @@ def _shapes(model: str, dtype: torch.dtype) -> Backbone:
     return load_shapes(model, dtype)
 
 
-def is_sharded(recipe: Recipe, gpus: int) -> bool:
-    """Whether weights are spread over the GPUs."""
-    return gpus > 1 and recipe.parallel == "fsdp"
+def settled(recipe: Recipe, gpus: int, memory: int | None) -> Recipe:
+    """The recipe with `parallel` as a run takes it on so many GPUs of `memory` bytes (None: on a CPU)."""
+    if gpus == 1:
+        return recipe
+    models = [one for one in (shapes_of(recipe), shapes_of_teacher(recipe)) if one is not None]
+    return replace(recipe, parallel=parallel_kind(recipe, models, memory))
 
 
 def blocks_of(backbone: Backbone) -> int:
@@ -191,7 +195,7 @@ def _changes(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Recipe, int]]:
     wide = replace(recipe.optimizer, kind="adamw")
     whole = replace(recipe, parallel="fsdp", optimizer=wide, tuning=replace(tuning, storage=None))
     for count in (2, 4, 8, 16):
-        if count > gpus and recipe.batch % count == 0:
+        if (count > gpus or (count == gpus and not sharded)) and recipe.batch % count == 0:
             yield f"parallel=fsdp on {count} GPUs, with full precision again", whole, count
     if tuning.kind == "full" and not tuning.text_encoder and recipe.teacher is None:
         yield "tuning.kind=lora", replace(recipe, tuning=replace(tuning, kind="lora")), gpus

@@ -25,7 +25,7 @@ from apexflow.progress import Progress
 from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
 from apexflow.training.config import Data, Recipe
 from apexflow.training.distributed import world
-from apexflow.training.engine import parallel_kind
+from apexflow.training.engine import memory_of, parallel_kind
 from apexflow.training.roles import loaded_dtype
 
 CACHE_HOME = Path("runs") / "cache"
@@ -101,7 +101,7 @@ def _load(recipe: Recipe, folders: Sequence[Path], device: torch.device) -> tupl
     def load(where: str, hollow: bool = False) -> list[Backbone]:
         return [load_backbone(str(folder), where, loaded_dtype(recipe), hollow) for folder in folders]
 
-    parallel = "alone" if world() == 1 else parallel_kind(recipe, load("meta"), device)
+    parallel = "alone" if world() == 1 else parallel_kind(recipe, load("meta"), memory_of(device))
     models = load("cpu", hollow=parallel == "fsdp")
     return parallel, models[0], models[1] if recipe.teacher else None
 
