@@ -30,6 +30,7 @@ from apexflow.data.readers import Source, recognise
 from apexflow.data.shards import groups
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
+from apexflow.locking import alone_in
 from apexflow.progress import Progress
 
 WINDOW = 512  # records a shard
@@ -85,7 +86,8 @@ def make_cache(
                 job.check(Skipped(total.seen, total.reasons))
             progress.advance(len(window))
     share.wait_for("cached by all processes", range(count), job.has_shard)
-    return job.finish(count, total.files, total.broken, made_by)
+    with alone_in(folder, "finishing", wait=True):  # processes that end together would delete each other's files
+        return job.finish(count, total.files, total.broken, made_by)
 
 
 def picture_sizes(backbone: Backbone, settings: CacheSettings) -> list[Size]:

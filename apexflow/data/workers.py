@@ -65,6 +65,14 @@ class Share:
 
 
 def worker_device(name: str) -> torch.device:
-    """The device that a name means for this process: its own GPU of several."""
-    kind = pick_device(name)
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    """The device that a name means for this process: of several GPUs on a machine, the one of its number.
+
+    UserError for a machine that has fewer of them than processes.
+    """
+    device = torch.device(pick_device(name))
+    if device.type != "cuda" or device.index is not None:
+        return device
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"this machine has {count} GPUs: start torchrun with --nproc-per-node={count}")
+    return torch.device("cuda", index)

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apexflow.data.workers import worker_device
 from apexflow.errors import ToldElsewhere, UserError
-from apexflow.generator import pick_device
 from apexflow.locking import alone_in
 from apexflow.progress import console
 
@@ -40,15 +40,11 @@ def leads() -> bool:
 
 
 def own_device(name: str) -> torch.device:
-    """The recipe's device; with several processes on a machine, each takes the GPU of its number."""
-    device = torch.device(pick_device(name))
-    if device.type != "cuda" or device.index is not None:
-        return device
-    index, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
-    if index >= count:
-        raise UserError(f"this machine has {count} GPUs: start torchrun with --nproc-per-node={count}")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    """The recipe's device, which is CUDA's own from here on."""
+    device = worker_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -25,8 +27,9 @@ from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.order import batch_rows, data_row
 from apexflow.data.pictures import to_tensor
 from apexflow.data.scenes import render, scenes
-from apexflow.data.workers import Share
+from apexflow.data.workers import Share, worker_device
 from apexflow.errors import UserError
+from apexflow.progress import console
 
 # -- What is kept ------------------------------------------------------------------------------------------------------
 
@@ -189,6 +192,38 @@ def test_under_torchrun_the_first_process_waits_for_the_others(
     monkeypatch.setattr("apexflow.data.workers.time.sleep", second)
     assert make_cache(*job, Share(0, 2, together=True)) and len(waited) == 1
     assert files(tmp_path / "cache") == files(whole)
+
+
+def test_processes_that_finish_together_leave_each_others_files_alone(
+    whole: Path, scene_folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = (scene_folder, load_backbone(str(tiny_model)), tiny_model, tmp_path / "cache", CacheSettings())
+    make_cache(*job, Share(1, 2))
+    waits, others = Event(), list[Future[bool]]()
+    monkeypatch.setattr(console, "print", lambda text: waits.set())
+
+    def slow(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        """As the first writes the last tensors, the second comes to its end, or to where it waits for the first."""
+        save_file(tensors, path)
+        if path.name.startswith("null") and not others:
+            others.append(pool.submit(make_cache, *job, Share(1, 2)))
+            while not (others[0].done() or waits.is_set()):
+                time.sleep(0.01)
+
+    monkeypatch.setattr(caching, "save_file", slow)
+    with ThreadPoolExecutor(1) as pool:
+        assert make_cache(*job, Share(0, 2))
+    assert others[0].result() and files(tmp_path / "cache") == files(whole)
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert worker_device("auto") == torch.device("cuda", 0) and worker_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="this machine has 1 GPUs: start torchrun with --nproc-per-node=1"):
+        worker_device("cuda")
+    assert worker_device("cuda:0") == torch.device("cuda", 0)
 
 
 def test_damage_is_found_named_and_mended(whole: Path, copy: Path, scene_folder: Path, tiny_model: Path) -> None:
