@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +22,7 @@ def alone_in(folder: Path, part: str = "", wait: bool = False) -> Iterator[None]
     """
     whole = folder.resolve()
     path = whole.parent / f".{whole.name}{part and '-' + part}.lock"
+    made = [place for place in path.parents if not place.exists()]
     try:
         file = _take(path)
     except BlockingIOError:
@@ -37,6 +38,9 @@ def alone_in(folder: Path, part: str = "", wait: bool = False) -> Iterator[None]
         if file is not None:
             path.unlink(missing_ok=True)
             file.close()
+        with suppress(OSError):  # what a command that was refused leaves empty
+            for place in made:
+                place.rmdir()
 
 
 def _take(path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> TextIO | None:
@@ -45,6 +49,8 @@ def _take(path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> TextIO | None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
+        except FileNotFoundError:  # another process has just removed the empty folder
+            continue
         except OSError:
             return None
         try:

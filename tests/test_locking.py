@@ -18,7 +18,8 @@ from apexflow.progress import console
 
 HOLD = (
     "import sys, time; from pathlib import Path; from apexflow.locking import alone_in\n"
-    "with alone_in(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    "folder = Path(sys.argv[1])\n"
+    "with alone_in(folder), alone_in(folder / 'seed-0'): print('held', flush=True); time.sleep(600)"
 )
 
 
@@ -46,15 +47,15 @@ def test_the_second_command_in_a_folder_stops_at_once(
         ("train", recipe_file, f"output={folder}", "--resume"),
         ("cache", prompts, "-o", folder, "--model", tiny_model),
         ("synthesize", prompts, "-o", folder, "--model", tiny_model),
-        ("evaluate", "-o", folder, "--model", tiny_model),
+        ("evaluate", "-o", folder, "--model", tiny_model, "--seeds", 2),
         ("evaluate", "-o", folder, "--images", tmp_path),
     ):
         refused(run(*command), f"another apexflow command works in {folder}", "choose another folder")
-    assert not folder.exists() and other.poll() is None
+    assert not list(folder.glob("[!.]*")) and other.poll() is None
+    assert run("evaluate", "-o", folder, "--model", tiny_model, "--seed", 1, "--steps", 1, "--limit", 12)[0] == 0
 
 
 def test_a_running_demo_is_not_replaced(run: Run, folder: Path, other: subprocess.Popen) -> None:
-    folder.mkdir()
     write(folder / "recipe.json", "{}")
     refused(run("demo", "-o", folder, "--force"), "another apexflow command works in")
     assert (folder / "recipe.json").is_file()
@@ -63,12 +64,12 @@ def test_a_running_demo_is_not_replaced(run: Run, folder: Path, other: subproces
 def test_a_killed_process_stops_nobody(folder: Path, other: subprocess.Popen, tmp_path: Path) -> None:
     other.kill()
     other.wait()
-    with alone_in(folder):
-        with alone_in(tmp_path / "beside"), alone_in(folder, "1"):
+    with alone_in(folder), alone_in(folder / "seed-0"):
+        with alone_in(tmp_path / "beside"), alone_in(folder, "1"), alone_in(tmp_path / "x" / "y"):
             pass
         with pytest.raises(UserError), alone_in(tmp_path / "x" / ".." / "out"):
             pass
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
 
 
 def test_whoever_may_wait_comes_after(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

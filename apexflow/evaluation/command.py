@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,7 +106,7 @@ def evaluate(
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
-    with _going_on(output), share.alone_in(output) if output else nullcontext():
+    with _going_on(output), _alone_in(output, share, None if images else range(seed, seed + seeds)):
         if images is not None:
             from apexflow.evaluation.runner import score_folder
 
@@ -115,6 +115,21 @@ def evaluate(
             reports = _draw_and_score(model, settings, seeds, output, tools, score, share)
     if share.leads:
         _show(reports, as_json)
+
+
+@contextmanager
+def _alone_in(output: Path | None, share: Share, seeds: range | None) -> Iterator[None]:
+    """Within, no other command draws these seeds into a folder, or scores pictures of others there; UserError if one does."""
+    folders = [output] if seeds is None else [_of_seed(output, seed) for seed in seeds]
+    with ExitStack() as held:
+        for folder in folders:
+            if folder is not None:
+                held.enter_context(share.alone_in(folder))
+        yield
+
+
+def _of_seed(output: Path | None, seed: int) -> Path | None:
+    return output and output / f"seed-{seed}"
 
 
 @contextmanager
@@ -150,9 +165,8 @@ def _draw_and_score(
     generator = load(model, tools.device)
     reports = []
     for number in range(settings.seed, settings.seed + seeds):
-        folder = output / f"seed-{number}" if output else None
         this = replace(settings, seed=number)
-        reports.append(evaluate(generator, this, folder, model, tools, share, score))
+        reports.append(evaluate(generator, this, _of_seed(output, number), model, tools, share, score))
     return reports
 
 

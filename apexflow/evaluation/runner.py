@@ -68,9 +68,8 @@ def evaluate(
     left = pending(suite, prompts, folder)
     if left or not with_scores:
         return {"suite": settings.suite, "name": name, "folder": str(folder), "pending": left}
-    with alone_in(
-        folder, "scoring", wait=True
-    ):  # of processes that finish drawing together, the later finds all scored
+    # Of processes that finish drawing together, the later finds everything scored.
+    with alone_in(folder, "scoring", wait=True):
         drawn = {"name": name, "evaluations": read_json(folder / EVALUATIONS, "the evaluation")} | generation
         if suite.measures_diversity:
             drawn["diversity"] = diversity(generator, folder, suite.drawings(prompts), suite.per_prompt)
