@@ -385,6 +385,18 @@ def test_names_of_lines_do_not_lie_upon_each_other() -> None:
     assert len(places) == 2 and abs(places[0] - places[1]) >= 10
 
 
+def test_a_folder_is_older_than_fields_of_a_recipe(plan: Plan) -> None:
+    comparison._claim(plan)
+    marker = plan.output / "plan.json"
+    held = json.loads(marker.read_text())
+    del held["recipe"]["teacher"], held["recipe"]["optimizer"]["schedule"], held["recipe"]["data"]["skip_limit"]
+    marker.write_text(json.dumps(held))
+    comparison._claim(plan)
+    changed = replace(plan.recipe, optimizer=replace(plan.recipe.optimizer, schedule="cosine"))
+    with pytest.raises(UserError, match="other recipe"):
+        comparison._claim(replace(plan, recipe=changed))
+
+
 def test_the_command_is_the_same_however_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     for first in ("/some/where/apexflow/__main__.py", "/some/where/bin/apexflow"):
         monkeypatch.setattr("sys.argv", [first, "compare", "apex", "-o", "a b"])

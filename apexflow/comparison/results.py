@@ -62,8 +62,7 @@ def _claim(plan: Plan) -> None:
     marker = plan.output / "plan.json"
     if marker.is_file():
         before, now = read_json(marker, "the comparison"), _as_json(plan.identity())
-        # A field of recipes that is younger than the folder had its default in it.
-        before["recipe"] = _as_json(asdict(Recipe(output=""))) | before["recipe"]
+        before["recipe"] = _with_defaults(before["recipe"], _as_json(asdict(Recipe(output=""))))
         if differs := [key for key in before | now if before.get(key) != now.get(key)]:
             raise UserError(
                 f"{plan.output} holds a comparison with other {' and '.join(differs)}: choose another folder with -o"
@@ -74,6 +73,16 @@ def _claim(plan: Plan) -> None:
     with writing(plan.output):
         plan.output.mkdir(parents=True, exist_ok=True)
     write_json(marker, plan.identity())
+
+
+def _with_defaults(found: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A field of recipes that is younger than a folder had its default in it."""
+    parts = {
+        key: _with_defaults(found[key], value)
+        for key, value in defaults.items()
+        if key in found and value and isinstance(value, dict)
+    }
+    return defaults | found | parts
 
 
 def _as_json(plain: dict[str, Any]) -> dict[str, Any]:
