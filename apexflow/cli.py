@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +10,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from apexflow.data.command import cache, synthesize
-from apexflow.errors import Stopped, ToldElsewhere, UserError, is_out_of_memory, is_taken, writing
+from apexflow.errors import (
+    Stopped,
+    ToldElsewhere,
+    UserError,
+    is_full_disk,
+    is_out_of_memory,
+    is_taken,
+    replacing,
+    writing,
+)
 from apexflow.evaluation.command import convert_detector, evaluate
 from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks, tells
 from apexflow.training.command import plan, train
@@ -62,7 +70,8 @@ def generate(
     pictures = generator.generate(repeated, steps, seed, size, guidance, kappa, rho, order)
     seconds = time.perf_counter() - began
     columns = min(len(pictures), 8) if count == 1 else count
-    _save_picture(picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0], output)
+    with replacing(output) as partial:
+        (picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]).save(partial)
     result = {
         "output": str(output),
         "pictures": len(pictures),
@@ -187,17 +196,6 @@ def bench(
     show(result, as_json, bench_table(result))
 
 
-def _save_picture(picture: Any, path: Path) -> None:
-    """Whole or not at all: a full disk leaves a picture that was there before as it is."""
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with writing(path):
-            picture.save(partial)
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 for command in (generate, train, evaluate, compare, export, bench, plan, cache, synthesize, demo):
     app.command()(command)
 app.command("convert-detector")(convert_detector)
@@ -225,6 +223,8 @@ def main() -> None:
             _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)
         if is_out_of_memory(error):
             _fail("out of memory: ask for fewer or smaller pictures at a time, or take a smaller model", 2)
+        if is_full_disk(error):
+            _fail(f"no room to write ({error}): free some space; what was written before is whole", 2)
         raise
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,11 @@ class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk, or the user's share of it, had no room left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def is_taken(folder: Path) -> bool:
     """Whether an output folder holds something already; UserError when it is no folder."""
     with writing(folder):
@@ -36,6 +43,21 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): check the folder and the free space") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within, a file is written under the name that is given; at the end it becomes `path`: whole or not at all.
+
+    Processes that write the same file do not meet. UserError names one that cannot be written.
+    """
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with writing(path):
+            yield partial
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

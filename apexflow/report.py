@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apexflow.errors import UserError
+from apexflow.errors import UserError, replacing
 from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import duration, is_number, number, section, tag, text
 from apexflow.reporting.style import CSS
@@ -179,11 +178,6 @@ def page(heading: str, body: str) -> str:
 
 def write(path: Path, markup: str) -> Path:
     """Write a page, whole or not at all; its path. UserError where it cannot be written."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(markup.encode("utf-8", "replace"))  # a file name may hold bytes that are no text
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}): free space or mend its permissions") from error
     return path

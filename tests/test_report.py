@@ -278,7 +278,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(UserError, match=r"report\.html cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"cannot write .*report\.html .*No space left on device"):
         write_report(folder, title="another")
     assert (folder / "report.html").read_bytes() == before
-    assert not list(folder.glob(".partial*"))
+    assert not list(folder.glob(".*"))

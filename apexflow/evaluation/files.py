@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
 
-from apexflow.errors import UserError
+from apexflow.errors import UserError, replacing
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,10 +32,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; two processes that write the same file do not meet."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
+    """Write a text file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, "utf-8")
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
-from apexflow.errors import Stopped, UserError, is_taken, writing
+from apexflow.errors import Stopped, UserError, is_taken, replacing, writing
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import load
 from apexflow.objectives import further_of
@@ -106,9 +106,10 @@ def start(recipe: Recipe, resume: bool) -> Run:
         restore(run, Path(saved[-1]))
     with together():
         if leads():
-            with writing(folder / "recipe.json"):
+            with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2))
+            with replacing(folder / "recipe.json") as partial:
+                partial.write_text(json.dumps(recipe.to_dict(), indent=2))
     return run
 
 

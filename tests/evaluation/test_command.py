@@ -73,6 +73,18 @@ def test_ctrl_c_says_what_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest.
         assert code == 130 and "nothing is kept without a folder" in errors and "-o" in errors
 
 
+@pytest.mark.parametrize("written", ["os.replace", "PIL.Image.Image.save"])
+def test_a_full_disk_is_one_line(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(written, full)
+    common = ("--model", tiny_model, "--steps", 1, "--limit", 2, "-o", tmp_path / "e")
+    refused(run("evaluate", *common), "No space left", "free")
+
+
 def test_options_that_cannot_apply_are_told(run: Run, tmp_path: Path) -> None:
     refused(run("evaluate", "--protocol", "clean"), "--protocol cannot apply to the suite mini-geneval")
     refused(run("evaluate", "--suite", "geneval", "--fid-size", 8, "--judge", "x"), "--judge and --fid-size", "geneval")
