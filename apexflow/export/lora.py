@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from apexflow.errors import UserError
 
 if TYPE_CHECKING:
-    from apexflow.training.roles import LoraRoles
+    from apexflow.training.adapters import LoraRoles
 
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -11,9 +11,10 @@ from apexflow.backbones import Backbone, Settings, second_time
 from apexflow.errors import UserError
 from apexflow.export.lora import save_lora
 from apexflow.progress import console
+from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import leads, together
-from apexflow.training.roles import LoraRoles, Roles
+from apexflow.training.roles import Roles
 
 
 def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, card: dict[str, Any]) -> Path:

@@ -19,8 +19,8 @@ from apexflow.backbones import load_backbone
 from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, save_lora
 from apexflow.sampler import time_grid
+from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Tuning
-from apexflow.training.roles import LoraRoles
 
 RANK = 3
 LOADERS = [name for name in BUILDERS if not name.startswith("pixart")]

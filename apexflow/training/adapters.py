@@ -1,0 +1,189 @@
+"""Student and reference (EMA) as LoRA adapters on one frozen base, which alone is the teacher."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apexflow.backbones import Backbone, second_time
+from apexflow.backbones.parts import without_weights
+from apexflow.conditioning import Condition
+from apexflow.errors import UserError
+from apexflow.objectives import Field, Networks
+from apexflow.training.config import Tuning
+from apexflow.training.distributed import leads
+from apexflow.training.fields import field_of, held, not_recomputed
+from apexflow.training.sharding import Place, gathered, leave, original_class, whole
+from apexflow.training.storage import plain_state
+
+
+class LoraRoles:
+    """Adapters "default" (student) and "ema" (reference) on one frozen base; the base alone is the teacher.
+
+    Switching sets the active adapter of every layer directly: peft's own `set_adapter` also flips `requires_grad`, and
+    with gradient checkpointing a student recomputed under another adapter silently loses its gradients.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tuning: Tuning,
+        frozen: torch.dtype = torch.float32,
+        place: Place = leave,
+        further: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        transformer = backbone.transformer.requires_grad_(False).to(frozen)
+        self._layers = inject_adapters(transformer, tuning, backbone.lora_targets, ("default", "ema", *further), seed)
+        for name, parameter in transformer.named_parameters():
+            if ".lora_" in name or second_time.NAME in name:
+                parameter.data = parameter.data.float()  # adapters stay in float32 on a base of any precision
+                parameter.requires_grad_(".default." in name)
+        tensors = dict(transformer.named_parameters())
+        for name, parameter in tensors.items():
+            if ".ema." in name:
+                parameter.data.copy_(tensors[name.replace(".ema.", ".default.")].data)
+        place(transformer)
+        named = dict(transformer.named_parameters())
+        self.trained = {name.replace(".default.", "."): p for name, p in named.items() if ".default." in name}
+        self.average = {name.replace(".ema.", "."): p.data for name, p in named.items() if ".ema." in name}
+        self._activate("default")
+
+    def _activate(self, name: str | None) -> None:
+        for layer in self._layers:
+            layer.__dict__["_disable_adapters"] = name is None
+            layer.__dict__["_active_adapter"] = [name or "default"]
+        if (second := second_time.second_time_of(self.backbone.transformer)) is not None:
+            second.active = name if name is not None and name in second.embedders else None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The module that holds the trained adapter."""
+        return [self.backbone.transformer]
+
+    def networks(self, null: Condition | None) -> Networks:
+        field = field_of(self.backbone, self.backbone.transformer)
+        reference, teacher = self._as("ema", field), self._as(None, field)
+        return Networks(
+            student=field,
+            reference=reference,
+            teacher=teacher,
+            null=null,
+            transport=self.backbone.transport,
+            round_time=self.backbone.round_time,
+            time_shift=self.backbone.time_shift,
+            frozen={
+                "student": held(field, self.trained.values, self.backbone.transformer),
+                "reference": reference,
+                "teacher": teacher,
+            },
+        )
+
+    def _as(self, name: str | None, field: Field) -> Field:
+        def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
+            self._activate(name)
+            try:
+                with not_recomputed(self.backbone.transformer):
+                    return field(x_t, t, c, s)
+            finally:
+                self._activate("default")
+
+        return answer
+
+    @property
+    def everything(self) -> list[nn.Module]:
+        """Every module that is held: one."""
+        return [self.backbone.transformer]
+
+    def network(self, name: str) -> nn.Module:
+        """The module that answers for every role."""
+        return self.backbone.transformer
+
+    def further(self, name: str) -> tuple[Field, dict[str, nn.Parameter]]:
+        """A further role that is trained, and starts as the base: how it is asked, and its weights."""
+        transformer = self.backbone.transformer
+        parts = (f".lora_A.{name}.", f".lora_B.{name}.")
+        found = {key: p for key, p in transformer.named_parameters() if any(part in key for part in parts)}
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        trained = {key.replace(f".{name}.", "."): p for key, p in found.items()}
+        return self._as(name, field_of(self.backbone, transformer)), trained
+
+    @torch.no_grad()
+    def final(self) -> nn.Module:
+        """In the first process a plain transformer with the averaged adapter added into its weights. All take part."""
+        transformer = self.backbone.transformer
+        self.average = {name: whole(tensor) for name, tensor in self.average.items()}
+        with second_time.without(transformer) as second:
+            tensors = gathered(plain_state(transformer))
+        if not leads():
+            return transformer
+        layers = {id(layer) for layer in self._layers}
+        for name, module in transformer.named_modules():
+            if id(module) in layers:
+                weight = tensors[f"{name}.weight"]
+                tensors[f"{name}.weight"] = (weight.float() + self._delta(name, module.scaling["ema"], weight)).to(
+                    weight
+                )
+        plain = without_weights(original_class(transformer), transformer.config)
+        plain.load_state_dict(tensors, assign=True)
+        if second is not None:
+            prefix = f"{second_time.NAME}.embedders."
+            averaged = {n.removeprefix(prefix): t for n, t in self.average.items() if n.startswith(prefix)}
+            second_time.attach(plain).embedders["default"].load_state_dict(averaged)
+        return plain.eval().requires_grad_(False)
+
+    def _delta(self, name: str, scale: float, weight: Tensor) -> Tensor:
+        """What an adapter adds to a weight: B A for a matrix, and the same over the kernel for a convolution."""
+        A, B = (self.average[f"{name}.lora_{letter}.weight"] for letter in "AB")
+        return scale * (B.flatten(1) @ A.flatten(1)).view(weight.shape).to(weight.device)
+
+    @contextmanager
+    def shipped(self) -> Iterator[None]:
+        """Within, the backbone answers with the averaged adapter."""
+        self._activate("ema")
+        try:
+            yield
+        finally:
+            self._activate("default")
+
+
+def inject_adapters(
+    transformer: nn.Module, tuning: Tuning, targets: Sequence[str], names: Sequence[str], seed: int
+) -> list[Any]:
+    """Put LoRA adapters on a network; the layers that have them. Their first weights belong to `seed` alone, so that all
+    processes draw the same.
+
+    They are made where new tensors are made, on a network without weights too.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha or tuning.rank,
+        target_modules=list(targets),
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.simplefilter("ignore")  # peft warns of the second adapter, which is the point here
+        for name in names:
+            inject_adapter_in_model(config, transformer, name)
+        layers: list[Any] = [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]
+        if not layers:
+            raise UserError(f"LoRA found none of its targets {list(targets)} in this model")
+        for layer in layers:
+            for table in (layer.lora_A, layer.lora_B):
+                if next(table.parameters()).is_meta:
+                    table.to_empty(device=torch.get_default_device())
+                table.float()
+            for name in names:
+                layer.reset_lora_parameters(name, "gaussian")
+    return layers
