@@ -17,7 +17,7 @@ from typing import Any
 
 from step_cost import work_ratio
 
-from apexflow.comparison.tables import budget_table, rests, with_error
+from apexflow.comparison.tables import budget_table, counted, rests, with_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -125,7 +125,9 @@ def hours(seconds: float) -> str:
 def comparison(result: dict[str, Any]) -> str:
     """Both budgets of `apexflow compare`, and what they are."""
     plan, rows = result["plan"], result["rows"]
-    told = f"{plan['images']:,} images a run at batch {plan['recipe']['batch']}, {plan['seeds']} seeds of the noise."
+    prompts = "all prompts" if plan["limit"] is None else f"{plan['limit']} prompts"
+    told = f"{plan['images']:,} images a run at batch {plan['recipe']['batch']}; {prompts} x {plan['per_prompt']} pictures x "
+    told += f"{counted(plan['seeds'], 'seed')} of the noise."
     images, wall = (markdown(budget_table(rows, budget, plan["nfe"])) for budget in ("images", "time"))
     return f"{told} {rests(rows)}\n\nEqual images:\n\n{images}\n\nEqual wall time:\n\n{wall}"
 
