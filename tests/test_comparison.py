@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,23 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from apexflow.comparison import results as comparison
 from apexflow.comparison import train as training
 from apexflow.comparison.averages import over_runs
-from apexflow.comparison.chart import lines_chart
-from apexflow.comparison.cost import held, saved_for_backward, seconds_a_step
 from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison_recipe, guided
-from apexflow.comparison.results import own_command, run_comparison
-from apexflow.comparison.scores import own_sampler, pooled
+from apexflow.comparison.results import run_comparison
+from apexflow.comparison.scores import own_sampler
 from apexflow.comparison.tables import budget_table
-from apexflow.comparison.train import once, stages, train_to_budgets
+from apexflow.comparison.train import stages, train_to_budgets
 from apexflow.errors import Diverged, Stopped, UserError
 from apexflow.objectives import objectives
-from apexflow.reporting.curves import BOTTOM, TOP
-from apexflow.training.config import Data, load_recipe, parse
-from apexflow.training.loop import start, train
+from apexflow.training.config import Data, parse
+from apexflow.training.loop import train
 
 METHODS = ("scm", BASIS)
 
@@ -338,53 +333,6 @@ def test_recipes_of_a_comparison_differ_in_the_method_alone(plan: Plan) -> None:
     assert {key for key in one if one[key] != other[key]} == {"method", "objective"}
 
 
-def test_memory_counts_weights_moments_and_what_backward_keeps(recipe_file: Path) -> None:
-    full = held(start(load_recipe(recipe_file, ["method=flow_matching"]), resume=False))
-    weights = sum(p.numel() * 4 for p in start_again(recipe_file).roles.trained.values())
-    assert full == weights * (1 + 1 + 3)  # student, average; gradient and two moments
-    x = torch.randn(10, 10, requires_grad=True)
-    with saved_for_backward() as saved:
-        (x.exp() * 2).exp()
-    assert sum(saved.values()) == 2 * 400  # both results of exp, once each
-
-
-def start_again(recipe_file: Path) -> Any:
-    return start(load_recipe(recipe_file, ["method=flow_matching"]), resume=True)
-
-
-def test_seconds_a_step_leave_out_pauses() -> None:
-    lines = [{"seconds": second} for second in (5.0, 6.0, 7.0, 60.0, 61.0)]
-    assert seconds_a_step(lines) == pytest.approx(1.0)
-    assert seconds_a_step(lines[:1]) == 5.0
-
-
-def test_a_result_is_made_once(tmp_path: Path) -> None:
-    made: list[int] = []
-
-    def make() -> dict[str, Any]:
-        made.append(1)
-        return {"a": 1}
-
-    assert once(tmp_path / "deep" / "one.json", make) == once(tmp_path / "deep" / "one.json", make) == {"a": 1}
-    assert made == [1]
-
-
-def test_features_are_latents_over_few_places() -> None:
-    assert pooled(torch.ones(2, 8, 8, 8)).shape == (2, 8 * 16)
-    assert pooled(torch.ones(2, 8, 2, 3)).shape == (2, 8 * 6)
-
-
-def test_names_of_lines_do_not_lie_upon_each_other() -> None:
-    figure = lines_chart("a & b", ["1", "2"], {"one": [0.1, 0.5], "<two>": [0.2, 0.5]}, {})
-    assert "a &amp; b" in figure and "&lt;two&gt;" in figure
-    places = [float(part.split('"')[0]) for part in figure.split('x="416" y="')[1:]]
-    assert 'class="error"' not in figure
-    barred = lines_chart("c", ["1"], {"one": [0.5], "two": [0.1]}, {"one": [0.25]})
-    bar = re.search(r'd="M[\d.]+ ([\d.]+)V([\d.]+)" class="error"', barred)
-    assert bar and TOP <= float(bar[2]) < float(bar[1]) <= BOTTOM
-    assert len(places) == 2 and abs(places[0] - places[1]) >= 10
-
-
 def test_a_folder_is_older_than_fields_of_a_recipe(plan: Plan) -> None:
     comparison._claim(plan)
     marker = plan.output / "plan.json"
@@ -395,11 +343,3 @@ def test_a_folder_is_older_than_fields_of_a_recipe(plan: Plan) -> None:
     changed = replace(plan.recipe, optimizer=replace(plan.recipe.optimizer, schedule="cosine"))
     with pytest.raises(UserError, match="other recipe"):
         comparison._claim(replace(plan, recipe=changed))
-
-
-def test_the_command_is_the_same_however_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    for first in ("/some/where/apexflow/__main__.py", "/some/where/bin/apexflow"):
-        monkeypatch.setattr("sys.argv", [first, "compare", "apex", "-o", "a b"])
-        assert own_command() == "apexflow compare apex -o 'a b'"
-    monkeypatch.setattr("sys.argv", ["benchmarks/some.py"])
-    assert own_command() == "some.py"

@@ -1,0 +1,74 @@
+"""The parts of a comparison that train nothing: memory, seconds, features, charts, the command it tells of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apexflow.comparison.chart import lines_chart
+from apexflow.comparison.cost import held, saved_for_backward, seconds_a_step
+from apexflow.comparison.results import own_command
+from apexflow.comparison.scores import pooled
+from apexflow.comparison.train import once
+from apexflow.reporting.curves import BOTTOM, TOP
+from apexflow.training.config import load_recipe
+from apexflow.training.loop import start
+
+
+def test_memory_counts_weights_moments_and_what_backward_keeps(recipe_file: Path) -> None:
+    full = held(start(load_recipe(recipe_file, ["method=flow_matching"]), resume=False))
+    weights = sum(p.numel() * 4 for p in start_again(recipe_file).roles.trained.values())
+    assert full == weights * (1 + 1 + 3)  # student, average; gradient and two moments
+    x = torch.randn(10, 10, requires_grad=True)
+    with saved_for_backward() as saved:
+        (x.exp() * 2).exp()
+    assert sum(saved.values()) == 2 * 400  # both results of exp, once each
+
+
+def start_again(recipe_file: Path) -> Any:
+    return start(load_recipe(recipe_file, ["method=flow_matching"]), resume=True)
+
+
+def test_seconds_a_step_leave_out_pauses() -> None:
+    lines = [{"seconds": second} for second in (5.0, 6.0, 7.0, 60.0, 61.0)]
+    assert seconds_a_step(lines) == pytest.approx(1.0)
+    assert seconds_a_step(lines[:1]) == 5.0
+
+
+def test_a_result_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> dict[str, Any]:
+        made.append(1)
+        return {"a": 1}
+
+    assert once(tmp_path / "deep" / "one.json", make) == once(tmp_path / "deep" / "one.json", make) == {"a": 1}
+    assert made == [1]
+
+
+def test_features_are_latents_over_few_places() -> None:
+    assert pooled(torch.ones(2, 8, 8, 8)).shape == (2, 8 * 16)
+    assert pooled(torch.ones(2, 8, 2, 3)).shape == (2, 8 * 6)
+
+
+def test_names_of_lines_do_not_lie_upon_each_other() -> None:
+    figure = lines_chart("a & b", ["1", "2"], {"one": [0.1, 0.5], "<two>": [0.2, 0.5]}, {})
+    assert "a &amp; b" in figure and "&lt;two&gt;" in figure
+    places = [float(part.split('"')[0]) for part in figure.split('x="416" y="')[1:]]
+    assert 'class="error"' not in figure
+    barred = lines_chart("c", ["1"], {"one": [0.5], "two": [0.1]}, {"one": [0.25]})
+    bar = re.search(r'd="M[\d.]+ ([\d.]+)V([\d.]+)" class="error"', barred)
+    assert bar and TOP <= float(bar[2]) < float(bar[1]) <= BOTTOM
+    assert len(places) == 2 and abs(places[0] - places[1]) >= 10
+
+
+def test_the_command_is_the_same_however_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for first in ("/some/where/apexflow/__main__.py", "/some/where/bin/apexflow"):
+        monkeypatch.setattr("sys.argv", [first, "compare", "apex", "-o", "a b"])
+        assert own_command() == "apexflow compare apex -o 'a b'"
+    monkeypatch.setattr("sys.argv", ["benchmarks/some.py"])
+    assert own_command() == "some.py"
