@@ -18,10 +18,12 @@ from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison
 from apexflow.comparison.results import run_comparison
 from apexflow.comparison.scores import own_sampler
 from apexflow.comparison.tables import budget_table
-from apexflow.comparison.train import stages, train_to_budgets
+from apexflow.comparison.train import run_folder, stages, train_to_budgets
 from apexflow.errors import Diverged, Stopped, UserError
 from apexflow.objectives import objectives
+from apexflow.training import loop
 from apexflow.training.config import Data, parse
+from apexflow.training.journal import read_metrics
 from apexflow.training.loop import train
 
 METHODS = ("scm", BASIS)
@@ -57,9 +59,11 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: Calls) -> None:
     results = run_comparison(plan)
     rows = results["rows"]
     assert list(rows) == ["teacher", "scm", "flow_matching"]
-    # The same sweep for all, then the same images for all; another run only where the time allows other steps.
-    assert sorted(calls[:4]) == sorted((name, rate, plan.steps, 0) for name in METHODS for rate in plan.rates)
     for name in METHODS:
+        # The same sweep for all, and its best run as that of the images.
+        rates = [call[1:] for call in calls if call[0] == name]
+        assert rates[:2] == [(rate, plan.steps, 0) for rate in plan.rates] and rates[2][0] == rows[name]["rate"]
+        assert not list((plan.output / "sweep" / name).glob("run*"))
         row = rows[name]
         assert row["rate"] in plan.rates and row["diverged"] == "0/4"
         assert row["budgets"]["images"]["images"] == 8 and row["budgets"]["images"]["steps"] == 4
@@ -213,6 +217,32 @@ def test_each_budgets_model_is_that_of_a_run_of_just_its_length(
         assert (folder / f"model-{stage}" / weights).read_bytes() == (straight / weights).read_bytes()
     before = len(calls)
     assert train_to_budgets(plan, name, 1e-3, steps, seed=4) == (results, seconds) and len(calls) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "time", "again"), [("flow_matching", 5, 2), ("flow_matching", 3, 0), ("flow_matching", 2, 2), ("cm", 5, 5)]
+)
+def test_the_sweeps_best_run_is_the_first_seeds(
+    name: str, time: int, again: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the images nothing is trained again; for the time, what goes on from there, or a run of its own."""
+    monkeypatch.setattr("apexflow.comparison.plan.WARMUP", 1)
+    plan = replace(plan, images=6, rates=(1e-4, 1e-3), nfe=(1,), seeds=1, per_prompt=1)
+    rate = training.sweep(plan, name)["rate"]
+    assert [run.name for run in (plan.output / "sweep" / name).glob("run*")] == [f"run-{rate:g}"]
+    steps = {"images": 3, "time": time}
+    trained: list[int] = []
+    real = loop.training_step
+    monkeypatch.setattr(loop, "training_step", lambda run: trained.append(run.step) or real(run))
+    results, _ = train_to_budgets(plan, name, rate, steps, seed=0)
+    assert len(trained) == again and {budget: result["steps"] for budget, result in results.items()} == steps
+    assert not list((plan.output / "sweep" / name).glob("run*"))
+    folder, weights = plan.output / "runs" / name, "transformer/diffusion_pytorch_model.safetensors"
+    for budget, stage in stages(plan, name, steps).items():
+        straight = train(plan.recipe_for(name, plan.output / f"straight-{budget}", rate, steps[budget]))
+        assert (folder / f"model-{stage}" / weights).read_bytes() == (straight / weights).read_bytes()
+        assert len(read_metrics(run_folder(folder, stage))) == max(steps[budget], 0 if name == "cm" else time)
+    assert not list(folder.glob("run*/checkpoints"))
 
 
 def test_a_schedule_or_a_short_warmup_gives_each_budget_its_own_run(plan: Plan) -> None:

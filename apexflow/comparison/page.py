@@ -10,7 +10,7 @@ from PIL import Image
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.plan import IMAGES, TEACHER, TIME, Plan
 from apexflow.comparison.scores import grid_prompts, strips
-from apexflow.comparison.tables import budget_table, sweep_table, task_table, told
+from apexflow.comparison.tables import SWEPT, budget_table, sweep_table, task_table, told
 from apexflow.comparison.train import run_folder
 from apexflow.report import page, write
 from apexflow.reporting import curves, pictures
@@ -42,7 +42,7 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
         section(
             "The sweep of learning rates, and the time of all",
             shown(sweep_table(rows)),
-            "Mean scores over the numbers of evaluations; seconds.",
+            SWEPT,
         ),
     ]
     return write(plan.output / "report.html", page("apexflow comparison", "".join(body)))

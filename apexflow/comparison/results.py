@@ -40,7 +40,6 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
     earlier = _earlier(plan)
     names = needed(plan.methods)
     costs(plan, names)
-    swept = {name: sweep(plan, name) for name in names}
     pace = _pace(plan, earlier)
     rows: dict[str, Any] = {TEACHER: {"budgets": {IMAGES: _scores(plan, TEACHER, TEACHER, plan.recipe.model)}}}
     rows |= {name: row for name, row in earlier["rows"].items() if "runs" in row}
@@ -50,8 +49,9 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
     for seed in sorted(set().union(*seeds.values())):
         for name in names:
             if seed in seeds[name]:
-                runs[name] += _runs(plan, name, swept[name], pace["seconds_a_step"], seed)
-                rows[name] = _row(plan, name, swept[name], runs[name])
+                tried = sweep(plan, name)
+                runs[name] += _runs(plan, name, tried, pace["seconds_a_step"], seed)
+                rows[name] = _row(plan, name, tried, runs[name])
                 console.print(f"{name}: {_summary(rows[name])}")
         results = _write(plan, rows, pace["method"], earlier["commands"])
     return results

@@ -6,6 +6,8 @@ from typing import Any
 
 from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME
 
+SWEPT = "Mean scores over the numbers of evaluations; seconds. The sweep's best run is the first of the runs, and in both sums."
+
 
 def markdown(results: dict[str, Any]) -> str:
     """Both budgets, the tasks at one step, and what was spent."""
@@ -14,7 +16,7 @@ def markdown(results: dict[str, Any]) -> str:
     for budget, title in ((IMAGES, "Equal images"), (TIME, "Equal wall time")):
         parts += [f"## {title}\n", table(budget_table(rows, budget, plan["nfe"]))]
     parts += ["## Tasks at one step, equal images\n", table(task_table(rows))]
-    parts += ["## What the sweep of learning rates and the runs cost\n", table(sweep_table(rows))]
+    parts += ["## What the sweep of learning rates and the runs cost\n", f"{SWEPT}\n", table(sweep_table(rows))]
     return "\n".join(parts)
 
 

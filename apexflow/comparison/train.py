@@ -1,13 +1,14 @@
 """Training of a comparison: the sweep of learning rates, then each method to both budgets. What is finished is not repeated.
 
 Each budget's result is that of a run of just its length. Where nothing in a run is timed by its length, one run passes both
-budgets; else the larger budget has a run of its own, called `alone`.
+budgets; else the larger budget has a run of its own, called `alone`. The sweep's run at the best rate is the first seed's run on
+the budget in images, and is not trained again.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def sweep(plan: Plan, name: str) -> dict[str, Any]:
     tried = {rate: _tried(plan, name, rate) for rate in plan.rates}
     whole = {rate: result for rate, result in tried.items() if "diverged" not in result}
     best = max(whole, key=lambda rate: (whole[rate]["overall"], -whole[rate]["distance"]), default=None)
+    for rate in set(plan.rates) - {best}:
+        shutil.rmtree(swept_run(plan, name, rate), ignore_errors=True)
     return {
         "rate": best,
         "tried": {f"{rate:g}": result for rate, result in tried.items()},
@@ -53,11 +56,14 @@ def sweep(plan: Plan, name: str) -> dict[str, Any]:
 
 
 def _tried(plan: Plan, name: str, rate: float) -> dict[str, Any]:
-    """What came of one learning rate. Its run is thrown away, once that is written."""
-    folder = plan.output / "sweep" / name
-    result = once(folder / f"{rate:g}.json", partial(_try, plan, name, rate, folder / f"run-{rate:g}"))
-    shutil.rmtree(folder / f"run-{rate:g}", ignore_errors=True)
-    return result
+    """What came of one learning rate."""
+    folder = swept_run(plan, name, rate)
+    return once(folder.parent / f"{rate:g}.json", partial(_try, plan, name, rate, folder))
+
+
+def swept_run(plan: Plan, name: str, rate: float) -> Path:
+    """Where the sweep trains; empty once another rate is better, or the run has become the first seed's."""
+    return plan.output / "sweep" / name / f"run-{rate:g}"
 
 
 def _try(plan: Plan, name: str, rate: float, folder: Path) -> dict[str, Any]:
@@ -75,7 +81,20 @@ def stages(plan: Plan, name: str, steps: dict[str, int]) -> dict[str, str]:
 
 def run_folder(folder: Path, stage: str) -> Path:
     """The run that a stage belongs to, below the folder of a method and seed."""
-    return folder / f"run{ALONE * stage.endswith(ALONE)}"
+    own = folder / f"run-{stage}"  # the sweep's, where the other budget ends before it
+    return own if own.exists() else folder / f"run{ALONE * stage.endswith(ALONE)}"
+
+
+def take_over(plan: Plan, name: str, rate: float, order: Iterable[str]) -> None:
+    """Make the sweep's run at `rate` that of the first seed on the budget in images, whose stage is one of `order`."""
+    swept, folder = swept_run(plan, name, rate), plan.output / "runs" / name
+    stage = next(stage for stage in order if stage.startswith(IMAGES))
+    further = stage == IMAGES and next(iter(order)) != IMAGES  # than the run that is to pass both budgets
+    goal = folder / f"run-{stage}" if further else run_folder(folder, stage)
+    if swept.exists() and not goal.exists() and not (folder / f"{stage}.json").exists():
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        swept.rename(goal)
+    shutil.rmtree(swept, ignore_errors=True)
 
 
 def train_to_budgets(
@@ -83,9 +102,12 @@ def train_to_budgets(
 ) -> tuple[dict[str, dict[str, Any]], float]:
     """Results by budget, whose models are kept, and the seconds of it all. A run that diverges marks what it has not reached."""
     folder = plan.of_seed(plan.output / "runs" / name, seed)
+    order = stages(plan, name, steps)
+    if seed == plan.recipe.seed:
+        take_over(plan, name, rate, order.values())
     results: dict[str, dict[str, Any]] = {}
     runs: dict[Path, dict[str, Any]] = {}  # how far each run has come
-    for budget, stage in stages(plan, name, steps).items():
+    for budget, stage in order.items():
         run = run_folder(folder, stage)
         if "diverged" not in runs.get(run, {}):
             recipe = plan.recipe_for(name, run, rate, steps[budget], seed)
