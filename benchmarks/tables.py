@@ -17,6 +17,7 @@ from typing import Any
 
 from step_cost import work_ratio
 
+from apexflow.comparison.plan import TEACHER
 from apexflow.comparison.tables import budget_table, counted, rests, with_error
 
 ROOT = Path(__file__).parent.parent
@@ -123,13 +124,18 @@ def hours(seconds: float) -> str:
 
 
 def comparison(result: dict[str, Any]) -> str:
-    """Both budgets of `apexflow compare`, and what they are."""
+    """The budgets of `apexflow compare`, and what they are; a longer one has that in images alone."""
     plan, rows = result["plan"], result["rows"]
     prompts = "all prompts" if plan["limit"] is None else f"{plan['limit']} prompts"
     told = f"{plan['images']:,} images a run at batch {plan['recipe']['batch']}; {prompts} x {plan['per_prompt']} pictures x "
     told += f"{counted(plan['seeds'], 'seed')} of the noise."
-    images, wall = (markdown(budget_table(rows, budget, plan["nfe"])) for budget in ("images", "time"))
-    return f"{told} {rests(rows)}\n\nEqual images:\n\n{images}\n\nEqual wall time:\n\n{wall}"
+    titles = {"images": "Equal images", "time": "Equal wall time"}
+    tables = [
+        f"{title}:\n\n{markdown(budget_table(rows, budget, plan['nfe']))}"
+        for budget, title in titles.items()
+        if any(budget in row.get("budgets", {}) for name, row in rows.items() if name != TEACHER)
+    ]
+    return "\n\n".join([f"{told} {rests(rows)}", *tables])
 
 
 def data_steps(result: dict[str, Any]) -> str:
@@ -147,6 +153,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step-cost": ("step-cost.json", step_cost),
     "scoring": ("scoring.json", scoring),
     "comparison": ("comparison.json", comparison),
+    "comparison-longer": ("comparison-longer.json", comparison),
     "data-steps": ("data-steps.json", data_steps),
     "weights": ("ablate-weights.json", ablation),
     "shift": ("ablate-shift.json", ablation),

@@ -137,3 +137,27 @@ def test_a_comparison_is_published_with_the_commit_of_every_run(
     assert list(publish("fourth", seed=1)["commits"]) == ["fourth"]  # another comparison
     assert found["command"] == "apexflow compare -o runs/compare"
     assert (root / "results" / "comparison.html").read_text() == "made in runs/compare"
+
+    rows["cm"] = scored_row(0.5) | {"runs": [{"seed": 0, "budgets": {"images": {}, "time": {}}}], "time": 2.0}
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--longer"])
+    assert list(publish("fifth")["commits"]) == ["fourth"]  # the comparison stays
+    longer = json.loads((root / "results" / "comparison-longer.json").read_text())
+    assert longer["commits"] == {"fifth": ["teacher", "cm"]} and set(longer["rows"]["cm"]["budgets"]) == {"images"}
+    row = longer["rows"]["cm"]
+    assert row["runs"] == [{"seed": 0, "budgets": {"images": {}}}] and "time" not in row
+
+
+def scored_row(overall: float) -> dict[str, Any]:
+    """A method's row of a comparison, its two budgets alike."""
+    report = {"overall": overall, "overall_se": 0.1, "distance": 1.0, "diversity": 1.0}
+    one = {"images": 8, "nfe": {"1": report}}
+    return {"sweep": {}, "rate": 1e-4, "further": [], "diverged": "0/1", "budgets": {"images": one, "time": one}}
+
+
+def test_the_table_of_a_comparison_has_the_budgets_that_were_kept() -> None:
+    plan = {"images": 8, "recipe": {"batch": 2}, "limit": 2, "per_prompt": 1, "seeds": 1, "nfe": [1]}
+    rows = {"teacher": {"budgets": {"images": {"nfe": {"1": {"overall": 0.25}}}}}, "cm": scored_row(0.5)}
+    both = tables.comparison({"plan": plan, "rows": rows})
+    assert "Equal images:" in both and "Equal wall time:" in both and both.count("| cm | 0.500") == 2
+    one = tables.comparison({"plan": plan, "rows": publish_comparison.by_images(rows)})
+    assert "Equal images:" in one and "wall" not in one and "| cm | 0.500" in one and "| teacher | 0.250" in one
