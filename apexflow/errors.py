@@ -25,6 +25,14 @@ class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
 
 
+def check_built_in(name: str, meant: str) -> None:
+    """UserError where a built-in name, which stands for `meant`, is also that of a path: nobody would see which was taken."""
+    if Path(name).exists():
+        raise UserError(
+            f"{name!r} stands for {meant}, and a path here has that name too: give ./{name} for the path, or rename it"
+        )
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether a disk, or the user's share of it, had no room left."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

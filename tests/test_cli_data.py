@@ -8,8 +8,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from command_line import Run, refused
+from command_line import Run, refused, write
 from PIL import Image
+
+from apexflow.training.config import Data
+from apexflow.training.prepare import finished_cache
 
 
 def with_data(recipe: Path, source: Path) -> tuple[str, ...]:
@@ -49,6 +52,18 @@ def test_data_that_cannot_be_used_is_named(run: Run, recipe_file: Path, tmp_path
     }
     for name, (pictures, captions, word) in cases.items():
         refused(run(*with_data(recipe_file, fill(tmp_path / name, pictures, captions)), "batch=1"), word, name)
+
+
+def test_a_folder_called_scenes_is_not_passed_over(
+    run: Run, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = fill(tmp_path / "scenes", {}, {})
+    refused(run(*with_data(recipe_file, Path("scenes"))), "'scenes' stands for scenes that are drawn", "./scenes")
+    assert not (tmp_path / "run").exists()
+    refused(run("train", recipe_file, "data.source=./scenes"), "scenes is empty")
+    write(folder / "cache.json", "{}")
+    assert finished_cache(Data(source="scenes")) is None and finished_cache(Data(source="./scenes")) is not None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])

@@ -34,6 +34,18 @@ def test_a_folder_that_is_no_model_is_named(
     refused(generate(run, model), "JSON")
 
 
+def test_a_folder_with_the_name_of_a_shipped_model_is_not_passed_over(
+    run: Run, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mini-student", "miniature"):
+        write(tmp_path / name, "mine")
+    refused(generate(run, "mini-student"), "'mini-student' stands for the model that ships", "./mini-student")
+    refused(generate(run, "./mini-student"), "mini-student is a file")
+    refused(run("train", recipe_file, "model=miniature"), "'miniature' stands for", "./miniature")
+    refused(run("train", recipe_file, "model=./miniature"), "miniature is a file")
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_or_truncated_part_is_named(
     run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apexflow.backbones import second_time
 from apexflow.conditioning import Condition
-from apexflow.errors import UserError
+from apexflow.errors import UserError, check_built_in
 from apexflow.transport import Transport
 
 
@@ -151,19 +151,26 @@ PICKLES = (".bin", ".pt", ".ckpt", ".pth")
 BUILT_IN = Path(__file__).parent.parent / "assets"
 
 
+def built_in() -> list[str]:
+    """The names of the models that ship."""
+    return sorted(path.parent.name for path in BUILT_IN.glob("*/model_index.json"))
+
+
 def resolve(path_or_id: str) -> Path:
     """The folder of a model: a built-in name ("mini-teacher", "mini-student"), a local folder, or a hub id.
 
-    The network is touched only for a hub id, that is a name of the form owner/name which is no local path.
+    The network is touched only for a hub id, that is a name of the form owner/name which is no local path. UserError for
+    what is none of these, or both the first and the second.
     """
-    if (BUILT_IN / path_or_id / "model_index.json").is_file():
+    if path_or_id in built_in():
+        check_built_in(path_or_id, "the model that ships with apexflow")
         return BUILT_IN / path_or_id
     folder = Path(path_or_id)
     if folder.exists():
         return folder
     if path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~")):
         return _download(path_or_id)
-    names = ", ".join(sorted(p.parent.name for p in BUILT_IN.glob("*/model_index.json")))
+    names = ", ".join(built_in())
     raise UserError(
         f"model {path_or_id!r} not found: give a diffusers folder, a hub id (owner/name) or one of: {names}"
     )

@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from apexflow.backbones import BUILT_IN, PICKLES, Backbone, Settings, load_backbone, read_settings, resolve
+from apexflow.backbones import (
+    BUILT_IN,
+    PICKLES,
+    Backbone,
+    Settings,
+    built_in,
+    load_backbone,
+    read_settings,
+    resolve,
+)
 from apexflow.backbones.parts import index_entry, read_index, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
@@ -161,7 +170,7 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     """A README: the lines that draw a picture with stock diffusers."""
     pipeline = read_index(found.model)["_class_name"]
     loaded = found.base if kind == "lora" else str(output)
-    if (BUILT_IN / loaded / "model_index.json").is_file():
+    if loaded in built_in():
         loaded = str(BUILT_IN / loaded)  # diffusers does not know our names
     lines = ["import torch, diffusers"]
     if chosen == "any-step":

@@ -36,7 +36,7 @@ def check_data(recipe: Recipe, finished: Path | None) -> None:
         cached = CachedSet(finished)
         check_pictures(recipe, cached.has_pictures)
         check_batch(recipe, len(cached))
-    elif recipe.data.source in (None, "scenes"):
+    elif recipe.data.drawn:
         check_batch(recipe, recipe.data.count)
     else:
         origin = recognise(Path(str(recipe.data.source)))

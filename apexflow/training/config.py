@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from apexflow.errors import UserError
+from apexflow.errors import UserError, check_built_in
 from apexflow.objectives import objectives
 
 Count = Annotated[int, Field(ge=1)]
@@ -43,6 +43,11 @@ class Data:
     buckets: bool = False
     captions: tuple[str, ...] = ()
     skip_limit: Share = 0.05
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the pictures are scenes, where no finished cache is named."""
+        return self.source in (None, "scenes")
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(raw, override)
     recipe = parse(Recipe, raw, str(path))
     recipe.build_objective()
+    if recipe.data.source == "scenes":
+        check_built_in("scenes", "scenes that are drawn")
+    if recipe.model == "miniature":
+        check_built_in("miniature", "a small model that is built anew")
     return recipe
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from apexflow.backbones import Backbone
+from apexflow.backbones import BUILT_IN, Backbone
 from apexflow.backbones.parts import bytes_of
 from apexflow.backbones.presets import load_shapes
 from apexflow.training.config import Recipe
@@ -119,7 +119,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
 
 def shapes_of(recipe: Recipe) -> Backbone:
     """The recipe's model on the meta device, in the precision in which its weights are loaded."""
-    model = "mini-teacher" if recipe.model == "miniature" else recipe.model  # of the same shapes
+    model = str(BUILT_IN / "mini-teacher") if recipe.model == "miniature" else recipe.model  # of the same shapes
     return _shapes(model, loaded_dtype(recipe))
 
 

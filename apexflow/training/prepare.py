@@ -142,7 +142,7 @@ def null_condition(recipe: Recipe, backbone: Backbone, data: CachedSet) -> Condi
 
 def finished_cache(data: Data) -> Path | None:
     """The finished cache that `source` names, or `cache` where no source is given."""
-    named = data.source or data.cache
+    named = None if data.source == "scenes" else data.source or data.cache
     return Path(named) if named and is_cache(Path(named)) else None
 
 
@@ -174,7 +174,7 @@ def suited_objective(recipe: Recipe, backbone: Backbone) -> Any:
 def captioned_source(recipe: Recipe) -> Path:
     """The set that a recipe names; scenes are drawn into a shared folder on first use."""
     data = recipe.data
-    if data.source not in (None, "scenes"):
+    if not data.drawn:
         return Path(str(data.source))
     folder = CACHE_HOME / f"scenes-{data.count}-seed{data.seed}"
     with alone_in(folder, wait=True):
@@ -207,7 +207,7 @@ def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:
     if not (base / "model_index.json").is_file():
         if is_cache(source):
             raise UserError(f"model: miniature is fitted on pictures, and {source} is a cache: name the pictures")
-        of_scenes = recipe.data.source in (None, "scenes")
+        of_scenes = recipe.data.drawn
         words = vocabulary() if of_scenes else words_of(source, recipe.data.captions)
         backbone = build_miniature(words, recipe.seed)
         if of_scenes:
