@@ -132,7 +132,10 @@ def demo(
     from apexflow.demo import run_demo
     from apexflow.evaluation.table import score_table
 
-    result = run_demo(output, minutes, force)
+    try:
+        result = run_demo(output, minutes, force)
+    except (KeyboardInterrupt, Stopped):
+        raise Stopped("a demo does not go on; the same command with --force starts anew") from None
     if speaks():
         show(result, as_json, score_table(result["scores"]) + f"\nreport: {result['report']}")
 

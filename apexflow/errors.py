@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,15 @@ class Diverged(UserError):
 
 class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
+
+
+@contextmanager
+def going_on(told: Callable[[], str]) -> Iterator[None]:
+    """Within, Ctrl-C is a Stopped with what is told then: what is kept, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(told()) from None
 
 
 def check_built_in(name: str, meant: str) -> None:

@@ -10,7 +10,7 @@ from apexflow.comparison.plan import EVERYONE, Plan, comparison_recipe
 from apexflow.comparison.results import run_comparison
 from apexflow.comparison.tables import budget_table
 from apexflow.data.workers import Share
-from apexflow.errors import UserError
+from apexflow.errors import UserError, going_on
 from apexflow.training.config import load_recipe
 
 
@@ -33,7 +33,8 @@ def compare_command(
         rates=tuple(_numbers(rates, "--rates", float)),
         **given,
     )
-    results = run_comparison(plan)
+    with going_on(lambda: f"what is finished is kept in {output}: the same command goes on"):
+        results = run_comparison(plan)
     rows = budget_table(results["rows"], "images", list(plan.nfe))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

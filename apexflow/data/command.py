@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError
+from apexflow.errors import UserError, going_on
 from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks
 
 SkipLimit = Annotated[
@@ -43,7 +44,7 @@ def cache(
     Under torchrun the processes share the work.
     """
     from apexflow.data.cache import verify as check
-    from apexflow.data.caching import CacheSettings
+    from apexflow.data.caching import WINDOW, CacheSettings
     from apexflow.data.jobs import cache_command
 
     if verify:
@@ -54,7 +55,8 @@ def cache(
     if output is None:
         raise UserError("name the folder of the cache with -o FOLDER")
     settings = CacheSettings(size, buckets, captions=tuple(caption or ()), skip_limit=skip_limit)
-    result = cache_command(source, output, model, settings, device)
+    with going_on(partial(_kept, output, "shard-*.json", f"{WINDOW} records")):
+        result = cache_command(source, output, model, settings, device)
     if result is not None:
         show(result, as_json, _cache_text(result))
 
@@ -84,15 +86,21 @@ def synthesize(
     Under torchrun the processes share the work.
     """
     from apexflow.data.jobs import synthesize_command
-    from apexflow.data.synthesize import Synthesis
+    from apexflow.data.synthesize import SHARD, Synthesis
 
     settings = Synthesis(steps, guidance, seed, size, tuple(caption or ()), skip_limit)
-    result = synthesize_command(prompts, output, model, settings, device)
+    with going_on(partial(_kept, output, "*.tar", f"{SHARD} pictures")):
+        result = synthesize_command(prompts, output, model, settings, device)
     if result is None:
         return
     more = "" if result["complete"] else "; this process has done its part, others are still to come"
     text = f"{output}: {result['pictures']} pictures, skipped {len(result['skipped'])}{more}"
     show(result, as_json, f"{text}{listed(result['skipped'])}\ntrain on it with data.source={output}")
+
+
+def _kept(folder: Path, shards: str, size: str) -> str:
+    """What a stop leaves, and how to go on."""
+    return f"finished shards of {size} kept in {folder}: {len(list(folder.glob(shards)))}; the same command goes on"
 
 
 def _cache_text(result: dict[str, Any]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apexflow.errors import Stopped, UserError
+from apexflow.errors import UserError, going_on
 from apexflow.options import Device, Json, show
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def evaluate(
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
-    with _going_on(output), _alone_in(output, share, None if images else range(seed, seed + seeds)):
+    with going_on(partial(_kept, output)), _alone_in(output, share, None if images else range(seed, seed + seeds)):
         if images is not None:
             from apexflow.evaluation.runner import score_folder
 
@@ -132,17 +133,11 @@ def _of_seed(output: Path | None, seed: int) -> Path | None:
     return output and output / f"seed-{seed}"
 
 
-@contextmanager
-def _going_on(output: Path | None) -> Iterator[None]:
-    """Within, Ctrl-C says what is kept and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if output is None:
-            raise Stopped(
-                "nothing is kept without a folder: name one with -o, and an interrupted run goes on"
-            ) from None
-        raise Stopped(f"what was drawn, answered and scored is kept in {output}: the same command goes on") from None
+def _kept(output: Path | None) -> str:
+    """What a stop leaves, and how to go on."""
+    if output is None:
+        return "nothing is kept without a folder: name one with -o, and an interrupted run goes on"
+    return f"what was drawn, answered and scored is kept in {output}: the same command goes on"
 
 
 def _refuse_for_images(ctx: typer.Context) -> None:

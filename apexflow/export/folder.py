@@ -170,7 +170,7 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     """A README: the lines that draw a picture with stock diffusers."""
     pipeline = read_index(found.model)["_class_name"]
     loaded = found.base if kind == "lora" else str(output)
-    if loaded in built_in():
+    if kind == "lora" and loaded in built_in():
         loaded = str(BUILT_IN / loaded)  # diffusers does not know our names
     lines = ["import torch, diffusers"]
     if chosen == "any-step":

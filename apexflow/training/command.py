@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError, is_out_of_memory
+from apexflow.errors import UserError, going_on, is_out_of_memory
 from apexflow.options import Json, Overrides, show, speaks
 
 
@@ -25,8 +25,10 @@ def train(
     from apexflow.training.loop import train as run
 
     loaded = load_recipe(recipe, overrides or [])
+    kept = f"what was cached and saved is kept in {loaded.output}: go on with the same command and --resume"
     try:
-        model = run(loaded, resume)
+        with going_on(lambda: kept):
+            model = run(loaded, resume)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
