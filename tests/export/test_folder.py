@@ -96,6 +96,12 @@ def test_the_readme_of_a_lora_for_a_shipped_model_names_its_folder(tmp_path):
     assert named is not None and (Path(named[1]) / "model_index.json").is_file()
 
 
+def test_the_readme_of_a_model_called_as_a_shipped_one_names_the_copy(folder_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export(str(student(folder_of, "sana", tmp_path)), Path("mini-student"))
+    assert 'from_pretrained("mini-student"' in (tmp_path / "mini-student" / "README.md").read_text()
+
+
 def test_a_pair_adds_to_convolutions_of_any_kernel():
     x = torch.randn(2, 3, 8, 8)
     pair = Pair(torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1), 0.5)
