@@ -86,7 +86,7 @@ def test_a_shard_with_one_bad_record_is_used_without_it(run: Run, recipe_file: P
                 tar.addfile(member, io.BytesIO(content))
     assert run(*with_data(recipe_file, folder))[0] == 0
     record = json.loads((tmp_path / "run" / "cache" / "cache.json").read_text())
-    assert record["rows"] == 39 and record["skipped"] == {"a.tar:0": "corrupt picture"}
+    assert record["rows"] == 39 and record["skipped"] == {str(folder / "a.tar:0"): "corrupt picture"}
 
 
 def test_a_cache_of_other_data_or_a_damaged_cache_is_refused(

@@ -239,6 +239,21 @@ def test_a_broken_file_among_many_is_named_and_counted_once(
         skipped.check(0.2, tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_files_of_one_name_in_two_folders_count_and_draw_captions_alike(suffix: str, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        name = tmp_path / part / f"0.{suffix}"
+        if suffix == "tar":
+            tar(name, {"0.png": picture("red"), "0.txt": b" ", "1.png": picture("red"), "1.txt": b"red"})
+        else:
+            parquet(name, {"image": [picture("red")] * 2, "caption": [" ", "red"]})
+    skipped = Skipped()
+    assert [record.key for record in read_captioned(tmp_path, skipped)] == [f"0.{suffix}:1"] * 2
+    assert skipped.reasons == {str(tmp_path / part / f"0.{suffix}:0"): "caption empty" for part in ("train", "val")}
+    with pytest.raises(UserError, match="2 of 4 records"):
+        skipped.check(0.4, tmp_path)
+
+
 def test_a_damaged_manifest_and_lost_pictures_are_named(tmp_path: Path) -> None:
     path = sharegpt(tmp_path / "set")
     (path / "text_to_image_part_1.tar").unlink()

@@ -154,7 +154,7 @@ class Job:
             for sample, record in zip(group, apply(self._prepare, group), strict=True):
                 result.skipped.seen += 1
                 if isinstance(record, str):
-                    result.skipped.reasons[sample.key] = record
+                    result.skipped.reasons[sample.name] = record
                     continue
                 caption, size, pixels = record
                 result.texts.setdefault(_name(size), []).append((sample.key, caption))

@@ -20,10 +20,19 @@ CAPTIONS = ("txt", "caption", "prompt", "text", "input_prompt")
 
 @dataclass(frozen=True)
 class Sample:
-    """One record, not read yet: `load` gives the picture's bytes (None in a list of prompts) and its fields of text."""
+    """One record, not read yet: `load` gives the picture's bytes (None in a list of prompts) and its fields of text.
+
+    key: decides which of several captions it gets. folder: where the file lies that its key begins with, if it does.
+    """
 
     key: str
     load: Callable[[], tuple[bytes | None, Mapping[str, Any]]]
+    folder: Path = Path()
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is skipped: files of one name in two folders have records of the same keys."""
+        return str(self.folder / self.key)
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,6 @@ def read_captioned(source: Path, skipped: Skipped, captions: Sequence[str] = ())
         skipped.seen += 1
         record = read_sample(sample, captions)
         if isinstance(record, str):
-            skipped.reasons[sample.key] = record
+            skipped.reasons[sample.name] = record
         else:
             yield record

@@ -47,11 +47,11 @@ class Synthesis:
 
 @dataclass(frozen=True)
 class Wish:
-    """A picture to draw: its number in the set, its prompt, and the name of the record that the prompt came from."""
+    """A picture to draw: its number in the set, its prompt, and what the record is called that the prompt came from."""
 
     index: int
     prompt: str
-    key: str
+    record: str
 
 
 @dataclass
@@ -105,7 +105,7 @@ def synthesize(
         "folder": str(folder),
         "pictures": sum(len(shards[path]) for path in there) - len(left_out),
         "complete": len(there) == len(shards),
-        "skipped": skipped.broken | skipped.reasons | {wish.key: "the picture is not finite" for wish in left_out},
+        "skipped": skipped.broken | skipped.reasons | {wish.record: "the picture is not finite" for wish in left_out},
         "steps": steps,
     }
 
@@ -133,12 +133,12 @@ def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skippe
         try:
             prompt = pick_caption(sample.load()[1], captions, sample.key)
         except (OSError, ValueError) as error:
-            skipped.reasons[sample.key] = f"unreadable ({error})"
+            skipped.reasons[sample.name] = f"unreadable ({error})"
             continue
         if prompt:
-            chosen.append(Wish(index, prompt, sample.key))
+            chosen.append(Wish(index, prompt, sample.name))
         else:
-            skipped.reasons[sample.key] = "caption missing" if prompt is None else "caption empty"
+            skipped.reasons[sample.name] = "caption missing" if prompt is None else "caption empty"
     return chosen
 
 

@@ -30,7 +30,7 @@ def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
         for group, size in enumerate(sizes):
             for row in range(size):
                 load = partial(_load, path, group, row, picture, texts)
-                yield Sample(f"{path.name}:{sum(sizes[:group]) + row}", load)
+                yield Sample(f"{path.name}:{sum(sizes[:group]) + row}", load, path.parent)
 
 
 def _columns(path: Path, schema: Any) -> tuple[str, tuple[str, ...]]:

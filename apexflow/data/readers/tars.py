@@ -74,7 +74,7 @@ def _sample(path: Path, key: str, parts: dict[str, Member]) -> Sample:
         text = {"txt": parts[".txt"].read().decode("utf-8", errors="replace")} if ".txt" in parts else {}
         return picture, fields | text
 
-    return Sample(f"{path.name}:{key}", load)
+    return Sample(f"{path.name}:{key}", load, path.parent)
 
 
 def json_fields(raw: bytes) -> dict[str, Any]:
