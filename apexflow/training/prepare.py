@@ -121,11 +121,18 @@ def check_teaches(recipe: Recipe, pair: Sequence[Backbone], folders: Sequence[Pa
         for what, differs in (
             ("transport", backbone.transport != teacher.transport),
             ("autoencoder", len(autoencoders) > 1 and _apart(*(one.encode_images(GREY) for one in pair))),
-            ("text encoder", len(texts) > 1 and _apart(*(one.encode_prompts([WORDS]).embeds for one in pair))),
+            ("text encoder", len(texts) > 1 and _read_apart(*(one.encode_prompts([WORDS]) for one in pair))),
             ("shape of latents", len({one.latent_shape((side, side)) for one in pair}) > 1),
         ):
             if differs:
                 raise UserError(f"teacher {recipe.teacher} has another {what} than model {recipe.model}: name its like")
+
+
+def _read_apart(one: Condition, other: Condition) -> bool:
+    """Whether the same words are other conditions to two models: their embeddings, or the pooled vectors beside them."""
+    if one.pooled is None or other.pooled is None:
+        return one.pooled is not other.pooled or _apart(one.embeds, other.embeds)
+    return _apart(one.embeds, other.embeds) or _apart(one.pooled, other.pooled)
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
