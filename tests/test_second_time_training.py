@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from interrupted import train_in_parts
 from safetensors.torch import load_file
 
-from apexflow.backbones.second_time import FILE, second_time_of
+from apexflow.backbones import load_backbone
+from apexflow.backbones.second_time import FILE, attach, save, second_time_of
 from apexflow.generator import load
 from apexflow.training import loop
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
@@ -77,6 +79,25 @@ def test_lora_answers_of_teacher_and_average_have_their_own_second_time(recipe_f
     with torch.no_grad():
         assert torch.equal(networks.teacher(x, t, c), base) and torch.equal(networks.teacher(x, t, c, t), base)
         assert not torch.equal(networks.student(x, t, c, t), networks.student(x, t, c, 0 * t))
+
+
+def test_a_lora_in_half_precision_takes_up_a_trained_second_time_as_it_is(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    second = attach(load_backbone(str(model)).transformer)
+    torch.nn.init.normal_(second.embedders["default"][-1].weight)
+    save(second, model)
+    options = [*JUMPS, "tuning.kind=lora", "precision=bf16", f"model={model}"]
+    roles = start(load_recipe(recipe_file, options), resume=False).roles
+    saved = load_file(model / FILE)
+    for states in (roles.trained, roles.average):
+        for name, tensor in saved.items():
+            assert not torch.equal(tensor, tensor.bfloat16().float())
+            assert torch.equal(states[f"second_time.embedders.{name}"].data, tensor)
+    assert {p.dtype for name, p in roles.backbone.transformer.named_parameters() if ".base_layer." in name} == {
+        torch.bfloat16
+    }
 
 
 def test_a_method_without_goes_on_from_a_model_with_a_second_time(recipe_file: Path, tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ class LoraRoles:
         seed: int = 0,
     ) -> None:
         self.backbone = backbone
-        transformer = backbone.transformer.requires_grad_(False).to(frozen)
+        with second_time.without(backbone.transformer):  # it is trained, and a trained one is to be taken up as it is
+            transformer = backbone.transformer.requires_grad_(False).to(frozen)
         self._layers = inject_adapters(transformer, tuning, backbone.lora_targets, ("default", "ema", *further), seed)
         for name, parameter in transformer.named_parameters():
             if ".lora_" in name or second_time.NAME in name:
