@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -41,6 +41,14 @@ def alone_in(folder: Path, part: str = "", wait: bool = False) -> Iterator[None]
         with suppress(OSError):  # what a command that was refused leaves empty
             for place in made:
                 place.rmdir()
+
+
+def made_once(path: Path, is_there: Callable[[], bool], make: Callable[[], object]) -> None:
+    """`make` a file unless it is there. Of several processes that come to it one makes it, and the others wait."""
+    if not is_there():
+        with alone_in(path, wait=True):
+            if not is_there():
+                make()
 
 
 def _take(path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> TextIO | None:

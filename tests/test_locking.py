@@ -98,6 +98,10 @@ def test_where_no_lock_can_be_the_work_goes_on(tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_while_it_cached_goes_on(run: Run, recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "cache").mkdir(parents=True)
-    write(tmp_path / "run" / ".cache.lock", "")
+    locks = [
+        tmp_path / "run" / name for name in (".cache.lock", ".cache-finishing.lock", "cache/.shard-000000.json.lock")
+    ]
+    for lock in locks:
+        write(lock, "")
     assert run("train", recipe_file, "steps=1", "--resume")[0] == 0
-    assert not (tmp_path / "run" / ".cache.lock").exists()
+    assert not any(lock.exists() for lock in locks)

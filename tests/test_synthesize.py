@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -77,6 +79,30 @@ def test_workers_and_a_lost_shard_end_in_the_same_set(prompts: Path, tiny_model:
     draw(prompts, shared, tiny_model)
     assert shards(shared) == shards(tmp_path / "whole")
     assert (shared / "pictures-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_processes_that_meet_at_a_shard_write_it_one_after_the_other(
+    prompts: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One works alone, one was started beside it as the second of two: the locks of their shares are not the same."""
+    draw(prompts, tmp_path / "whole", tiny_model)
+    folder, add, waits = tmp_path / "set", shards_module._add, Event()
+    monkeypatch.setattr(console, "print", lambda text: waits.set())
+    others = list[Future[dict]]()
+
+    def slow(tar: object, name: str, content: bytes) -> None:
+        """In the middle of a shard the second comes to its end, or to where it waits for the first."""
+        add(tar, name, content)  # type: ignore[arg-type]
+        if name == "0000004.png" and not others:
+            others.append(pool.submit(draw, prompts, folder, tiny_model, 1, 2))
+            while not (others[0].done() or waits.is_set()):
+                time.sleep(0.01)
+
+    monkeypatch.setattr(shards_module, "_add", slow)
+    with ThreadPoolExecutor(1) as pool:
+        assert draw(prompts, folder, tiny_model)["complete"]
+    assert others[0].result() and shards(folder) == shards(tmp_path / "whole")
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_killed_set_goes_on_and_ends_the_same(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:

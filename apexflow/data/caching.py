@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from apexflow.data.readers import Source, recognise
 from apexflow.data.shards import groups
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
-from apexflow.locking import alone_in
+from apexflow.locking import alone_in, made_once
 from apexflow.progress import Progress
 
 WINDOW = 512  # records a shard
@@ -80,8 +81,8 @@ def make_cache(
         for count, window in enumerate(groups(origin.samples(total.broken), WINDOW), 1):
             number = count - 1
             if number % share.world == share.rank:
-                if not job.has_shard(number):
-                    job.write_shard(number, job.encode(window, pool.map))
+                make = partial(job.make_shard, number, window, pool.map)
+                made_once(folder / sidecar(number), partial(job.has_shard, number), make)
                 job.add_skipped(number, total)
                 job.check(Skipped(total.seen, total.reasons))
             progress.advance(len(window))
@@ -180,8 +181,9 @@ class Job:
         latents = self.backbone.encode_images(centred(torch.stack(pictures)))
         result.latents.setdefault(_name(size), []).append(latents.half().cpu())
 
-    def write_shard(self, number: int, window: Window) -> None:
-        """Write the tensors, then the JSON that vouches for them."""
+    def make_shard(self, number: int, samples: list[Sample], apply: Callable[..., Iterator[Any]]) -> None:
+        """Encode a window; write the tensors, then the JSON that vouches for them. `apply` is as `encode` takes it."""
+        window = self.encode(samples, apply)
         names = sorted(window.texts)
         rows = [row for name in names for row in window.texts[name]]
         tensors = {f"latents.{name}": torch.cat(parts) for name, parts in window.latents.items()}
@@ -277,7 +279,7 @@ def claim(folder: Path, made_by: dict[str, Any]) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
-    others = [path for path in folder.iterdir() if path != marker and not path.name.endswith(".partial")]
+    others = [path for path in folder.iterdir() if path != marker and path.suffix not in (".partial", ".lock")]
     # Looked for after the listing: a process beside this one writes its claim before anything else.
     if marker.is_file():
         check_made_by(folder, json.loads(marker.read_text()), made_by)

@@ -10,20 +10,20 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from apexflow.data.caching import write_record
 from apexflow.data.captioned import Sample, Skipped, pick_caption
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.readers import Source, recognise
 from apexflow.data.readers.tars import members
-from apexflow.data.shards import groups, write_shard
+from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
 from apexflow.generator import MAX_BATCH, Generator, check_sampling
+from apexflow.locking import made_once
 from apexflow.progress import Progress
 
 SHARD = 64  # pictures: what a kill can cost
@@ -95,8 +95,9 @@ def synthesize(
             path = folder / f"pictures-{number:06d}.tar"
             if chosen:
                 shards[path] = chosen
-            if number % share.world == share.rank and chosen and not path.is_file():
-                write_shard(path, _records(generator, chosen, settings, steps, size, lost))
+            if number % share.world == share.rank and chosen:
+                draw = partial(_draw, path, generator, chosen, settings, steps, size, lost)
+                made_once(path, path.is_file, draw)  # processes that were started with other shares may meet here
             progress.advance(len(window))
     share.wait_for("drawn by all processes", list(shards), Path.is_file)
     there = {path: _left_out(path, chosen) for path, chosen in shards.items() if path.is_file()}
@@ -142,11 +143,11 @@ def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skippe
     return chosen
 
 
-def _records(
-    generator: Generator, chosen: Sequence[Wish], settings: Synthesis, steps: int, size: int, lost: Lost
-) -> list[tuple[str, Image.Image, str, dict[str, Any]]]:
-    """The pictures of a shard that are finite; UserError where too many are not, before any of them is written."""
-    records = []
+def _draw(
+    path: Path, generator: Generator, chosen: Sequence[Wish], settings: Synthesis, steps: int, size: int, lost: Lost
+) -> None:
+    """Write a shard of the pictures that are finite; UserError where too many are not, before any of them is written."""
+    records: list[Record] = []
     for group in groups(chosen, max(1, min(MAX_BATCH, BATCH_PIXELS // size**2))):
         texts = [wish.prompt for wish in group]
         for prompt in generator.backbone.unknown_words(texts):
@@ -160,7 +161,7 @@ def _records(
     lost.drawn += len(chosen)
     lost.lost += len(chosen) - len(records)
     lost.check(settings.skip_limit)
-    return records
+    write_shard(path, records)
 
 
 def _name(wish: Wish) -> str:
@@ -182,7 +183,7 @@ def claim(folder: Path, wanted: dict[str, Any]) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
-    others = [path for path in folder.iterdir() if path != marker and not path.name.endswith(".partial")]
+    others = [path for path in folder.iterdir() if path != marker and path.suffix not in (".partial", ".lock")]
     if not others:  # nothing was drawn under an earlier claim
         write_record(marker, wanted)
         return

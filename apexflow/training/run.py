@@ -29,7 +29,7 @@ from apexflow.training.roles import Roles
 
 CHECKPOINTS = "checkpoints"
 # What is made in the folder before the recipe is written there.
-BEFORE_A_RUN = {"cache", ".cache.lock", "base", ".partial-base"}
+BEFORE_A_RUN = {"cache", ".cache.lock", ".cache-finishing.lock", "base", ".partial-base"}
 
 
 def holds_run(folder: Path) -> bool:
