@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from apexflow.cli import app
+from apexflow.training.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,6 +60,28 @@ def test_every_file_that_the_documents_name_exists() -> None:
         text = (ROOT / document).read_text()
         for name in re.findall(r"`((?:docs|recipes|benchmarks|results)/[\w./-]+\.\w+)`", text):
             assert (ROOT / name).is_file(), f"{document} names {name}"
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every `apexflow` that stands in a block of commands."""
+    found = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"```\n(.*?)```", path.read_text().replace("\\\n", " "), re.DOTALL):
+            lines = (re.match(r"(?:torchrun .*-m )?apexflow (.*)", line) for line in block.splitlines())
+            found += [shlex.split(line[1], comments=True) for line in lines if line is not None]
+    return found
+
+
+def test_every_command_that_the_documents_show_is_one() -> None:
+    assert len(commands()) > 30
+    for name, *arguments in commands():
+        command: Any = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+        while hasattr(command, "commands"):
+            command = command.commands[arguments.pop(0)]
+        given = command.make_context(name, arguments).params  # a usage error for an option that is none
+        recipe = ROOT / str(given.get("recipe"))
+        if recipe.is_file():
+            load_recipe(recipe, given["overrides"] or [])
 
 
 def test_imports_point_down() -> None:

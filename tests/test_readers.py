@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from apexflow.data.captioned import Skipped, pick_caption, read_captioned
 from apexflow.data.readers import kinds, recognise
@@ -293,3 +293,22 @@ def test_parquet_without_pyarrow_or_without_pictures(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install 'apexflow\[parquet\]'"):
         list(read_captioned(path, Skipped()))
+
+
+@pytest.mark.parametrize("exif", ["upright", "damaged"])
+def test_a_picture_is_read_in_its_exif_orientation(tmp_path: Path, exif: str) -> None:
+    lying = Image.new("RGB", (20, 10), "red")
+    lying.paste("blue", (10, 0, 20, 10))
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = 6  # to be turned a quarter clockwise
+    content = tags.tobytes() if exif == "upright" else b"Exif\0\0II*\0\xff\xff\xff\xff"
+    lying.save(tmp_path / "0.jpg", exif=content)
+    (tmp_path / "0.txt").write_text("red above blue")
+    (record,) = read_captioned(tmp_path, Skipped())
+    assert record.image is not None
+    assert record.image.size == ((10, 20) if exif == "upright" else (20, 10))
+    top = record.image.getpixel((2, 2))
+    assert isinstance(top, tuple) and top[0] > 200 and top[2] < 60
+    if exif == "upright":
+        bottom = record.image.getpixel((2, 17))
+        assert isinstance(bottom, tuple) and bottom[2] > 200 and bottom[0] < 60

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from apexflow.errors import UserError
 
@@ -102,9 +102,18 @@ def pick_caption(fields: Mapping[str, Any], wanted: Sequence[str], key: str) -> 
 
 def _decode(picture: bytes) -> Image.Image | None:
     try:
-        return Image.open(io.BytesIO(picture)).convert("RGB")
+        return _upright(Image.open(io.BytesIO(picture))).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
         return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """In its EXIF orientation: a camera held upright often stores its picture lying down. As it is where that cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF raises many kinds, and the picture itself may be whole
+        return image
+    return image if orientation in (None, 1) else ImageOps.exif_transpose(image)
 
 
 def read_captioned(source: Path, skipped: Skipped, captions: Sequence[str] = ()) -> Iterator[Captioned]:

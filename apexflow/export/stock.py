@@ -48,10 +48,13 @@ def call_options(backbone: Backbone, settings: Settings, stock: bool) -> dict[st
     return options | _guidance(backbone.family, settings) | _text(backbone.family, settings)
 
 
-def _guidance(family: str, settings: Settings) -> dict[str, float]:
+def _guidance(family: str, settings: Settings) -> dict[str, Any]:
     """How a family's pipeline is told the scale of F(null) + scale (F(c) - F(null)), 1 being none."""
-    if family == "qwen-image":
-        return {"true_cfg_scale": settings.guidance}
+    guided = settings.guidance != 1
+    if family == "qwen-image":  # without a negative prompt the scale is not heard
+        return {"true_cfg_scale": settings.guidance} | ({"negative_prompt": " "} if guided else {})
+    if family == "lumina2":  # by default the guided answer is cut to the length of the other one
+        return {"guidance_scale": settings.guidance} | ({"cfg_normalization": False} if guided else {})
     if family == "z-image":
         return {"guidance_scale": settings.guidance - 1}
     if family in ("flux", "sana-sprint"):  # the scale goes into the network

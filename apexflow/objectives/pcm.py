@@ -1,7 +1,8 @@
 """Phased consistency models (Wang et al., 2024): one consistency model for each phase of the path, and a judge of their ends.
 
 The path is cut into phases, and every point of a phase must lead to the same point at the phase's clean edge. With one phase
-that is consistency distillation. Sample deterministically, with as many steps of an even grid as there are phases.
+that is consistency distillation. Sample deterministically, with as many steps as there are phases, or a multiple: the edges
+are the times of the model's own grid of so many steps, as the paper's are those of its sampler.
 The judge (Eq. 8 and 9) looks at both ends after fresh noise, through the frozen teacher; the released one has a head on every
 block, and learns at twice (SD 1.5) or five times (SDXL) the student's rate. It and the student take turns, as there.
 """
@@ -31,7 +32,8 @@ class PCM:
     phases: M; the paper finds 4 enough. guidance: w of Eq. (6) in the teacher's solver, 1 for none (the paper's "Ours*");
         the released training of SD 1.5 draws w - 1 between 4 and 5, and so is the default. skip, points: k and N, as there
         (the text has k = 1).
-    target: theta-minus is the EMA "reference" (the paper) or the student itself. huber, shift: as in LCM.
+    target: theta-minus is the EMA "reference" (the paper) or the student itself. huber: as in LCM.
+    shift: of the times, as in LCM; None: that of the grid on which the model is sampled.
     adversarial: lambda, the weight of Eq. (9) beside Eq. (5), 0.1 in the paper; 0: no judge, and every turn is the
         student's. depths: which blocks the judge looks at, as shares.
     """
@@ -42,7 +44,7 @@ class PCM:
     points: int = 1000
     target: Literal["reference", "student"] = "reference"
     huber: float = 1e-3
-    shift: float = 1.0
+    shift: float | None = None
     adversarial: float = 0.1
     depths: tuple[float, ...] = (0.1, 0.4, 0.7, 0.95)
 
@@ -54,7 +56,7 @@ class PCM:
             raise ValueError(f"skip must lie between 1 and points, got {self.skip} of {self.points}")
         if not 1 <= self.phases <= self.points:
             raise ValueError(f"phases must lie between 1 and points, got {self.phases} of {self.points}")
-        if min(self.huber, self.shift) <= 0 or self.adversarial < 0:
+        if self.huber <= 0 or (self.shift is not None and self.shift <= 0) or self.adversarial < 0:
             raise ValueError("huber and shift must be above 0, and adversarial at least 0")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths must be shares in [0, 1] of the blocks, got {self.depths}")
@@ -112,7 +114,8 @@ class PCM:
         return renoise(x, batch.random.normal(x.shape[1:]).to(x), s_m, s, networks.transport), s
 
     def _time(self, networks: Networks, index: Tensor) -> Tensor:
-        return networks.round_time(shift_times(index / self.points, self.shift))
+        shift = networks.time_shift if self.shift is None else self.shift
+        return networks.round_time(shift_times(index / self.points, shift))
 
     def phase(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """s_m and s_m+1 as numbers of the grid: the edges of the phase that holds each point of `index` (B,), all above 0."""

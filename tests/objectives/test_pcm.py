@@ -12,6 +12,7 @@ from exact_fields import (
 from apexflow.objectives.apex import move
 from apexflow.objectives.lcm import LCM
 from apexflow.objectives.pcm import PCM, renoise
+from apexflow.sampler import shift_times, time_grid
 from apexflow.transport import LINEAR, Transport, expand
 
 
@@ -37,6 +38,16 @@ def test_pcm_stays_within_the_phase(phases: int) -> None:
         phase = next(i for i in range(phases) if edges[i] < later - 1e-6 <= edges[i + 1])
         assert earlier == pytest.approx(max(edges[phase], later - 0.3), abs=1e-6)
     assert phases == 1 or (s > 0).any()
+
+
+@pytest.mark.parametrize(("shift", "sampled"), [(None, 3.0), (1.0, 1.0)])
+def test_pcms_phases_end_where_the_models_sampler_stands(shift: float | None, sampled: float) -> None:
+    roles, objective = make_roles(), PCM(skip=1000, points=1000, shift=shift, adversarial=0)
+    objective(roles.networks(time_shift=3.0), make_batch(64), {})
+    grid = shift_times(time_grid(4), sampled)
+    s = roles.calls("reference")[0].t  # so long a step ends at the edge of its phase
+    assert all(any(float(edge) == pytest.approx(float(time), abs=1e-6) for time in grid) for edge in s)
+    assert roles.calls("student")[0].t.tolist() == [1.0] * 64 and float(s[0]) == pytest.approx(float(grid[1]))
 
 
 def test_pcms_edges_belong_to_the_phase_above() -> None:
