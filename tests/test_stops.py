@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from command_line import Run, write
 
-from apexflow.data import caching, shards, synthesize
+from apexflow.data import caching, files, shards, synthesize
 from apexflow.errors import Stopped
 
 
@@ -40,7 +40,7 @@ def test_a_cache(
     alone = ("cache", scene_folder, "-o", tmp_path / "cache", "--model", tiny_model)
     within = ("train", recipe_file, "steps=1")
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "save_file", ctrl_c_at("shard-000002", caching.save_file))
+        patch.setattr(files, "save_file", ctrl_c_at("shard-000002", files.save_file))
         kept = f"finished shards of 8 records kept in {tmp_path / 'cache'}: 2; the same command goes on"
         stopped(run(*alone), kept)
         stopped(run(*within), f"kept in {tmp_path / 'run'}: go on with the same command and --resume")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from apexflow.backbones import Backbone
@@ -25,6 +24,7 @@ from apexflow.conditioning import Condition
 from apexflow.data.buckets import Size, bucket_sizes, nearest
 from apexflow.data.cache import INDEX, NULL, check_made_by, checksum, is_cache, read_index, sidecar
 from apexflow.data.captioned import Captioned, Sample, Skipped, read_sample
+from apexflow.data.files import write_record, write_tensors
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.pictures import centred, to_bytes
 from apexflow.data.readers import Source, recognise
@@ -287,23 +287,3 @@ def claim(folder: Path, made_by: dict[str, Any]) -> None:
         raise UserError(f"output {folder} exists and holds no cache: choose another folder")
     else:
         write_record(marker, made_by)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write safetensors whole or not at all; UserError when the disk is full."""
-    _write(path, lambda partial: save_file({name: t.contiguous() for name, t in tensors.items()}, partial))
-
-
-def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all; UserError when the disk is full."""
-    _write(path, lambda partial: partial.write_text(json.dumps(content)))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except Exception as error:  # safetensors wraps a full disk in an error of its own
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}): free some space; the same command then goes on") from error

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apexflow.data.caching import write_record
 from apexflow.data.captioned import Sample, Skipped, pick_caption
+from apexflow.data.files import write_record
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.readers import Source, recognise
 from apexflow.data.readers.tars import members

@@ -10,8 +10,9 @@ from typing import Any
 
 from apexflow.errors import UserError
 from apexflow.evaluation.files import Unreadable
-from apexflow.evaluation.judge import Ask, Judge, ReplyStore, Request, collect
+from apexflow.evaluation.judge import Ask, Judge
 from apexflow.evaluation.local_judge import LocalJudge, Mplug
+from apexflow.evaluation.replies import ReplyStore, Request, collect
 from apexflow.evaluation.suite import Picture, Tools
 
 MPLUG = "mplug:"

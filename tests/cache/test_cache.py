@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from apexflow.backbones import load_backbone
-from apexflow.data import caching
+from apexflow.data import files as cache_files
 from apexflow.data.buckets import bucket_sizes, nearest
 from apexflow.data.cache import CachedSet, verify
 from apexflow.data.caching import CacheSettings, make_cache
@@ -139,12 +139,12 @@ def test_a_killed_cache_goes_on_and_ends_the_same(
     folder = tmp_path / "killed"
     # One shard, then a wait in the middle of writing the next one, in which the process is killed.
     script = (
-        "import time, apexflow.data.caching as c; c.WINDOW = 8\n"
-        "save = c.save_file\n"
+        "import time, apexflow.data.caching as c, apexflow.data.files as f; c.WINDOW = 8\n"
+        "save = f.save_file\n"
         "def slow(tensors, path):\n"
         "    save(tensors, path)\n"
         "    if 'shard-000001' in str(path): time.sleep(600)\n"
-        "c.save_file = slow\n"
+        "f.save_file = slow\n"
         "from apexflow.cli import main; main()"
     )
     command = [sys.executable, "-c", script, "cache", scene_folder, "-o", folder, "--model", tiny_model]
@@ -210,7 +210,7 @@ def test_processes_that_finish_together_leave_each_others_files_alone(
             while not (others[0].done() or waits.is_set()):
                 time.sleep(0.01)
 
-    monkeypatch.setattr(caching, "save_file", slow)
+    monkeypatch.setattr(cache_files, "save_file", slow)
     with ThreadPoolExecutor(1) as pool:
         assert make_cache(*job, Share(0, 2))
     assert others[0].result() and files(tmp_path / "cache") == files(whole)
@@ -257,7 +257,7 @@ def test_a_full_disk_keeps_the_shards_before(
         save_file(tensors, path)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "save_file", full)
+        patch.setattr(cache_files, "save_file", full)
         with pytest.raises(UserError, match=r"shard-000002.*No space left.*the same command then goes on"):
             cached(scene_folder, tiny_model, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.partial"))

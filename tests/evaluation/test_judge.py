@@ -16,7 +16,8 @@ from little import question
 from PIL import Image
 
 from apexflow.errors import UserError
-from apexflow.evaluation.judge import Judge, JudgeError, Message, ReplyStore, Request, collect, strip_thinking
+from apexflow.evaluation.judge import Judge, JudgeError, Message, strip_thinking
+from apexflow.evaluation.replies import ReplyStore, Request, collect
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

@@ -15,8 +15,9 @@ from typing import Any
 from apexflow.errors import UserError
 from apexflow.evaluation import dpg
 from apexflow.evaluation.files import Unreadable, open_picture
-from apexflow.evaluation.judge import Request, picture_url, strip_thinking
+from apexflow.evaluation.judge import picture_url, strip_thinking
 from apexflow.evaluation.judging import MPLUG, Panel, ask_about, check_judge, make_panel
+from apexflow.evaluation.replies import Request
 from apexflow.evaluation.suite import Drawing, Found, Picture, Prompt, Row, Suite, find_by_stem, needs, one_each
 
 CSV = "dpg_bench.csv"

@@ -16,8 +16,8 @@ from typing import Any
 from apexflow.errors import UserError
 from apexflow.evaluation import wise
 from apexflow.evaluation.files import open_picture
-from apexflow.evaluation.judge import Request
 from apexflow.evaluation.judging import Panel, ask_about, check_judge, make_panel
+from apexflow.evaluation.replies import Request
 from apexflow.evaluation.suite import Drawing, Found, Picture, Prompt, Row, Suite, find_by_stem, needs, one_each
 
 CHUNK = 32  # pictures asked about before their rows are written
