@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ def stock_scheduler_config(
 
     given: Any = settings_or_times
     if isinstance(settings_or_times, Settings):
-        settings = settings_or_times
-        own = settings.times is not None and len(settings.times) == settings.steps + 1
-        given = settings.times if own else shift_times(time_grid(settings.steps), time_shift)
+        given = _times(settings_or_times, time_shift)
     times = torch.as_tensor(given, dtype=torch.float64)
     check_times(times)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=time_shift, use_dynamic_shifting=False, shift_terminal=None)
@@ -40,12 +39,36 @@ def stock_scheduler_config(
     return {"scheduler": config, "sigmas": [round(sigma, 12) for sigma in sigmas]}
 
 
+def _times(settings: Settings, time_shift: float) -> Tensor:
+    """The grid (steps + 1,) on which a model is sampled."""
+    if settings.times is not None and len(settings.times) == settings.steps + 1:
+        return torch.tensor(settings.times, dtype=torch.float64)
+    return shift_times(time_grid(settings.steps), time_shift)
+
+
 def call_options(backbone: Backbone, settings: Settings, stock: bool) -> dict[str, Any]:
-    """Keyword arguments of the stock pipeline's call that sample as `settings` say; `stock`: by the stock scheduler."""
+    """Keyword arguments of the stock pipeline's call that sample as `settings` say; `stock`: by the stock scheduler.
+
+    A pipeline that keeps its own scheduler is told where to begin: left alone, SDXL's takes its one step at the clean end.
+    """
     options: dict[str, Any] = {"num_inference_steps": settings.steps}
     if stock:
         options["sigmas"] = stock_scheduler_config(settings, backbone.time_shift)["sigmas"]
+    elif not backbone.flow_scheduler:
+        options |= _places(backbone, settings)
     return options | _guidance(backbone.family, settings) | _text(backbone.family, settings)
+
+
+def _places(backbone: Any, settings: Settings) -> dict[str, Any]:
+    """Where on its own schedule a pipeline without a flow scheduler is to ask: indices of the DDPM's table.
+
+    SANA-Sprint's begins at pure noise by itself, and its middle of two steps is ours; another number wants it unset.
+    """
+    if backbone.family == "sana-sprint":
+        return {} if settings.steps == 2 else {"intermediate_timesteps": None}
+    if "timesteps" not in signature(backbone.scheduler.set_timesteps).parameters:
+        return {}
+    return {"timesteps": backbone.schedule.index(_times(settings, backbone.time_shift)[:-1]).round().int().tolist()}
 
 
 def _guidance(family: str, settings: Settings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, export, save_lora
 from apexflow.export.lora import FILE
 from apexflow.export.merge import Pair
+from apexflow.export.stock import call_options
 from apexflow.generator import Generator
 from apexflow.sampler import sample
 
@@ -189,6 +191,28 @@ def test_families_with_schedulers_of_their_own(folder_of, tmp_path):
         assert result["scheduler"] == "original" and "sigmas" not in result["call"]
         one, other = (folder / "scheduler" / "scheduler_config.json" for folder in (tmp_path / name, folder_of(name)))
         assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["sdxl", "pixart_sigma", "sana_sprint"])
+def test_a_one_step_student_is_asked_at_pure_noise_by_a_scheduler_of_its_own(name, folder_of, tmp_path):
+    backbone = load_backbone(str(folder_of(name)))
+    if name != "sana_sprint":  # those of the published models
+        kind = diffusers.EulerDiscreteScheduler if name == "sdxl" else diffusers.DPMSolverMultistepScheduler
+        backbone.scheduler = kind.from_config(backbone.scheduler.config, timestep_spacing="leading", steps_offset=1)
+    source, output = tmp_path / "student", tmp_path / "out"
+    backbone.save(source, replace(backbone.settings, steps=1, guidance=1.0))
+    call = export(str(source), output)["call"]
+    assert call.get("timesteps") == (None if name == "sana_sprint" else [999])
+    options = {key: call[key] for key in ("timesteps", "intermediate_timesteps") if key in call}
+    z = noise(backbone)
+    latents = stock_latents(name, load_stock(output), z, 1, **options)
+    assert largest_difference(latents, our_latents(backbone, z, torch.tensor([1.0, 0.0]))) < 1e-4
+    if name == "sana_sprint":
+        assert call["intermediate_timesteps"] is None  # else its pipeline refuses any number of steps but two
+        assert "intermediate_timesteps" not in call_options(backbone, replace(backbone.settings, steps=2), stock=False)
+    else:
+        four = call_options(backbone, replace(backbone.settings, steps=4), stock=False)["timesteps"]
+        assert four[0] == 999 and all(later > earlier > 0 for later, earlier in itertools.pairwise(four))
 
 
 def test_a_truncated_model_and_a_full_disk(folder_of, tmp_path, monkeypatch):
