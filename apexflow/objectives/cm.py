@@ -19,7 +19,7 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition, guide
 from apexflow.objectives import Batch, Losses, Networks
-from apexflow.objectives.equations import move
+from apexflow.objectives.apex import move
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import expand
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks
+from apexflow.objectives.apex import move
 from apexflow.objectives.cm import noise_levels, pseudo_huber, solve, time_levels
-from apexflow.objectives.equations import move
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition, guide
 from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives.apex import move
 from apexflow.objectives.cm import direction
 from apexflow.objectives.derivative import Kind, derivative, speed
-from apexflow.objectives.equations import move
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from apexflow.objectives import Batch, Further, Losses, Networks
+from apexflow.objectives.apex import move
 from apexflow.objectives.cm import solve
-from apexflow.objectives.equations import move
 from apexflow.objectives.lcm import draw_index, mean_huber
 from apexflow.sampler import shift_times
 from apexflow.transport import Transport, expand

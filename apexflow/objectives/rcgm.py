@@ -18,9 +18,9 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks
+from apexflow.objectives.apex import move
 from apexflow.objectives.cm import direction
 from apexflow.objectives.derivative import speed
-from apexflow.objectives.equations import move
 from apexflow.transport import expand
 
 
