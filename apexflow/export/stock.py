@@ -56,7 +56,7 @@ def call_options(backbone: Backbone, settings: Settings, stock: bool) -> dict[st
         options["sigmas"] = stock_scheduler_config(settings, backbone.time_shift)["sigmas"]
     elif not backbone.flow_scheduler:
         options |= _places(backbone, settings)
-    return options | _guidance(backbone.family, settings) | _text(backbone.family, settings)
+    return options | _guidance(backbone, settings) | _text(backbone.family, settings)
 
 
 def _places(backbone: Any, settings: Settings) -> dict[str, Any]:
@@ -71,9 +71,9 @@ def _places(backbone: Any, settings: Settings) -> dict[str, Any]:
     return {"timesteps": backbone.schedule.index(_times(settings, backbone.time_shift)[:-1]).round().int().tolist()}
 
 
-def _guidance(family: str, settings: Settings) -> dict[str, Any]:
+def _guidance(backbone: Any, settings: Settings) -> dict[str, Any]:
     """How a family's pipeline is told the scale of F(null) + scale (F(c) - F(null)), 1 being none."""
-    guided = settings.guidance != 1
+    family, guided = backbone.family, settings.guidance != 1
     if family == "qwen-image":  # without a negative prompt the scale is not heard
         return {"true_cfg_scale": settings.guidance} | ({"negative_prompt": " "} if guided else {})
     if family == "lumina2":  # by default the guided answer is cut to the length of the other one
@@ -83,10 +83,14 @@ def _guidance(family: str, settings: Settings) -> dict[str, Any]:
     if family in ("flux", "sana-sprint"):  # the scale goes into the network
         scale = settings.embedded_guidance
         return {} if scale is None else {"guidance_scale": scale}
+    if family == "sdxl" and backbone.config.time_cond_proj_dim is not None:  # LCM's too
+        return {"guidance_scale": backbone.embedded_guidance}
     return {"guidance_scale": settings.guidance}
 
 
 def _text(family: str, settings: Settings) -> dict[str, Any]:
+    if family == "pixart":  # whose pipeline would take other words and another size
+        return {"clean_caption": False, "use_resolution_binning": False}
     if not family.startswith("sana"):
         return {}
     plain: dict[str, Any] = {} if settings.instruction else {"complex_human_instruction": None}
