@@ -178,14 +178,18 @@ def read_index(folder: Path) -> dict[str, Any]:
 def check_made_by(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """UserError if a cache was made by another model, from other data or with other settings than `expected`."""
     differs = [key for key, value in expected.items() if found.get(key) != value]
-    by_model = [key for key in ("autoencoder", "text encoder") if key in differs]
+    # Where one has embeddings and the other none, their encoder is no question.
+    of_model = ("autoencoder",) if "text" in differs else ("autoencoder", "text encoder")
+    by_model = [key for key in of_model if key in differs]
     if by_model:
         raise UserError(
             f"cache {folder} was made with another model's {' and '.join(by_model)}: name that model, or make a cache for "
             "this one in another folder (apexflow cache)"
         )
     if differs:
-        told = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differs)
+        told = ", ".join(
+            f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differs if key != "text encoder"
+        )
         raise UserError(f"cache {folder} was made with other settings ({told}): delete the folder or name another")
 
 

@@ -74,8 +74,10 @@ def test_a_cache_with_other_settings_is_refused(
     with pytest.raises(UserError, match=r"other settings .*captions \[\] instead of \['txt'\]"):
         cached(scene_folder, tiny_model, copy, captions=("txt",))
     cached(scene_folder, tiny_model, tmp_path / "captions", text=False)
-    with pytest.raises(UserError, match="text"):
+    with pytest.raises(UserError, match=r"other settings \(text False instead of True\)"):
         start(load_recipe(recipe_file, [f"data.source={tmp_path / 'captions'}"]), resume=False)
+    with pytest.raises(UserError, match=r"other settings \(text True instead of False\)"):
+        cached(scene_folder, tiny_model, copy, text=False)
 
 
 # -- Training reads it -------------------------------------------------------------------------------------------------
