@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -241,6 +242,26 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(recipe_file: Path, tmp_path
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial-*"))
     assert checkpoints(tmp_path / "run" / "checkpoints") == [good]
     assert load_checkpoint(good).state["step"] == 1
+
+
+def test_a_step_saved_again_is_never_the_only_checkpoint_and_half_deleted(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power may go during any deletion: with keep 1, a whole checkpoint stands at each."""
+    run = start(load_recipe(recipe_file, ["keep=1"]), resume=False)
+    saved = save(run)
+    before = (saved / "state.json").read_text()
+    real, whole = shutil.rmtree, []
+
+    def delete(path: Path, ignore_errors: bool = False) -> None:
+        whole.append([found.name for found in checkpoints(saved.parent) if found != path])
+        real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr("apexflow.training.checkpoint.shutil.rmtree", delete)
+    run.bad = 7
+    assert save(run) == saved and (saved / "state.json").read_text() != before
+    assert whole and all(names == [saved.name] for names in whole)
+    assert [found.name for found in saved.parent.iterdir()] == [saved.name]
 
 
 def test_old_checkpoints_are_dropped(recipe_file: Path, tmp_path: Path) -> None:

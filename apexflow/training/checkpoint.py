@@ -56,9 +56,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if leads():
             sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
             (partial / "state.json").write_text(json.dumps(checkpoint.state | {"sizes": sizes}))
-            if final.exists():
-                shutil.rmtree(final)
+            stale = folder / f".stale-{final.name}"
+            shutil.rmtree(stale, ignore_errors=True)
+            if final.exists():  # set aside, not deleted: that takes long, and it may be the only one
+                os.replace(final, stale)
             os.replace(partial, final)
+            shutil.rmtree(stale, ignore_errors=True)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
     return final
