@@ -8,7 +8,7 @@ the budget in images, and is not trained again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def _tried(plan: Plan, name: str, rate: float) -> dict[str, Any]:
 
 
 def swept_run(plan: Plan, name: str, rate: float) -> Path:
-    """Where the sweep trains; empty once another rate is better, or the run has become the first seed's."""
+    """Where the sweep trains at a rate; gone once another rate is better, or the run has become the first seed's."""
     return plan.output / "sweep" / name / f"run-{rate:g}"
 
 
@@ -81,16 +81,19 @@ def stages(plan: Plan, name: str, steps: dict[str, int]) -> dict[str, str]:
 
 def run_folder(folder: Path, stage: str) -> Path:
     """The run that a stage belongs to, below the folder of a method and seed."""
-    own = folder / f"run-{stage}"  # the sweep's, where the other budget ends before it
+    own = folder / f"run-{stage}"  # taken over from the sweep, beside a shorter run for the budget in time
     return own if own.exists() else folder / f"run{ALONE * stage.endswith(ALONE)}"
 
 
-def take_over(plan: Plan, name: str, rate: float, order: Iterable[str]) -> None:
-    """Make the sweep's run at `rate` that of the first seed on the budget in images, whose stage is one of `order`."""
+def take_over(plan: Plan, name: str, rate: float, order: Sequence[str]) -> None:
+    """Make the sweep's run at `rate` that of the first seed on the budget in images. order: the stages, the shorter first.
+
+    A run that would pass the budget in time on its way is past it already: so that budget gets a run of its own, beside it.
+    """
     swept, folder = swept_run(plan, name, rate), plan.output / "runs" / name
     stage = next(stage for stage in order if stage.startswith(IMAGES))
-    further = stage == IMAGES and next(iter(order)) != IMAGES  # than the run that is to pass both budgets
-    goal = folder / f"run-{stage}" if further else run_folder(folder, stage)
+    past = stage == IMAGES and order[0] != IMAGES
+    goal = folder / f"run-{stage}" if past else run_folder(folder, stage)
     if swept.exists() and not goal.exists() and not (folder / f"{stage}.json").exists():
         goal.parent.mkdir(parents=True, exist_ok=True)
         swept.rename(goal)
@@ -104,7 +107,7 @@ def train_to_budgets(
     folder = plan.of_seed(plan.output / "runs" / name, seed)
     order = stages(plan, name, steps)
     if seed == plan.recipe.seed:
-        take_over(plan, name, rate, order.values())
+        take_over(plan, name, rate, list(order.values()))
     results: dict[str, dict[str, Any]] = {}
     runs: dict[Path, dict[str, Any]] = {}  # how far each run has come
     for budget, stage in order.items():
