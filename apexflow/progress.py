@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
@@ -28,13 +28,13 @@ class Progress:
     def __enter__(self) -> Progress:
         if console.is_terminal and not console.quiet:
             columns = [
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             ]
-            self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=console)
+            self._bar = Bar(*columns, TextColumn("{task.fields[note]}", markup=False), console=console)
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="")
         return self

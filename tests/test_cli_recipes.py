@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from command_line import Run, refused, write
+
+from apexflow.training.config import Recipe, Tuning, load_recipe
+from apexflow.training.run import changed
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,8 @@ from command_line import Run, refused, write
         ("output: x\nobjective: {times: {kind: sometimes}}\n", ("sometimes",)),
         ("steps: 3\n", ("output",)),
         ("output: [\n", ("YAML",)),
+        ("output: x\nsteps: 3\nsteps: 4\n", ("line 3", "'steps' is given twice")),
+        ("output: x\ndata: {count: 3, count: 4}\n", ("line 2", "'count' is given twice")),
         ("- a\n- b\n", ("mapping",)),
     ],
 )
@@ -63,3 +69,22 @@ def test_a_missing_recipe_and_a_bad_override(run: Run, tmp_path: Path, recipe_fi
     refused(run("train", tmp_path / "latin.yaml"), "latin.yaml", "UTF-8")
     refused(run("train", recipe_file, "steps"), "steps", "key=value")
     refused(run("train", recipe_file, "steps.more=1"), "steps")
+
+
+def test_a_recipe_as_other_editors_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = ("output: ~/run", "optimizer: {learning_rate: 1e-4}", "preview: &few {count: 2}", "data: {<<: *few}")
+    (tmp_path / "r.yaml").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    recipe = load_recipe(tmp_path / "r.yaml", ["data.cache=~/läuft schon"])
+    assert recipe.output == str(tmp_path / "run") and recipe.data.cache == str(tmp_path / "läuft schon")
+    assert recipe.optimizer.learning_rate == 1e-4 and recipe.data.count == recipe.preview.count == 2
+
+
+def test_what_a_resumed_run_does_otherwise_is_told() -> None:
+    first = Recipe("run", steps=3).to_dict()
+    before = json.loads(json.dumps(first))  # as a checkpoint keeps it
+    now = Recipe("run", steps=5, tuning=Tuning(alpha=2), objective={"share": 1.0}).to_dict()
+    assert changed(before, first) == []
+    del before["tuning"]["storage"]  # a checkpoint of an earlier version
+    said = ["objective {'share': 1.0} instead of {}", "tuning.alpha 2 instead of None", "steps 5 instead of 3"]
+    assert changed(before | {"gone": 1}, now) == said

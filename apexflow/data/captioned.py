@@ -80,8 +80,8 @@ def read_sample(sample: Sample, captions: Sequence[str] = ()) -> Captioned | str
         return "caption empty"
     if picture is None:
         return Captioned(sample.key, caption, None)
-    image = _decode(picture)
-    return Captioned(sample.key, caption, image) if image else ("corrupt picture" if picture else "picture missing")
+    image = _decode(picture) if picture else "picture missing"
+    return image if isinstance(image, str) else Captioned(sample.key, caption, image)
 
 
 def pick_caption(fields: Mapping[str, Any], wanted: Sequence[str], key: str) -> str | None:
@@ -100,11 +100,24 @@ def pick_caption(fields: Mapping[str, Any], wanted: Sequence[str], key: str) -> 
     return filled[zlib.crc32(key.encode()) % len(filled)]
 
 
-def _decode(picture: bytes) -> Image.Image | None:
+def _decode(picture: bytes) -> Image.Image | str:
+    """In RGB, the first frame of an animated picture; or why not."""
     try:
-        return _upright(Image.open(io.BytesIO(picture))).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
-        return None
+        return _plain(_upright(Image.open(io.BytesIO(picture))))
+    except Image.DecompressionBombError as error:
+        return f"picture too large ({error})"
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        return "corrupt picture"
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """In eight bits of RGB. What lies under transparent pixels was never meant to be seen, so they become white."""
+    if image.mode.startswith("I"):  # grey of sixteen bits, which pillow would cut off at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:

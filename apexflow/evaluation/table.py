@@ -34,7 +34,7 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
             *(_number(report.get(extra)) for extra in extras),
         )
     text = StringIO()
-    Console(file=text, width=140).print(table)
+    Console(file=text, width=140, markup=False).print(table)
     remarks = [remark for name, report in scores.items() for remark in _remarks(name, report)]
     return "\n".join([text.getvalue().rstrip(), *remarks])
 

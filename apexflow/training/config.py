@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from apexflow.errors import UserError, check_built_in
 from apexflow.objectives import objectives
@@ -21,7 +22,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from YAML, with overrides such as `optimizer.learning_rate=3e-4`; every mistake is a one-line UserError."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"recipe {path} is not valid YAML{f', line {mark.line + 1}' if mark else ''}") from error
+        where, what = f", line {mark.line + 1}" if mark else "", getattr(error, "problem", None)
+        raise UserError(f"recipe {path} is not valid YAML{where}{f': {what}' if what else ''}") from error
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
     for override in overrides:
@@ -168,6 +170,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if recipe.model == "miniature":
         check_built_in("miniature", "a small model that is built anew")
     return recipe
+
+
+class _Once(yaml.SafeLoader):
+    """YAML whose keys may be given once: of two, nobody would see which counts."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if key.value in (earlier.value for earlier in keys[:place]):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _override(raw: dict, override: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,20 @@ def restore(run: Run, path: Path) -> None:
                 moments["step"] = int(moments["step"])
     run.step, run.bad, run.seconds = (state[key] for key in ("step", "bad", "seconds"))
     console.print(f"resumed {path}")
+    if said := changed(state["recipe"], run.recipe.to_dict()):
+        console.print(f"other settings than at the last step: {', '.join(said)}")
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> list[str]:
+    """What a recipe says otherwise than it did, by dotted key; what was not known then is left out."""
+    said = []
+    for key, old in before.items():
+        new = json.loads(json.dumps(now.get(key, old)))  # as a checkpoint keeps it
+        if isinstance(old, dict) and key != "objective":  # which names no more than was given
+            said += changed(old, new, f"{section}{key}.")
+        elif new != old:
+            said.append(f"{section}{key} {new} instead of {old}")
+    return said
 
 
 def _optimizer_targets(run: Run, found: dict[str, Tensor], what: str) -> dict[str, Tensor]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from apexflow.data.captioned import Sample
 from apexflow.errors import UserError
+
+TEXT = "utf-8-sig"  # some editors begin a file of UTF-8 with a mark
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,17 @@ def recognise(path: Path) -> Source:
 
 
 def files_of(path: Path, *suffixes: str) -> list[Path]:
-    """`path` itself or the files below it that have one of the suffixes, sorted by name."""
-    candidates = [path] if path.is_file() else path.rglob("*")
+    """`path` itself or the files below it that have one of the suffixes, sorted by name. Hidden files are none."""
+    candidates = [path] if path.is_file() else _below(path)
     return sorted(file for file in candidates if file.suffix.lower() in suffixes and file.is_file())
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What lies below a folder, links to further folders followed; a folder that is reached twice is read once."""
+    seen: set[str] = set()
+    for home, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(home)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield from (Path(home, name) for name in names if not name.startswith("."))
+        seen.add(real)

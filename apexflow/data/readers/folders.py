@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import PICTURES, Sample
-from apexflow.data.readers import files_of
+from apexflow.data.readers import TEXT, files_of
+from apexflow.data.readers.tars import MANIFEST
 
 METADATA = "metadata.jsonl"
 
 
 def claim_pairs(path: Path) -> list[Path]:
-    """The pictures of a folder, unless a metadata.jsonl alone describes them."""
+    """The pictures of a folder, unless a metadata.jsonl or ShareGPT-4o-Image's manifest alone describes them."""
     pictures = files_of(path, *PICTURES) if path.is_dir() else []
-    described = bool(claim_metadata(path))
+    described = bool(claim_metadata(path)) or (path / MANIFEST).is_file()
     return [] if described and not any(picture.with_suffix(".txt").is_file() for picture in pictures) else pictures
 
 
@@ -28,7 +29,7 @@ def pairs(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
 
 def _pair(picture: Path) -> tuple[bytes, Mapping[str, Any]]:
     text = picture.with_suffix(".txt")
-    fields = {"txt": text.read_text(encoding="utf-8", errors="replace")} if text.is_file() else {}
+    fields = {"txt": text.read_text(encoding=TEXT, errors="replace")} if text.is_file() else {}
     return picture.read_bytes(), fields
 
 
@@ -40,7 +41,7 @@ def claim_metadata(path: Path) -> list[Path]:
 def rows(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     """One JSON object a line: `file_name` beside the file, and the caption under any of the usual names."""
     for path in files:
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open(encoding=TEXT, errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield Sample(f"{path}:{number}", partial(_row, path, line))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import Sample
+from apexflow.data.readers import TEXT
 
 
 def claim(path: Path) -> list[Path]:
@@ -19,7 +20,7 @@ def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     """One record a line; blank lines are none."""
     for path in files:
         as_json = path.suffix.lower() == ".jsonl"
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open(encoding=TEXT, errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield Sample(f"{path.name}:{number}", partial(_load, line, as_json))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import Sample
+from apexflow.data.readers import TEXT
 from apexflow.data.readers.tars import MANIFEST, Member, members
 
 
@@ -21,7 +22,7 @@ def claim(path: Path) -> list[Path]:
 def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     manifest, *tars = files
     try:
-        rows = json.loads(manifest.read_text(encoding="utf-8"))
+        rows = json.loads(manifest.read_text(encoding=TEXT))
         prompts = [(str(row["output_image"]), {"input_prompt": row["input_prompt"]}) for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
         broken[str(manifest)] = f"no JSON list with input_prompt and output_image ({error})"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import PICTURES, Sample
-from apexflow.data.readers import files_of
+from apexflow.data.readers import TEXT, files_of
 
 # The list beside ShareGPT-4o-Image's tars; its twin, text_and_image_to_image.json, is for editing.
 MANIFEST = "text_to_image.json"
@@ -54,12 +54,13 @@ def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
 
 
 def members(path: Path, broken: dict[str, str]) -> Iterator[Member]:
-    """The files of a tar up to where it breaks off, which is noted in `broken`."""
+    """The files of a tar that are not hidden, up to where it breaks off, which is noted in `broken`."""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile():
-                    yield Member(path, member.name, member.offset_data, member.size)
+                name = member.name.removeprefix("./")
+                if member.isfile() and not name.rpartition("/")[2].startswith("."):
+                    yield Member(path, name, member.offset_data, member.size)
             # tarfile takes a header that is cut or damaged for the end; a whole tar ends with blocks of zeros.
             if Member(path, "", tar.offset, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end mark")
@@ -71,7 +72,7 @@ def _sample(path: Path, key: str, parts: dict[str, Member]) -> Sample:
     def load() -> tuple[bytes, Mapping[str, Any]]:
         picture = next((parts[suffix].read() for suffix in PICTURES if suffix in parts), b"")
         fields = json_fields(parts[".json"].read()) if ".json" in parts else {}
-        text = {"txt": parts[".txt"].read().decode("utf-8", errors="replace")} if ".txt" in parts else {}
+        text = {"txt": parts[".txt"].read().decode(TEXT, errors="replace")} if ".txt" in parts else {}
         return picture, fields | text
 
     return Sample(f"{path.name}:{key}", load, path.parent)

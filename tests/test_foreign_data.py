@@ -1,0 +1,96 @@
+"""Pictures, texts and folders as other programs write them."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_readers import COLORS, folder, picture, sharegpt, tar
+
+from apexflow.data.captioned import Skipped, read_captioned
+from apexflow.data.pictures import to_bytes
+
+
+def test_pictures_of_every_depth_look_as_they_do_elsewhere(tmp_path: Path) -> None:
+    grey = np.array([[0, 128 * 257, 65535]], np.uint16)
+    seen = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    seen.putpixel((0, 0), (0, 0, 0, 0))
+    first, second = Image.new("RGB", (1, 1), "red"), Image.new("RGB", (1, 1), "blue")
+    Image.fromarray(grey).save(tmp_path / "0-sixteen.png")
+    seen.save(tmp_path / "1-clear.png")
+    seen.quantize().save(tmp_path / "2-palette.png")
+    first.save(tmp_path / "3-moving.webp", save_all=True, append_images=[second], lossless=True)
+    first.convert("CMYK").save(tmp_path / "4-ink.jpg")
+    for path in sorted(tmp_path.iterdir()):
+        path.with_suffix(".txt").write_text("a star")
+    seen_as = [np.array(record.image).tolist()[0] for record in read_captioned(tmp_path, Skipped())]
+    white, red = [255, 255, 255], [255, 0, 0]
+    assert seen_as[:4] == [[[0] * 3, [128] * 3, white], [white, red], [white, red], [red]]
+    assert max(abs(a - b) for a, b in zip(seen_as[4][0], red, strict=True)) < 8
+
+
+def test_a_picture_that_is_too_large_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # pillow refuses twice as many
+    Image.new("1", (101, 1)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a wall")
+    skipped = Skipped()
+    assert not list(read_captioned(tmp_path, skipped))
+    assert "picture too large (" in skipped.reasons[str(tmp_path / "0.png")]
+
+
+def test_of_a_line_of_pixels_no_more_than_the_crop_is_resized() -> None:
+    line = Image.new("RGB", (30_000, 1), "red")
+    line.paste("blue", (14_990, 0, 15_010, 1))
+    pixels = to_bytes(line, (512, 512))  # the line would be 15 million pixels wide
+    assert pixels.shape == (3, 512, 512) and pixels.flatten(1).float().mean(1).tolist() == [0, 0, 255]
+
+
+def test_an_odd_crop_keeps_the_middle() -> None:
+    ramp = Image.fromarray(np.arange(33, dtype=np.uint8)[None].repeat(8, 0)).convert("RGB")
+    assert to_bytes(ramp, (8, 8))[0, 0].tolist() == list(range(12, 20))
+    assert abs(to_bytes(ramp, (4, 4)).float().mean() - 16) < 0.5
+
+
+def test_the_mark_that_some_editors_write_first_is_no_part_of_a_text(tmp_path: Path) -> None:
+    mark = "\ufeff"
+    for name in ("pairs", "rows", "list"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(picture("red"))
+    (tmp_path / "pairs" / "0.txt").write_text(mark + "red\r\n")
+    (tmp_path / "rows" / "metadata.jsonl").write_text(mark + '{"file_name": "0.png", "text": "red"}')
+    (tmp_path / "list" / "text_to_image.json").write_text(mark + '[{"output_image": "0.png", "input_prompt": "red"}]')
+    (tmp_path / "prompts.txt").write_text(mark + "red\r\n")
+    (tmp_path / "prompts.jsonl").write_text(mark + '"red"')
+    shard = tar(tmp_path / "0.tar", {"0.png": picture("red"), "0.txt": (mark + "red").encode()})
+    for path in (*(p for p in tmp_path.iterdir() if p.is_dir()), *tmp_path.glob("prompts.*"), shard):
+        assert [record.caption for record in read_captioned(path, Skipped())] == ["red"], path
+
+
+def test_linked_folders_are_read_once_and_hidden_files_not_at_all(tmp_path: Path) -> None:
+    elsewhere = folder(tmp_path / "elsewhere")
+    path = tmp_path / "set"
+    path.mkdir()
+    (path / "a").symlink_to(elsewhere)
+    (path / "b").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(path)
+    (elsewhere / "._0.jpg").write_bytes(b"what a file system notes beside 0.jpg")
+    skipped = Skipped()
+    assert [record.key for record in read_captioned(path, skipped)] == [str(path / "a" / f"{n}.jpg") for n in range(4)]
+    assert not skipped.reasons
+
+
+def test_shared_pictures_are_found_unpacked_and_in_tars_of_the_folder_itself(tmp_path: Path) -> None:
+    """As `tar -x` leaves ShareGPT-4o-Image, and as `tar -c .` would pack it again."""
+    path = sharegpt(tmp_path / "set")
+    for part in path.glob("*.tar"):
+        with tarfile.open(part) as file:
+            file.extractall(path, filter="data")
+        part.unlink()
+    assert [record.caption for record in read_captioned(path, Skipped())] == list(COLORS)
+    members = {f"./{file.relative_to(path)}": file.read_bytes() for file in path.rglob("*.png")}
+    (path / "image").rename(tmp_path / "gone")
+    tar(path / "again.tar", members | {"./image/._0.png": b"note"})
+    assert [record.caption for record in read_captioned(path, Skipped())] == list(COLORS)
