@@ -135,7 +135,7 @@ def test_the_rate_is_chosen_by_every_number_of_steps(plan: Plan, monkeypatch: py
 
     monkeypatch.setattr("apexflow.comparison.scores.score", score)
     found = training.sweep(plan, "scm")
-    assert [steps for steps, _ in asked] == [1, 2, 1, 2] and all(s == own_sampler(plan, "scm") for _, s in asked)
+    assert [steps for steps, _ in asked] == [1, 2, 1, 2] and all(s == own_sampler(plan, "scm", n) for n, s in asked)
     assert found["rate"] == 1e-4 and found["tried"]["0.0001"]["overall"] == pytest.approx(0.5)
 
 
@@ -354,7 +354,8 @@ def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str
         assert (objective.path_velocity, objective.reference) == ("sample", "reference")
     found = [one.guidance for one in scales if hasattr(one, "guidance")]
     assert found == ([] if name == BASIS else [1.0] if name == "apex-printed" else [3.5])
-    assert {"kappa", "rho"} <= set(own_sampler(plan, name)) and own_sampler(plan, "teacher") == {}
+    assert {"kappa", "rho"} <= set(own_sampler(plan, name, 1)) and own_sampler(plan, "teacher", 1) == {}
+    assert own_sampler(plan, "rcgm", 1) != own_sampler(plan, "rcgm", 20)
     assert parse(objectives()[method], guided(objectives()[method](), 2.0), name) is not None
 
 

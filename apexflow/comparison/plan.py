@@ -30,6 +30,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "apex-endpoint": ("apex", {"path_weight": 0.0, "share": 1.0}),  # as the shipped student is trained
     "meanflow-distilled": ("meanflow", {"velocity": "teacher"}),
+    "rcgm-distilled": ("rcgm", {"velocity": "teacher"}),
+    "pcm-one-phase": ("pcm", {"phases": 1}),  # for one step: the authors train a model for each number of steps
 }
 EVERYONE = ("apex", "apex-endpoint", "apex-printed", *(name for name in objectives() if name != "apex"))
 BASIS = "flow_matching"  # what step costs are relative to

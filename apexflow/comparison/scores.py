@@ -23,7 +23,7 @@ from apexflow.evaluation.files import open_picture
 from apexflow.evaluation.runner import Settings, evaluate, over_seeds
 from apexflow.evaluation.suite import SUFFIXES
 from apexflow.generator import MAX_BATCH, Generator, load
-from apexflow.objectives import objectives
+from apexflow.objectives import objectives, sampler_of
 
 SIDE = 4  # latents are averaged to this many places a side: few enough features for some hundred pictures
 MOST_TRUE = 2000
@@ -37,13 +37,13 @@ def quick_score(plan: Plan, name: str, model: Path) -> dict[str, float]:
     generator = load(str(model), plan.recipe.device)
     # As many pictures as are scored later, but each of its own prompt, which tells rates apart the most.
     limit = min(QUICK_PROMPTS, plan.per_prompt * plan.seeds * (plan.limit or QUICK_PROMPTS))
-    reports = [score(plan, generator, own_sampler(plan, name), steps, [QUICK_SEED], 1, limit) for steps in plan.nfe]
+    reports = [score(plan, generator, own_sampler(plan, name, n), n, [QUICK_SEED], 1, limit) for n in plan.nfe]
     return {key: sum(report[key] for report in reports) / len(reports) for key in ("overall", "distance")}
 
 
 def score_at(plan: Plan, name: str, model: Callable[[], Generator], steps: int) -> dict[str, Any]:
     """A model at one number of steps, by its method's own sampler (`name` "teacher": the flow's), over the plan's seeds."""
-    return score(plan, model(), own_sampler(plan, name), steps, range(plan.seeds), plan.per_prompt, plan.limit)
+    return score(plan, model(), own_sampler(plan, name, steps), steps, range(plan.seeds), plan.per_prompt, plan.limit)
 
 
 def score(
@@ -71,9 +71,9 @@ def score(
     }
 
 
-def own_sampler(plan: Plan, name: str) -> dict[str, Any]:
-    """What a method recommends to sample with; nothing for the teacher."""
-    sampler = {} if name == TEACHER else objectives()[plan.entry(name)[0]].sampler
+def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
+    """What a method recommends to sample with in so many steps; nothing for the teacher."""
+    sampler = {} if name == TEACHER else sampler_of(objectives()[plan.entry(name)[0]], steps)
     return {key: type(getattr(Settings(), key))(value) for key, value in sampler.items()}
 
 
@@ -104,12 +104,14 @@ def true_statistics(cache: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_strips(plan: Plan, name: str, model: Callable[[], Generator], folder: Path) -> dict[str, Any]:
     """A row of pictures at one step, a prompt each, and a row of one prompt at every number of steps."""
-    sampling = own_sampler(plan, name)
     generator = model()
     prompts = grid_prompts()
     folder.mkdir(parents=True, exist_ok=True)
-    row = generator.generate(prompts, 1, GRID_SEED, guidance=1.0, **sampling)
-    column = [generator.generate(prompts[:1], steps, GRID_SEED, guidance=1.0, **sampling)[0] for steps in plan.nfe]
+    row = generator.generate(prompts, 1, GRID_SEED, guidance=1.0, **own_sampler(plan, name, 1))
+    column = [
+        generator.generate(prompts[:1], steps, GRID_SEED, guidance=1.0, **own_sampler(plan, name, steps))[0]
+        for steps in plan.nfe
+    ]
     for kind, pictures in (("prompts", row), ("nfe", column)):
         for index, picture in enumerate(pictures):
             picture.save(folder / f"{kind}-{index}.png")

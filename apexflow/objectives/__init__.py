@@ -125,6 +125,12 @@ def further_of(objective: Any) -> tuple[Further, ...]:
     return getattr(objective, "further", ())
 
 
+def sampler_of(objective: Any, steps: int) -> dict[str, float]:
+    """How a method's paper samples in so many steps: by its `sampler`, or by what its `longer` has from that number on."""
+    reached = [least for least in getattr(objective, "longer", {}) if least <= steps]
+    return objective.longer[max(reached)] if reached else objective.sampler
+
+
 def follows_progress(objective: Any) -> bool:
     """Whether a method's loss depends on `batch.progress`, as its attribute `scheduled` says; most do not look at it."""
     return getattr(objective, "scheduled", False)

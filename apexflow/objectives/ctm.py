@@ -21,7 +21,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks
 from apexflow.objectives.apex import move
-from apexflow.objectives.cm import noise_levels, pseudo_huber, solve, time_levels
+from apexflow.objectives.cm import noise_levels, pseudo_huber, solve, teach, time_levels
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
 
@@ -32,7 +32,8 @@ class CTM:
 
     intervals: of the grid of noise levels (18 on CIFAR-10). pieces: steps of the teacher's solver (order 2) from t to u.
     target: theta-minus is the EMA "reference" (the paper) or the student itself. huber: of `pseudo_huber`.
-    matching: weight of denoising score matching, here flow matching at s = t; `times` is its law. guidance: of the teacher.
+    matching: weight of denoising score matching, here flow matching at s = t; `times` is its law. guidance: of the teacher,
+        whose guided answer then is what matching has for its target, so that it agrees with the jumps.
     """
 
     intervals: int = 18
@@ -96,12 +97,14 @@ class CTM:
         return x_t
 
     def _matching(self, networks: Networks, batch: Batch) -> Tensor:
-        """Denoising score matching of `g(x_t, t, t)`: the velocity at fresh noise and times."""
+        """Denoising score matching of `g(x_t, t, t)`: the velocity at fresh noise and times, the teacher's where it is guided."""
         transport = networks.transport
         t = networks.round_time(self.times.draw(batch.random))
         z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
-        F = networks.student(transport.interpolate(batch.x, z, t), t, batch.c, t)
-        error = F - transport.target(batch.x, z, t)
+        x_t = transport.interpolate(batch.x, z, t)
+        plain = self.guidance == 1
+        target = transport.target(batch.x, z, t) if plain else teach(networks, x_t, t, batch.c, self.guidance)
+        error = networks.student(x_t, t, batch.c, t) - target
         return error.float().flatten(1).square().mean(1).sum() / batch.total
 
 

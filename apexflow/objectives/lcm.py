@@ -2,7 +2,8 @@
 
 The paper tells the network the guidance omega in [2, 14]; our backbones have no such input, so one scale is trained in. Its
 grid is that of the teacher's 1,000 timesteps and so is ours: t = n / 1000, moved by the backbone's `shift`. What the equations
-say and their order were checked; their numbers are from memory, the paper's own text not being at hand.
+say, their order and their distances from each other were checked; that their row begins at (8) is from memory, the paper's own
+text not being at hand.
 """
 
 from __future__ import annotations

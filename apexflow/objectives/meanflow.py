@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Condition, guide
+from apexflow.conditioning import Condition, guide, replace_rows
 from apexflow.objectives import Batch, Losses, Networks
 from apexflow.objectives.apex import move
-from apexflow.objectives.cm import direction
+from apexflow.objectives.cm import direction, nothing
 from apexflow.objectives.derivative import Kind, derivative, speed
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
@@ -31,6 +31,7 @@ class MeanFlow:
     velocity: the path's direction is the sample's own (the paper) or the teacher's field.
     guidance: scale w of the guided field. From samples it is, with `kappa` 0, `w v + (1 - w) u(z_t, t, t | null)`; of the
         teacher, its guided answer. 1: none.
+    drop: share of the rows that learn the field without a condition, unguided, where guidance from samples asks for it (10 %).
     kappa: share of the network's own conditional answer in the guided field of the samples: `omega v + kappa u(z_t, t, t | c)
         + (1 - omega - kappa) u(z_t, t, t | null)` with omega = (1 - kappa) w, so that the scale stays w. One pass more.
     derivative: "jvp" (the paper) or central "difference" with half step `epsilon`, where operators lack the former.
@@ -40,6 +41,7 @@ class MeanFlow:
     velocity: Literal["sample", "teacher"] = "sample"
     guidance: float = 1.0
     kappa: float = 0.0
+    drop: float = 0.1
     derivative: Kind = "jvp"
     epsilon: float = 5e-3
     p: float = 1.0
@@ -56,6 +58,8 @@ class MeanFlow:
             raise ValueError(f"kappa must lie in [0, 1), got {self.kappa}")
         if not 0 < self.epsilon < 0.5:
             raise ValueError(f"epsilon must lie in (0, 0.5), got {self.epsilon}")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must lie in [0, 1), got {self.drop}")
         if self.p < 0 or self.c <= 0:
             raise ValueError(f"p must be at least 0 and c above 0, got {self.p} and {self.c}")
 
@@ -66,16 +70,18 @@ class MeanFlow:
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1 for one micro-batch."""
-        transport, c = networks.transport, batch.c
-        t, s = self._times(batch)
-        t, s = networks.round_time(t), networks.round_time(s)
+        transport = networks.transport
+        t, s = (networks.round_time(time) for time in self._times(batch))
+        dropped, c = self._dropped(networks, batch)
         x, z = batch.x, batch.random.normal(batch.x.shape[1:]).to(batch.x)
         x_t = transport.interpolate(x, z, t)
         F = networks.student(x_t, t, c, s)
 
         def guided(v: Tensor, x_t: Tensor, null: Condition) -> Tensor:
-            v = guide(v, networks.student(x_t, t, null, t), self.guidance)
-            return v if self.kappa == 0 else torch.lerp(v, networks.student(x_t, t, c, t), self.kappa)
+            own = guide(v, networks.student(x_t, t, null, t), self.guidance)
+            if self.kappa > 0:
+                own = torch.lerp(own, networks.student(x_t, t, c, t), self.kappa)
+            return torch.where(dropped.reshape(-1, *[1] * (v.ndim - 1)), v, own)
 
         with torch.no_grad():
             v = direction(networks, (x, z), t, c, self.velocity, self.guidance, guided)
@@ -85,6 +91,13 @@ class MeanFlow:
         weight = 1 / (squared.detach() + self.c) ** self.p
         loss = (weight * squared).sum() / batch.total
         return Losses(loss, {"loss": loss.detach(), "error": (squared.detach() / F[0].numel()).sum() / batch.total})
+
+    def _dropped(self, networks: Networks, batch: Batch) -> tuple[Tensor, Condition]:
+        """Which rows go without their condition, (B,), and the conditions then."""
+        if self.guidance == 1 or self.velocity == "teacher" or self.drop == 0:
+            return torch.zeros_like(batch.rows, dtype=torch.bool), batch.c
+        dropped = batch.random.uniform() < self.drop
+        return dropped, replace_rows(batch.c, dropped, nothing(networks, 1, self.guidance))
 
     def _times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Both times of every row, the later first: two draws, and equal but for the share (section 4.3)."""

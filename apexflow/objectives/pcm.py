@@ -3,8 +3,8 @@
 The path is cut into phases, and every point of a phase must lead to the same point at the phase's clean edge. With one phase
 that is consistency distillation. Sample deterministically, with as many steps as there are phases, or a multiple: the edges
 are the times of the model's own grid of so many steps, as the paper's are those of its sampler.
-The judge (Eq. 8 and 9) looks at both ends after fresh noise, through the frozen teacher; the released one has a head on every
-block, and learns at twice (SD 1.5) or five times (SDXL) the student's rate. It and the student take turns, as there.
+The judge (Eq. 8 and 9) looks at both ends after fresh noise, through the frozen teacher. It learns at twice the student's rate
+and without momentum, and takes turns with it, as in the released training of SD 1.5, which has a head on every block.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class PCM:
     @property
     def further(self) -> tuple[Further, ...]:
         """The judge on the teacher's features."""
-        return (Further("judge", "judge", on="teacher", depths=self.depths),) * (self.adversarial > 0)
+        judge = Further("judge", "judge", on="teacher", depths=self.depths, rate=2.0, betas=(0.0, 0.999))
+        return (judge,) * (self.adversarial > 0)
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """One micro-batch: Eq. (5) and its part of Eq. (9) at the student's turns, the even ones; the judge's at the odd ones."""

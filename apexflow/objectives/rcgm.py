@@ -3,7 +3,9 @@
 The mean direction from t to s, times its length, must be a short step along the path's velocity and then N jumps of
 theta-minus. We had no text of the paper at hand but its abstract: this follows the method as its authors released it with
 TwinFlow (Cheng et al., 2025), with their constants: short step 0.01 (the paper's), N = 2, an EMA for theta-minus at that
-order, clip 1, `short_tailed`, `length_weight`, and 0.8 of the guidance difference added to the sample's velocity.
+order, clip 1, `short_tailed`, `length_weight`, rows in thirds (what they call their practice), and 0.8 of the guidance
+difference added to the sample's velocity. As the network that takes part in the difference learns the sum, that ends at a
+scale of 1 / (1 - 0.8) = 5, and at none from a ratio of 1 on; the authors' UCGM turns scales into ratios in the same way.
 """
 
 from __future__ import annotations
@@ -23,11 +25,18 @@ from apexflow.objectives.cm import direction
 from apexflow.objectives.derivative import speed
 from apexflow.transport import expand
 
+JUMP, ANY, SHORT = range(3)
+# Up to four steps lead to data each, with fresh noise between; eight and more each to the next time.
+ANY_STEP: dict[int, dict[str, float]] = {8: {"kappa": 0.0, "rho": 0.0, "order": 1}}
+
 
 def short_tailed(error: Tensor, c: float) -> Tensor:
-    """Barron's loss with alpha = 1 of each row's mean square, over c: near the root mean square where that is above c."""
+    """Each row's mean square, over c, by the weight of Barron's loss with alpha = 1: near the root mean square above c.
+
+    The weight has no gradient.
+    """
     squared = error.float().flatten(1).square().mean(1) / c**2
-    return c * squared / (squared + 1).sqrt()
+    return c * squared / (squared.detach() + 1).sqrt()
 
 
 def length_weight(t: Tensor, s: Tensor) -> Tensor:
@@ -41,8 +50,10 @@ class RCGM:
 
     order: N, how many jumps lead from t - h to s. stride: h. clip: of the correction, elementwise. c: of `short_tailed`.
     target: theta-minus is the EMA "reference" (theirs, from second order on) or the student itself (where memory lacks).
-    velocity: v is the sample's own, or the teacher's field. guidance: scale that is trained in: from samples
-        `v + (guidance - 1) (F(c) - F(null))` at s = t by theta-minus, of the teacher its guided answer.
+    velocity: v is the sample's own, or the teacher's field. guidance: scale that is trained in: from samples, in the end, by
+        `v + (1 - 1 / guidance) (F(c) - F(null))` at s = t by theta-minus; of the teacher its guided answer.
+    jumps: what rows learn: "thirds" jump from noise to data, between any two times, and over a stretch of at most `short` of
+        their t (the authors' practice), or all jump between "any" two times (their theory).
     """
 
     order: int = 2
@@ -50,13 +61,16 @@ class RCGM:
     clip: float | None = 1.0
     target: Literal["reference", "student"] = "reference"
     velocity: Literal["sample", "teacher"] = "sample"
-    guidance: float = 1.8
+    guidance: float = 5.0
     c: float = 1e-3
+    jumps: Literal["thirds", "any"] = "thirds"
+    short: float = 0.05
 
     citation: ClassVar[str] = (
         "Sun & Lin, Any-step Generation via N-th Order Recursive Consistent Velocity Field Estimation, 2025"
     )
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
+    longer: ClassVar[dict[int, dict[str, float]]] = ANY_STEP
 
     def __post_init__(self) -> None:
         if self.order < 1:
@@ -65,6 +79,8 @@ class RCGM:
             raise ValueError(f"stride must lie in (0, 0.5), got {self.stride}")
         if self.c <= 0 or (self.clip is not None and self.clip <= 0):
             raise ValueError(f"c and clip must be above 0, got {self.c} and {self.clip}")
+        if self.guidance <= 0 or not 0 < self.short <= 1:
+            raise ValueError(f"guidance must be above 0 and short in (0, 1], got {self.guidance} and {self.short}")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -73,14 +89,20 @@ class RCGM:
         return ("teacher",) * teacher + ("reference",) * reference + ("second_time",)
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
-        """One micro-batch; t uniform, and s uniform below it."""
-        t = batch.random.uniform().clamp(1e-3, 1 - 1e-5)
-        s = t - batch.random.uniform() * t
-        t, s = networks.round_time(t), networks.round_time(s)
+        """One micro-batch: a mean over the global batch."""
+        kind = batch.rows.remainder(3) if self.jumps == "thirds" else torch.full_like(batch.rows, ANY)
+        t, s = (networks.round_time(time) for time in self.times(batch, kind))
         z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
         losses, _ = self.rows(networks, batch.x, z, t, s, batch.c)
         loss = losses.sum() / batch.total
         return Losses(loss, {"loss": loss.detach()})
+
+    def times(self, batch: Batch, kind: Tensor, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """t and s of some rows by their `kind` (n,): 1 and 0, any two, or two that lie near each other."""
+        t = batch.random.uniform(where).clamp(1e-3, 1 - 1e-5)
+        part = batch.random.uniform(where) * torch.where(kind == SHORT, self.short, 1.0)
+        jump = kind == JUMP
+        return torch.where(jump, torch.ones_like(t), t), torch.where(jump, torch.zeros_like(t), t - part * t)
 
     def rows(
         self, networks: Networks, x: Tensor, z: Tensor, t: Tensor, s: Tensor, c: Condition
@@ -91,7 +113,7 @@ class RCGM:
         minus = self._minus(networks)
 
         def guided(v: Tensor, x_t: Tensor, null: Condition) -> Tensor:
-            return v + (self.guidance - 1) * (minus(x_t, t, c, t) - minus(x_t, t, null, t))
+            return v + (1 - 1 / self.guidance) * (minus(x_t, t, c, t) - minus(x_t, t, null, t))
 
         with torch.no_grad():
             v = direction(networks, (x, z), t, c, self.velocity, self.guidance, guided)

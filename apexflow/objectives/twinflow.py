@@ -17,29 +17,29 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks
-from apexflow.objectives.rcgm import RCGM, short_tailed
+from apexflow.objectives.rcgm import ANY_STEP, JUMP, RCGM, SHORT, short_tailed
 
-JUMP, ANY, SHORT, FAKE = range(4)
+FAKE = SHORT + 1
 
 
 @dataclass(frozen=True)
 class TwinFlow:
     """L_base of RCGM on three kinds of rows, L_adv on fakes, and `rectify` times L_rectify on the jumps to data.
 
-    base: RCGM's fields. short: how long a short jump is, over its t. clip: of the difference of the twins' velocities.
+    base: RCGM's fields, of which `jumps` has no use here. clip: of the difference of the twins' velocities.
     """
 
     base: RCGM = field(default_factory=RCGM)
     rectify: float = 0.5
-    short: float = 0.05
     clip: float | None = 1.0
 
     citation: ClassVar[str] = "Cheng et al., TwinFlow: One-step Generation with Self-adversarial Flows, 2025"
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
+    longer: ClassVar[dict[int, dict[str, float]]] = ANY_STEP
 
     def __post_init__(self) -> None:
-        if self.rectify < 0 or not 0 < self.short <= 1:
-            raise ValueError(f"rectify must be at least 0 and short in (0, 1], got {self.rectify} and {self.short}")
+        if self.rectify < 0:
+            raise ValueError(f"rectify must be at least 0, got {self.rectify}")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be above 0, got {self.clip}")
 
@@ -63,7 +63,7 @@ class TwinFlow:
         real = kind != FAKE
         if not bool(real.any()):
             return batch.x.new_zeros(()), batch.x.new_zeros(())
-        t, s = (networks.round_time(time) for time in self._times(batch, real, kind[real]))
+        t, s = (networks.round_time(time) for time in self.base.times(batch, kind[real], real))
         x, c = batch.x[real], batch.c[real]
         z = batch.random.normal(x.shape[1:], real).to(x)
         losses, F = self.base.rows(networks, x, z, t, s, c)
@@ -71,13 +71,6 @@ class TwinFlow:
         if self.rectify == 0 or not bool(jump.any()):
             return losses.sum(), losses.new_zeros(())
         return losses.sum(), self._rectify(networks, batch, kind == JUMP, F[jump], z[jump], c[jump])
-
-    def _times(self, batch: Batch, real: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        """t and s: 1 and 0, any two, or two that lie near each other."""
-        t = batch.random.uniform(real).clamp(1e-3, 1 - 1e-5)
-        part = batch.random.uniform(real) * torch.where(kind == SHORT, self.short, 1.0)
-        jump = kind == JUMP
-        return torch.where(jump, torch.ones_like(t), t), torch.where(jump, torch.zeros_like(t), t - part * t)
 
     def _rectify(self, networks: Networks, batch: Batch, where: Tensor, F: Tensor, z: Tensor, c: Condition) -> Tensor:
         """L_rectify: the jump's prediction moves against the difference of the fake and the real velocity at its picture."""

@@ -25,8 +25,10 @@ class UCGM:
     """Algorithm 1. Defaults are Table 5's for few steps (XL/2 on ImageNet-256).
 
     lam: lambda, the consistency ratio. zeta: the enhancement ratio; 0: targets are the sample's own.
-    enhance: "teacher" moves data and noise towards the frozen teacher's estimates (appendix C.1.3), whose `guidance` may
-        then be trained in; "self" by the student's difference between the condition and, from the EMA, none (line 6).
+    enhance: "teacher" moves data and noise towards the frozen teacher's estimates (appendix C.1.3); "self" by the student's
+        difference between the condition and, from the EMA, none (line 6).
+    guidance: scale that enhancing by the teacher trains in up to `threshold`. The teacher's own is less where zeta is above
+        1, as the targets move past its answer.
     threshold: s, the time above which targets are averaged with the estimates.
     theta: of the Beta law of t. epsilon, clip: of the central difference at lambda = 1, and of the derivative.
     """
@@ -118,7 +120,7 @@ class UCGM:
         """Line 6 and appendix C.1.3: x* and z*, `a + zeta (b - d)` up to time s, above it the mean of a and b."""
         transport = networks.transport
         if self.enhance == "teacher":
-            F, other = teach(networks, x_t, t, c, self.guidance), None
+            F, other = teach(networks, x_t, t, c, 1 + (self.guidance - 1) / self.zeta), None
         elif networks.null is None:
             raise ValueError("enhance self needs a null condition: give one, or enhance by the teacher")
         else:

@@ -19,9 +19,9 @@ from apexflow.objectives.ctm import CTM
 from apexflow.objectives.derivative import derivative, speed
 from apexflow.objectives.flow_matching import FlowMatching
 from apexflow.objectives.meanflow import MeanFlow
-from apexflow.objectives.rcgm import RCGM, length_weight, short_tailed
+from apexflow.objectives.rcgm import ANY, JUMP, RCGM, SHORT, length_weight, short_tailed
 from apexflow.objectives.times import TimeLaw
-from apexflow.objectives.twinflow import ANY, FAKE, JUMP, SHORT, TwinFlow
+from apexflow.objectives.twinflow import FAKE, TwinFlow
 from apexflow.transport import LINEAR, Transport, expand
 
 UNIFORM = TimeLaw("uniform")
@@ -228,6 +228,29 @@ def test_rcgm_asks_theta_minus_along_its_own_path() -> None:
     torch.testing.assert_close(minus[-1].s, asked.s)
 
 
+def test_a_third_of_rcgms_rows_jump_from_noise_to_data() -> None:
+    """And a third over a short stretch; or all between any two times."""
+    for jumps in ("thirds", "any"):
+        roles = make_roles(RCGM())
+        RCGM(guidance=1, jumps=jumps)(roles.networks(), batch := make_batch(48), {})
+        (asked,) = roles.calls("student")
+        assert asked.s is not None
+        kind = batch.rows.remainder(3)
+        whole, near = (asked.t == 1) & (asked.s == 0), asked.t - asked.s <= 0.05 * asked.t + 1e-6
+        if jumps == "thirds":
+            assert torch.equal(whole, kind == JUMP) and bool(near[kind == SHORT].all())
+            assert not near[kind == ANY].all()
+        else:
+            assert not whole.any() and near.sum() < 16
+
+
+def test_the_weight_of_the_short_tailed_loss_has_no_gradient() -> None:
+    error = torch.tensor([[3.0, -1.0], [0.02, 0.01]], requires_grad=True)
+    (slope,) = torch.autograd.grad(short_tailed(error, 0.1).sum(), error)
+    weight = 1 / (error.detach().square().mean(1, keepdim=True) / 0.1**2 + 1).sqrt()
+    torch.testing.assert_close(slope, weight * error.detach() / 0.1)
+
+
 def test_twinflow_tells_fakes_by_a_negative_second_time() -> None:
     roles = make_roles(TwinFlow())
     TwinFlow(RCGM(guidance=1))(roles.networks(), batch := make_batch(16), {})
@@ -281,7 +304,7 @@ def test_guidance_needs_a_null_condition(objective: Any) -> None:
 @pytest.mark.parametrize("kappa", [0.0, 0.4])
 def test_meanflows_guided_field_has_a_share_of_its_own_answer(kappa: float) -> None:
     roles, batch = make_roles(MeanFlow()), make_batch()
-    loss = MeanFlow(share=0, guidance=3, kappa=kappa, p=0)(roles.networks(), batch, {}).total
+    loss = MeanFlow(share=0, guidance=3, kappa=kappa, p=0, drop=0)(roles.networks(), batch, {}).total
     asked, null, *own = roles.calls("student")
     t = asked.t[:, None, None, None]
     v = (asked.x_t - batch.x) / t  # z - x
@@ -292,6 +315,25 @@ def test_meanflows_guided_field_has_a_share_of_its_own_answer(kappa: float) -> N
         assert own[0].s is not None and torch.equal(own[0].s, own[0].t)
     expected = (asked.F - guided).square().sum() / batch.total
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
+def test_a_tenth_of_meanflows_rows_learn_the_field_without_a_condition() -> None:
+    """Where it guides itself by that field; the target of these rows is not guided."""
+    objective = MeanFlow(share=0, guidance=3, p=0, drop=0.5)
+    roles, batch = make_roles(objective), make_batch(32)
+    loss = objective(roles.networks(), batch, {}).total.detach()
+    asked, null, *_ = roles.calls("student")
+    dropped = (asked.c.embeds == null.c.embeds).flatten(1).all(1)
+    assert 4 < int(dropped.sum()) < 28
+    t = asked.t[:, None, None, None]
+    v = (asked.x_t - batch.x) / t
+    target = torch.where(dropped[:, None, None, None], v, 3 * v - 2 * null.F)
+    torch.testing.assert_close(loss, (asked.F - target).square().sum() / batch.total, rtol=1e-3, atol=0)
+    assert MeanFlow().drop == 0.1
+    for other in (MeanFlow(drop=0.5), MeanFlow(guidance=3, velocity="teacher", drop=0.5)):
+        roles = make_roles(other)
+        other(roles.networks(), batch, {})
+        assert torch.equal(roles.calls("student")[0].c.embeds, batch.c.embeds)
 
 
 def test_flow_matching_never_asks_with_a_second_time() -> None:

@@ -13,7 +13,7 @@ from exact_fields import (
     STD,
 )
 
-from apexflow.objectives import objectives
+from apexflow.objectives import objectives, sampler_of
 from apexflow.objectives.cm import CM
 from apexflow.objectives.ctm import CTM
 from apexflow.objectives.lcm import LCM
@@ -28,9 +28,18 @@ from apexflow.sampler import sample, time_grid
 
 @pytest.mark.parametrize("method", objectives().values(), ids=objectives().keys())
 def test_every_method_recommends_sampler_settings(method: Any) -> None:
-    assert {"kappa", "rho"} <= set(method.sampler) <= {"kappa", "rho", "order"}
-    ends = sample(gaussian_velocity(MEAN, STD), torch.zeros(2, 1), time_grid(3).float(), **method.sampler)
-    assert ends.isfinite().all()
+    for steps in (1, 3, 20):
+        settings: Any = sampler_of(method, steps)
+        assert {"kappa", "rho"} <= set(settings) <= {"kappa", "rho", "order"}
+        ends = sample(gaussian_velocity(MEAN, STD), torch.zeros(2, 1), time_grid(steps).float(), **settings)
+        assert ends.isfinite().all()
+
+
+def test_a_method_may_be_sampled_otherwise_from_a_number_of_steps_on() -> None:
+    """RCGM and TwinFlow: fresh noise up to the four steps of the released few-step settings, jumps along the path after."""
+    for method in (RCGM, TwinFlow):
+        assert [sampler_of(method, steps)["rho"] for steps in (1, 2, 4, 8, 20)] == [1, 1, 1, 0, 0]
+    assert sampler_of(SCM, 20) == SCM.sampler
 
 
 @pytest.mark.parametrize(
@@ -65,11 +74,14 @@ def test_every_method_recommends_sampler_settings(method: Any) -> None:
         (MeanFlow, {"share": 1.5}, "share"),
         (MeanFlow, {"epsilon": 0.0}, "epsilon"),
         (MeanFlow, {"kappa": 1.0}, "kappa"),
+        (MeanFlow, {"drop": 1.0}, "drop"),
         (MeanFlow, {"c": 0.0}, "c above"),
         (RCGM, {"order": 0}, "order"),
         (RCGM, {"stride": 0.0}, "stride"),
         (RCGM, {"clip": 0.0}, "clip"),
-        (TwinFlow, {"short": 0.0}, "short"),
+        (RCGM, {"guidance": 0.0}, "guidance"),
+        (RCGM, {"short": 0.0}, "short"),
+        (TwinFlow, {"rectify": -0.1}, "rectify"),
         (TwinFlow, {"clip": 0.0}, "clip"),
     ],
     ids=str,

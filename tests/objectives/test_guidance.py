@@ -1,0 +1,72 @@
+"""The scale of guidance that a method is given is the one that it trains in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from closed_forms import make_condition
+from exact_fields import UNIFORM, networks
+from mixtures import Mixture
+from torch import Tensor, nn
+
+from apexflow.conditioning import Condition, guide
+from apexflow.objectives import Batch, Networks
+from apexflow.objectives.ctm import CTM
+from apexflow.objectives.meanflow import MeanFlow
+from apexflow.objectives.rcgm import RCGM
+from apexflow.objectives.twinflow import TwinFlow
+from apexflow.objectives.ucgm import UCGM
+
+NULL = make_condition(1, seed=99)
+PROMPTED, ANYTHING = Mixture([1.0]), Mixture([-0.5])
+Loss = Callable[[Networks, Batch, Any], Any]
+# Squared, and within the stride: the target is the guided velocity itself.
+SHORT: Any = {"clip": None, "c": 100, "stride": 0.49, "target": "student"}
+
+
+class Guided(nn.Module):
+    """The exact velocities with and without a condition, the former guided by a scale; a correction that starts at nothing."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.weights = scale, nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
+        t = t.to(x_t)
+        null = ANYTHING.velocity(x_t, t)
+        if torch.equal(c.embeds, NULL.embeds.expand_as(c.embeds)):
+            return null
+        slope, shift = self.weights
+        return guide(PROMPTED.velocity(x_t, t), null, self.scale) + slope * x_t + shift
+
+
+METHODS: dict[str, Callable[[float], Loss]] = {
+    "rcgm": lambda scale: RCGM(guidance=scale, **SHORT),
+    "twinflow": lambda scale: TwinFlow(RCGM(guidance=scale, **SHORT), rectify=0),
+    "meanflow": lambda scale: MeanFlow(share=0, guidance=scale, p=0, drop=0, times=UNIFORM),
+    "meanflow, kappa": lambda scale: MeanFlow(share=0, guidance=scale, kappa=0.4, p=0, drop=0, times=UNIFORM),
+    "ucgm": lambda scale: UCGM(lam=0, theta=(1, 1), threshold=1, guidance=scale),
+    "ucgm, zeta 1/2": lambda scale: UCGM(lam=0, theta=(1, 1), threshold=1, zeta=0.5, guidance=scale),
+    "ctm": lambda scale: lambda given, batch, memory: CTM(times=UNIFORM, guidance=scale)._matching(given, batch),
+}
+
+
+@pytest.mark.parametrize("scale", [1.5, 2.5, 5.0])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_the_field_guided_by_the_given_scale_is_the_fixed_point(method: Callable[[float], Loss], scale: float) -> None:
+    teacher = Guided(1.0)
+
+    def pull(student: Guided) -> Tensor:
+        given = replace(networks(student, teacher), null=NULL)
+        answer: Any = method(scale)(given, PROMPTED.rows([0.4], 24), {})
+        return torch.autograd.grad(getattr(answer, "total", answer), [student.weights])[0].norm()
+
+    assert pull(Guided(scale)) < 1e-2 * min(pull(Guided(scale - 0.4)), pull(Guided(scale + 0.4)))
+
+
+def test_the_ratio_that_rcgms_authors_use_is_a_scale_of_five() -> None:
+    assert 1 - 1 / RCGM().guidance == pytest.approx(0.8)
