@@ -102,3 +102,10 @@ def test_pcm_weighs_the_hinge_by_lambda() -> None:
     torch.testing.assert_close(one.terms["consistency"], other.total.detach())
     torch.testing.assert_close(one.terms["loss"], other.terms["loss"] + 0.1 * one.terms["fooling"])
     assert one.terms["fooling"] > 0 and without.further == ()
+
+
+def test_pcms_judge_learns_as_in_the_released_training() -> None:
+    """Twice as fast as the student, and without momentum; with no adversarial loss there is none."""
+    (judge,) = PCM().further
+    assert judge.rate == 2 and judge.betas is not None and judge.betas[0] == 0
+    assert PCM(adversarial=0).further == ()
