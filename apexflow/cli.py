@@ -115,10 +115,11 @@ def data_scenes(
     """Draw captioned scenes: circles, stars, hearts ... with GenEval-style captions."""
     from apexflow.data.scenes import scenes
     from apexflow.data.shards import write_scenes
+    from apexflow.progress import counted
 
     if is_taken(folder):
         raise UserError(f"output {folder} exists: choose another folder")
-    written = write_scenes(scenes(count, seed), folder)
+    written = write_scenes(counted("drawing scenes", scenes(count, seed), count), folder)
     show({"folder": str(folder), "scenes": written}, as_json, f"{folder}: {written} scenes")
 
 

@@ -12,6 +12,8 @@ from typing import TextIO
 from apexflow.errors import UserError
 from apexflow.progress import console
 
+TRIES = 1000  # while other processes take their files and folders away
+
 
 @contextmanager
 def alone_in(folder: Path, part: str = "", wait: bool = False) -> Iterator[None]:
@@ -53,11 +55,11 @@ def made_once(path: Path, is_there: Callable[[], bool], make: Callable[[], objec
 
 def _take(path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> TextIO | None:
     """The lock's file, open and locked, or None where there can be none; BlockingIOError where another process has it."""
-    while True:
+    for _ in range(TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
-        except FileNotFoundError:  # another process has just removed the empty folder
+        except FileNotFoundError:  # another process has just removed the folder, or nothing can be here (/proc)
             continue
         except OSError:
             return None
@@ -72,6 +74,7 @@ def _take(path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> TextIO | None
             file.close()
             return None
         file.close()
+    return None
 
 
 def _is_still(file: TextIO, path: Path) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
+Item = TypeVar("Item")
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
@@ -63,3 +66,11 @@ class Progress:
             self._bar.stop()
         elif time.monotonic() - self._started > LINE_EVERY:
             self._print()
+
+
+def counted(title: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+    """The items, shown as they are taken."""
+    with Progress(title, total) as progress:
+        for item in items:
+            progress.advance()
+            yield item

@@ -201,7 +201,10 @@ def test_kill_and_resume_on_two_processes_is_exact(
     assert len(list((parts / "tensorboard").iterdir())) <= 2  # one writer a start
 
 
-@pytest.mark.parametrize("options", [[], EVERYTHING], ids=["student alone", "everything"])
+LORA = ["tuning.kind=lora", "tuning.rank=4", "micro_batch=1"]
+
+
+@pytest.mark.parametrize("options", [LORA, EVERYTHING], ids=["lora", "everything"])
 def test_a_run_goes_on_with_another_number_of_processes(recipe: Path, tmp_path: Path, options: list[str]) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = ["train", str(recipe), "parallel=fsdp", "preview.every=100", *options]

@@ -96,6 +96,22 @@ def test_where_no_lock_can_be_the_work_goes_on(tmp_path: Path) -> None:
     assert entered and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_where_files_never_come_to_be_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As below /proc, or where folders are mounted when they are asked for."""
+    tried = 0
+
+    def missing(*_: object) -> None:
+        nonlocal tried
+        tried += 1
+        if tried > 10_000:
+            pytest.fail("tries without end")
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "open", missing)
+    with alone_in(tmp_path / "out"):
+        assert tried
+
+
 def test_a_run_that_was_killed_while_it_cached_goes_on(run: Run, recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "cache").mkdir(parents=True)
     locks = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,9 +141,14 @@ def test_every_recipe_parses_and_is_planned(path: Path) -> None:
     recipe = load_recipe(path)
     if recipe.model.startswith("runs/"):  # what another recipe makes, of the same shapes
         recipe = replace(recipe, model="mini-teacher")
-    gpus = 16 if recipe.parallel == "fsdp" else 1
-    found = plan(recipe, gpus, 256)
+    head = path.read_text()
+    said = re.search(r"Planned memory: (\d+) GiB", head)
+    asked = re.search(rf"apexflow plan recipes/{path.name}(?: --tokens (\d+))?(?: --gpus (\d+))?", head)
+    assert bool(said) == bool(asked) == (not path.stem.startswith("mini"))
+    tokens, gpus = [number and int(number) for number in asked.groups()] if asked else (256, None)
+    found = plan(recipe, gpus or 1, tokens)
     assert 0 < found.peak < 80 * GIB
+    assert said is None or round(found.peak / GIB) == int(said[1])
     if "qwen-image" in recipe.output:
         assert recipe.batch == 64 and recipe.precision == "bf16" and recipe.objective["path_weight"] == 1.0
     if "lora-r" in recipe.output:

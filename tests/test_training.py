@@ -144,7 +144,7 @@ def test_lora_roles_are_three_models_on_one_base(recipe_file: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str) -> None:
-    recipe = load_recipe(recipe_file, [f"tuning.kind={kind}", "tuning.rank=4", "steps=3"])
+    recipe = load_recipe(recipe_file, [f"tuning.kind={kind}", "tuning.rank=4", "steps=3", "data.size=32"])
     run = start(recipe, resume=False)
     for _ in range(3):
         training_step(run)
@@ -152,6 +152,7 @@ def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str
     assert (folder.parent / "lora" / "pytorch_lora_weights.safetensors").is_file() == (kind == "lora")
     x, t, c = run.data.latents([0, 1]), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
     loaded = load_backbone(str(folder))
+    assert loaded.default_size == 32  # draws what it has learnt to draw
     with torch.no_grad():
         expected = run.networks.reference(x, t, c)
         assert (loaded.velocity(loaded.transformer, x, t, c) - expected).abs().max() < 1e-5

@@ -73,6 +73,10 @@ class Backbone(Protocol):
     @property
     def default_size(self) -> int: ...
 
+    def draw_at(self, size: int) -> None:
+        """Make `size` the `default_size`, with the time shift of such pictures."""
+        ...
+
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """`F(x_t, t, c)` of the paper, answered by `network`, a module of the transformer's class; t (B,) in [0, 1]."""
         ...
@@ -202,6 +206,8 @@ def load_backbone(
         raise UserError(f"{folder} is {what}; give the folder of a diffusers checkpoint")
     index = folder / "model_index.json"
     if not index.is_file():
+        if (folder / "model" / index.name).is_file():
+            raise UserError(f"{folder} is a run, not a model: name {folder / 'model'}")
         raise UserError(f"{folder} is no diffusers checkpoint: model_index.json is missing")
     try:
         pipeline = json.loads(index.read_text()).get("_class_name")

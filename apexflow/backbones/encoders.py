@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from apexflow.backbones import Settings
 from apexflow.backbones.parts import Later
 
 ROLES = ("vae", "text_encoder")
@@ -20,6 +22,8 @@ ROLES = ("vae", "text_encoder")
 
 class Encoders:
     """Base of the families, with `vae` and `text_encoder`: one module, or a ModuleDict of several."""
+
+    settings: Settings
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         """parts: by the names of their folders; networks, or `Later`."""
@@ -37,6 +41,10 @@ class Encoders:
     def vae_config(self) -> Any:
         """The autoencoder's config, known before its weights are read."""
         return self._parts["vae"]["vae"].config
+
+    def draw_at(self, size: int) -> None:
+        """Make `size` what the model draws unasked, in pixels a side."""
+        self.settings = replace(self.settings, size=size)
 
     def _first(self, role: str) -> Any:
         networks = {n: part.read() if isinstance(part, Later) else part for n, part in self._parts[role].items()}

@@ -48,8 +48,7 @@ class Family(Encoders):
         for tokenizer in self.tokenizers.values():
             tokenizer.padding_side = "right"  # velocities and caches expect real tokens first
         self.tokenizer = next(iter(self.tokenizers.values()))
-        tokens = (self.default_size // (self.factor * self.patch)) ** 2
-        self.time_shift = scheduler_shift(self.scheduler.config, tokens)
+        self.time_shift = self._shift_of_default_size()
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +95,15 @@ class Family(Encoders):
     @property
     def default_size(self) -> int:
         return self.settings.size or (self.config.get("sample_size") or 128) * self.factor
+
+    def draw_at(self, size: int) -> None:
+        """Make `size` what the model draws unasked, with the time shift of such pictures."""
+        super().draw_at(size)
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            self.time_shift = self._shift_of_default_size()
+
+    def _shift_of_default_size(self) -> float:
+        return scheduler_shift(self.scheduler.config, (self.default_size // (self.factor * self.patch)) ** 2)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """(C, h, w) for pictures of `size` (height, width) in pixels; UserError for one that the model cannot take."""

@@ -105,7 +105,7 @@ def _decode(picture: bytes) -> Image.Image | str:
     try:
         return _plain(_upright(Image.open(io.BytesIO(picture))))
     except Image.DecompressionBombError as error:
-        return f"picture too large ({error})"
+        return f"picture too large ({str(error).partition(',')[0]})"
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         return "corrupt picture"
 

@@ -101,11 +101,17 @@ def _run(folder: Path) -> Source:
     model, file = folder / "model", folder / "lora" / FILE
     if not (model / "model_index.json").is_file():
         raise UserError(f"the run {folder} is not finished: go on with `apexflow train` and --resume, then export")
-    recipe = json.loads((folder / "recipe.json").read_text())
+    try:
+        recipe = json.loads((folder / "recipe.json").read_text())
+        kind, named = recipe["tuning"]["kind"], recipe["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'recipe.json'} is damaged ({error}): `apexflow train` with the recipe and --resume writes it again"
+        ) from error
     backbone = load_backbone(str(model), "meta")
-    if recipe["tuning"]["kind"] != "lora":
+    if kind != "lora":
         return Source(model, backbone, backbone.settings)
-    base = recipe["model"] if recipe["model"] != "miniature" else str(folder / "base")
+    base = named if named != "miniature" else str(folder / "base")
     return Source(model, backbone, backbone.settings, file, base, merged=True)
 
 

@@ -49,9 +49,11 @@ def _times(settings: Settings, time_shift: float) -> Tensor:
 def call_options(backbone: Backbone, settings: Settings, stock: bool) -> dict[str, Any]:
     """Keyword arguments of the stock pipeline's call that sample as `settings` say; `stock`: by the stock scheduler.
 
-    A pipeline that keeps its own scheduler is told where to begin: left alone, SDXL's takes its one step at the clean end.
+    Height and width are given since most pipelines have a size of their own, whatever the model was tuned at. A pipeline that
+    keeps its own scheduler is told where to begin: left alone, SDXL's takes its one step at the clean end.
     """
-    options: dict[str, Any] = {"num_inference_steps": settings.steps}
+    side = settings.size or backbone.default_size
+    options: dict[str, Any] = {"num_inference_steps": settings.steps, "height": side, "width": side}
     if stock:
         options["sigmas"] = stock_scheduler_config(settings, backbone.time_shift)["sigmas"]
     elif not backbone.flow_scheduler:

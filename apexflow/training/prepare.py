@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from apexflow.data.cache import CachedSet, check_made_by, is_cache
 from apexflow.data.caching import CacheSettings, make_cache, picture_sizes
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
-from apexflow.data.scenes import Scene, scenes, vocabulary
+from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
 from apexflow.locking import alone_in
-from apexflow.progress import Progress
+from apexflow.progress import counted
 from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
 from apexflow.training.config import Data, Recipe
 from apexflow.training.distributed import world
@@ -59,6 +59,9 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
         model = resolve(recipe.model)
     folders = [model, resolve(recipe.teacher)] if recipe.teacher else [model]
     parallel, backbone, teacher = _load(recipe, folders, device)
+    size = CachedSet(finished).size if finished else recipe.data.size
+    for one in filter(None, (backbone, teacher)):
+        one.draw_at(size or one.default_size)  # what it learns to draw, and so what the saved model draws
     objective = suited_objective(recipe, backbone)
     if finished is None:
         picture_sizes(backbone, cache_settings(recipe))
@@ -188,16 +191,9 @@ def captioned_source(recipe: Recipe) -> Path:
         if not folder.is_dir():
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            with Progress("drawing scenes", data.count) as progress:
-                write_scenes(_counted(scenes(data.count, data.seed), progress), partial)
+            write_scenes(counted("drawing scenes", scenes(data.count, data.seed), data.count), partial)
             partial.rename(folder)
     return folder
-
-
-def _counted(items: Iterable[Scene], progress: Progress) -> Iterator[Scene]:
-    for item in items:
-        progress.advance()
-        yield item
 
 
 def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:

@@ -128,7 +128,8 @@ def restore(run: Run, path: Path) -> None:
                 moments["step"] = int(moments["step"])
     run.step, run.bad, run.seconds = (state[key] for key in ("step", "bad", "seconds"))
     console.print(f"resumed {path}")
-    if said := changed(state["recipe"], run.recipe.to_dict()):
+    before = state["recipe"] | {"output": run.recipe.output}  # a folder may be moved
+    if said := changed(before, run.recipe.to_dict()):
         console.print(f"other settings than at the last step: {', '.join(said)}")
 
 

@@ -242,6 +242,11 @@ def test_settings_of_a_folder_lie_over_the_family_s(tmp_path, folder_of):
     backbone = load_backbone(str(tmp_path / "model"))
     assert (backbone.settings.steps, backbone.settings.max_tokens, backbone.embedded_guidance) == (2, 512, 7.0)
     assert Settings().embedded_guidance is None
+    (tmp_path / "model" / "apexflow.json").write_text('{"size": 64}')
+    of_folder, other = load_backbone(str(tmp_path / "model")), load_backbone(str(folder_of("flux_dev")))
+    before = other.time_shift
+    other.draw_at(64)  # brings the time shift of such pictures
+    assert other.default_size == of_folder.default_size == 64 and other.time_shift == of_folder.time_shift != before
     (tmp_path / "model" / "apexflow.json").write_text('{"stepz": 2}')
     with pytest.raises(UserError, match=r"apexflow\.json does not fit"):
         load_backbone(str(tmp_path / "model"))

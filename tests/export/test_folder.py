@@ -46,9 +46,10 @@ def call_of(result):
 @pytest.mark.parametrize("scheduler", ["stock", "any-step"])
 @pytest.mark.parametrize("name", ["sana", "qwen_image"])
 def test_a_student_s_folder_samples_as_ours_in_the_stock_pipeline(name, scheduler, folder_of, tmp_path):
-    source, output = student(folder_of, name, tmp_path, steps=2), tmp_path / "out"
+    source, output = student(folder_of, name, tmp_path, steps=2, size=32), tmp_path / "out"
     result = export(str(source), output, scheduler)
     assert result["kind"] == "model" and result["scheduler"] == scheduler
+    assert result["call"]["height"] == result["call"]["width"] == 32
     backbone, pipeline = load_backbone(str(source)), load_stock(output)
     kind = AnyStepScheduler if scheduler == "any-step" else diffusers.FlowMatchEulerDiscreteScheduler
     assert isinstance(pipeline.scheduler, kind)
@@ -172,6 +173,11 @@ def test_sources_that_are_none(folder_of, tmp_path):
     refused(tmp_path, ("not found",), "nosuch", output)
     (empty / "recipe.json").write_text(json.dumps({"model": "x", "tuning": {"kind": "full"}}))
     refused(tmp_path, ("not finished", "--resume"), str(empty), output)
+    (empty / "model").mkdir()
+    (empty / "model" / "model_index.json").write_text("{}")
+    for content in ("{", "[]", '{"model": "x"}'):
+        (empty / "recipe.json").write_text(content)
+        refused(tmp_path, ("recipe.json is damaged", "--resume"), str(empty), output)
     refused(tmp_path, ("exists", "-o"), str(folder_of("sana")), empty)
     file = save_lora(tuned(folder_of("sana")), tmp_path / "lora")
     refused(tmp_path, ("--base",), str(file), output)
@@ -203,7 +209,8 @@ def test_a_one_step_student_is_asked_at_pure_noise_by_a_scheduler_of_its_own(nam
     backbone.save(source, replace(backbone.settings, steps=1, guidance=1.0))
     call = export(str(source), output)["call"]
     assert call.get("timesteps") == (None if name == "sana_sprint" else [999])
-    options = {key: call[key] for key in call if key not in ("num_inference_steps", "max_sequence_length")}
+    ours = ("num_inference_steps", "max_sequence_length", "height", "width")
+    options = {key: call[key] for key in call if key not in ours}
     z = noise(backbone)
     latents = stock_latents(name, load_stock(output), z, 1, **options)
     assert largest_difference(latents, our_latents(backbone, z, torch.tensor([1.0, 0.0]))) < 1e-4
