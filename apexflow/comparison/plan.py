@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "apex-endpoint": ("apex", {"path_weight": 0.0, "share": 1.0}),  # as the shipped student is trained
     "meanflow-distilled": ("meanflow", {"velocity": "teacher"}),
     "rcgm-distilled": ("rcgm", {"velocity": "teacher"}),
+    "twinflow-distilled": ("twinflow", {"base": {"velocity": "teacher"}}),
     "pcm-one-phase": ("pcm", {"phases": 1}),  # for one step: the authors train a model for each number of steps
 }
 EVERYONE = ("apex", "apex-endpoint", "apex-printed", *(name for name in objectives() if name != "apex"))
@@ -95,7 +96,9 @@ class Plan:
     def entry(self, name: str) -> tuple[str, dict[str, Any]]:
         """The method of a name and the fields of its dataclass that the comparison sets."""
         method, given = VARIANTS.get(name, (name, {}))
-        return method, {**guided(objectives()[method](), self.guidance), **given}
+        found = guided(objectives()[method](), self.guidance)
+        whole = {key: found[key] | value if isinstance(value, dict) else value for key, value in given.items()}
+        return method, found | whole
 
     def nested(self, name: str, steps: Collection[int]) -> bool:
         """Whether a run to the most of these steps is, on its way, a run to each of the fewer: nothing follows its length."""
