@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from apexflow import __version__
 from apexflow.data.command import cache, synthesize
 from apexflow.errors import (
     Stopped,
@@ -24,14 +25,29 @@ from apexflow.evaluation.command import convert_detector, evaluate
 from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks, tells
 from apexflow.training.command import plan, train
 
+ABOUT = "Tune a text-to-image model into one that answers in one network evaluation, and prove it."
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Tune a text-to-image model into one that answers in one network evaluation, and prove it.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data_app, name="data")
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback(help=ABOUT)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Nothing but what stands before a command."""
 
 
 def generate(

@@ -12,6 +12,8 @@ import torch
 from command_line import Run, generate, refused, write
 from PIL import Image
 
+import apexflow
+
 
 def test_generate_writes_the_same_picture_for_the_same_seed(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
@@ -92,6 +94,10 @@ def test_help_of_every_command(run: Run) -> None:
     ):
         code, out, _ = run(*command, "--help")
         assert code == 0 and "Usage" in out
+
+
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version")[:2] == (0, f"{apexflow.__version__}\n")
 
 
 def test_the_package_is_the_command(run: Run) -> None:
