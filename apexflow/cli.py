@@ -25,12 +25,7 @@ from apexflow.evaluation.command import convert_detector, evaluate
 from apexflow.options import Device, Guidance, Json, Model, Size, Steps, show, speaks, tells
 from apexflow.training.command import plan, train
 
-ABOUT = "Tune a text-to-image model into one that answers in one network evaluation, and prove it."
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data_app, name="data")
 
@@ -41,13 +36,13 @@ def _tell_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help=ABOUT)
+@app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Nothing but what stands before a command."""
+    """Tune a text-to-image model into one that answers in one network evaluation, and prove it."""
 
 
 def generate(
