@@ -16,7 +16,7 @@ from apexflow.backbones.miniature import build_miniature
 from apexflow.data.scenes import vocabulary
 from apexflow.errors import UserError
 from apexflow.training.config import Recipe, Tuning, load_recipe
-from apexflow.training.loop import finish, start, training_step
+from apexflow.training.loop import finish, start, train, training_step
 from apexflow.training.memory import network_sizes
 from apexflow.training.plan import plan, shapes_of
 from apexflow.training.run import Run
@@ -80,6 +80,17 @@ def test_a_narrow_base_gives_the_gradients_of_the_base_that_it_is(
         assert torch.allclose(
             model.velocity(model.transformer, x, t, c), runs[0].networks.reference(x, t, c), atol=1e-5
         )
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_a_run_in_bf16_from_a_narrow_base_draws_on_its_way(
+    recipe_file: Path, wide_model: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    four_bit.use(monkeypatch)
+    given = ["tuning.kind=lora", "tuning.rank=4", f"tuning.storage={kind}", "precision=bf16", f"model={wide_model}"]
+    recipe = load_recipe(recipe_file, given)
+    train(recipe)
+    assert len(list((Path(recipe.output) / "previews").glob("*.png"))) == 2
 
 
 def test_four_bits_take_half_a_byte_and_their_scales(

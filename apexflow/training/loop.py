@@ -175,7 +175,8 @@ def preview(run: Run) -> None:
     with together():
         if leads() or isinstance(run.engine, Sharded):
             cached = not run.recipe.tuning.text_encoder
-            save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step, cached)
+            with run.autocast():  # a base in eight bits beside adapters in float32 answers in no other way
+                save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step, cached)
 
 
 def finish(run: Run) -> Path:

@@ -76,6 +76,10 @@ class Run:
     def networks(self) -> Networks:
         return self.engine.networks
 
+    def autocast(self) -> torch.autocast:
+        """Within, networks answer in the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for trainee in self.trainees.values() for name, p in trainee.parameters.items()}

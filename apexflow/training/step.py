@@ -62,7 +62,7 @@ def accumulate(run: Run) -> dict[str, float]:
         with together():
             batch = make_batch(run, part)
         with run.engine.micro_batch(batch, last=number == len(parts) - 1):
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            with run.autocast():
                 losses = run.objective(run.networks, batch, run.memory)
                 total = losses.everything + run.engine.owed()
             total.backward()

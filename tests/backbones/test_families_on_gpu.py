@@ -1,0 +1,91 @@
+"""Every family on a GPU: the pictures and gradients of the CPU, and steps in bf16, checkpointed and from a base in eight bits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import BUILDERS
+
+from apexflow.backbones import load_backbone
+from apexflow.generator import Generator
+from apexflow.objectives import Batch
+from apexflow.randomness import RowRandom
+from apexflow.training.config import Recipe, Tuning
+from apexflow.training.roles import frozen_dtype, loaded_dtype, make_roles
+from apexflow.training.storage import storing
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+PROMPTS = ["a red cube", "a cat"]
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32 and not in TF32, so that both devices can be compared."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_pictures_are_those_of_the_cpu(name, guidance, folder_of):
+    drawn = [
+        Generator(load_backbone(str(folder_of(name)), device)).generate(PROMPTS, 2, 5, 64, guidance)
+        for device in ("cpu", GPU)
+    ]
+    for ours, theirs in zip(*drawn, strict=True):
+        difference = np.abs(np.asarray(ours, np.int64) - np.asarray(theirs, np.int64))
+        assert difference.mean() < 0.1 and difference.max() <= 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_gradients_are_those_of_the_cpu(name, kind, checkpointing, folder_of):
+    tuning = Tuning(kind=kind, rank=2, checkpointing=checkpointing)
+    recipe = Recipe(output="", tuning=tuning, objective={"guidance": 2.5})
+    there, here = (gradients(str(folder_of(name)), recipe, device) for device in ("cpu", GPU))
+    assert there.keys() == here.keys() and any(bool(gradient.any()) for gradient in there.values())
+    for parameter, gradient in there.items():
+        assert (here[parameter].cpu() - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-5, parameter
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", 2), Tuning("lora", 2, storage="fp8")], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_gradients_in_bf16_are_close_to_those_in_float32(name, tuning, checkpointing, folder_of):
+    tuning = Tuning(tuning.kind, tuning.rank, storage=tuning.storage, checkpointing=checkpointing)
+    recipe = Recipe(output="", tuning=tuning, precision="bf16", objective={"guidance": 2.5})
+    half = gradients(str(folder_of(name)), recipe, GPU)
+    assert all(math.isfinite(float(gradient.abs().sum())) for gradient in half.values())
+    assert all(gradient.dtype == torch.float32 for gradient in half.values())
+    plain = Recipe(output="", tuning=Tuning(tuning.kind, tuning.rank), objective={"guidance": 2.5})
+    whole = gradients(str(folder_of(name)), plain, GPU)
+    ours, theirs = (torch.cat([found[name].flatten() for name in whole]) for found in (half, whole))
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.5
+
+
+def gradients(model: str, recipe: Recipe, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Gradients of one step of APEX by name, of weights and rows that do not depend on the device."""
+    backbone = load_backbone(model, "cpu", loaded_dtype(recipe))
+    torch.manual_seed(0)  # of fresh adapters
+    objective = recipe.build_objective()
+    with torch.no_grad():
+        c = backbone.encode_prompts(PROMPTS * 2).to(torch.device(device))
+        null = backbone.encode_prompts([""]).to(torch.device(device))
+    backbone.transformer.to(device)
+    place = storing(recipe.tuning.storage, frozen_dtype(recipe), torch.device(device))
+    roles = make_roles(backbone, recipe, objective.needs, place)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in roles.trained.values():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.1 * noise.to(parameter.device)  # a fresh adapter adds nothing
+    x = torch.randn(4, *backbone.latent_shape((64, 64)), generator=generator).to(device)
+    random, rows = RowRandom(0, 0, range(4), device), torch.arange(4, device=device)
+    batch = Batch(x, c, random, rows, 4, 0.0, 0, None)
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        losses = objective(roles.networks(null), batch, {})
+    losses.everything.backward()
+    return {name: p.grad for name, p in roles.trained.items() if p.grad is not None}
