@@ -26,7 +26,11 @@ from apexflow.training.step import training_step
 
 PROMPT = "a photo of a red star left of a blue circle"
 METHODS = ("flow_matching", "apex")
-LEAST, ENOUGH = 3, 2.0  # a call is repeated at least so often and for so many seconds
+LEAST, ENOUGH, MOST = (
+    3,
+    2.0,
+    10.0,
+)  # a call is repeated at least so often and for so many seconds, but not after so many
 STEPS = 5  # training steps that are measured, after two that are not
 
 
@@ -174,12 +178,13 @@ def _name(case: Case, generator: Generator) -> str:
 
 
 def _draw_seconds(generator: Generator, case: Case, count: int, size: int | None) -> float:
-    """Median seconds of one `generate` call; the first, which warms up, is not counted."""
+    """Median seconds of one `generate` call, after one of a single step that warms up."""
+    prompts = [PROMPT] * count
+    generator.generate(prompts, 1, 0, size, case.guidance)
     measured: list[float] = []
-    while len(measured) <= LEAST or sum(measured) < ENOUGH:
-        draw = partial(generator.generate, [PROMPT] * count, case.steps, len(measured), size, case.guidance)
-        measured.append(_seconds(draw))
-    return statistics.median(measured[1:])
+    while sum(measured) < MOST and (len(measured) < LEAST or sum(measured) < ENOUGH):
+        measured.append(_seconds(partial(generator.generate, prompts, case.steps, len(measured), size, case.guidance)))
+    return statistics.median(measured)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -47,6 +47,7 @@ CASES = {
     "sana-0.6b": ("Efficient-Large-Model/Sana_600M_512px_diffusers", Tuning(checkpointing=False)),
     "sana-1.6b": ("Efficient-Large-Model/Sana_1600M_512px_diffusers", Tuning(checkpointing=False)),
     "qwen-image-lora-r64": ("Qwen/Qwen-Image", Tuning(kind="lora", rank=64, checkpointing=True)),
+    "qwen-image-lora-r64-fp8": ("Qwen/Qwen-Image", Tuning(kind="lora", rank=64, checkpointing=True, storage="fp8")),
 }
 TINY = {
     "SanaTransformer2DModel": {
@@ -146,7 +147,7 @@ def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> di
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         run = begin(case, method, batch, size, tokens, given.tiny, device)
-        seconds = timed_steps(run, given.steps)
+        seconds, finite = timed_steps(run, given.steps)
     except torch.OutOfMemoryError:
         return result | {"out_of_memory": True}
     passes = count_passes(run.objective, batch)
@@ -158,6 +159,7 @@ def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> di
         "parameters": sum(p.numel() for p in run.backbone.transformer.parameters()),
         "trained": sum(p.numel() for p in run.roles.trained.values()),
         "seconds": seconds,
+        "finite": finite,
         "forward_rows": forwards / batch,
         "tflops_a_second": work / seconds / 1e12,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
@@ -166,16 +168,16 @@ def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> di
     }
 
 
-def timed_steps(run: Run, steps: int) -> float:
-    """Median seconds a step, after two that are not counted."""
-    measured = []
+def timed_steps(run: Run, steps: int) -> tuple[float, bool]:
+    """Median seconds a step, after two that are not counted; whether all were finite, since others move nothing."""
+    measured, finite = [], True
     for _ in range(steps + 2):
         began = time.perf_counter()
-        training_step(run)
+        finite &= not training_step(run)["skipped"]
         if run.device.type == "cuda":
             torch.cuda.synchronize()
         measured.append(time.perf_counter() - began)
-    return statistics.median(measured[2:])
+    return statistics.median(measured[2:]), finite
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
-"""The GPU benchmark's path at tiny size: the same code, on a CPU."""
+"""The GPU benchmarks' paths at tiny size: the same code, on a CPU."""
 
 from __future__ import annotations
 
 import math
 import sys
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -18,8 +20,21 @@ def test_every_case_takes_real_steps(tmp_path: Path) -> None:
     ]
     for row in rows:
         assert row["seconds"] > 0 and row["tflops_a_second"] > 0 and math.isfinite(row["tflops_a_second"])
-        assert row["peak_gib"] is None  # nothing is claimed that was not measured
-        assert (row["trained"] < row["parameters"]) == (row["case"] == "qwen-image-lora-r64")
+        assert row["finite"] and row["peak_gib"] is None  # nothing is claimed that was not measured
+        assert (row["trained"] < row["parameters"]) == row["case"].startswith("qwen-image-lora")
     apex, matching = rows[0], rows[1]
     assert matching["forward_rows"] == 3 and apex["forward_rows"] > 3
     assert (tmp_path / "r.json").is_file()
+
+
+def test_one_evaluation_is_timed_against_a_guided_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import real_speed
+
+    from apexflow import bench
+
+    monkeypatch.setattr(bench, "ENOUGH", 0.0)
+    (found,) = real_speed.main(["--cases", "miniature", "--output", str(tmp_path / "r.json")])
+    assert [row["evaluations"] for row in found["rows"].values()] == [4, 1, 2, 4]
+    assert all(row["latency_s"] > 0 and row["throughput_per_s"] > 0 for row in found["rows"].values())
+    assert all(count > 0 for count in found["parameters"].values())
+    assert found["peak_gib"] is None and (tmp_path / "r.json").is_file()

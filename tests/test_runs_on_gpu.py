@@ -85,7 +85,7 @@ def test_gradients_over_nccl_are_those_of_one_process(
     alone = start(load_recipe(recipe_file, [*common, f"output={tmp_path / 'alone'}"]), resume=False)
     for run in (shared, alone):
         accumulate(run)
-    close = 2e-2 if "precision=bf16" in options else 1e-5
+    close = 5e-2 if "precision=bf16" in options else 1e-5
     for name, parameter in alone.trained.items():
         if parameter.grad is not None:
             found = whole(shared.trained[name].grad)
