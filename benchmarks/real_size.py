@@ -4,11 +4,9 @@
     python benchmarks/real_size.py --tiny    # the same path on two-layer networks, in seconds on a CPU
 
 Weights are drawn from the configs that ship with the package, so nothing is downloaded; latents and embeddings are random, as a
-cache would hand them over. SANA is tuned whole, Qwen-Image as a LoRA of rank 64 with checkpointing, all at 512 x 512 in bf16. A
+cache would hand them over. SANA is tuned whole, all others as a LoRA of rank 64 with checkpointing, all at 512 x 512 in bf16. A
 batch goes through in one piece. The work of a step is counted from one forward pass: backward is twice as much, once where
 weights are frozen, and checkpointing adds the forward pass again. A case that has no room says so and the next one goes on.
-
-No GPU has run this yet: the numbers are open, and results/ holds none.
 """
 
 from __future__ import annotations
@@ -43,11 +41,18 @@ from apexflow.training.run import Run, Trainee
 from apexflow.training.step import training_step
 
 METHODS = ("apex", "flow_matching")
+LORA = Tuning(kind="lora", rank=64, checkpointing=True)
 CASES = {
     "sana-0.6b": ("Efficient-Large-Model/Sana_600M_512px_diffusers", Tuning(checkpointing=False)),
     "sana-1.6b": ("Efficient-Large-Model/Sana_1600M_512px_diffusers", Tuning(checkpointing=False)),
-    "qwen-image-lora-r64": ("Qwen/Qwen-Image", Tuning(kind="lora", rank=64, checkpointing=True)),
+    "qwen-image-lora-r64": ("Qwen/Qwen-Image", LORA),
     "qwen-image-lora-r64-fp8": ("Qwen/Qwen-Image", Tuning(kind="lora", rank=64, checkpointing=True, storage="fp8")),
+    "flux-dev-lora-r64": ("black-forest-labs/FLUX.1-dev", LORA),
+    "z-image-lora-r64": ("Tongyi-MAI/Z-Image", LORA),
+    "sd3.5-large-lora-r64": ("stabilityai/stable-diffusion-3.5-large", LORA),
+    "lumina2-lora-r64": ("Alpha-VLLM/Lumina-Image-2.0", LORA),
+    "sdxl-lora-r64": ("stabilityai/stable-diffusion-xl-base-1.0", LORA),
+    "pixart-lora-r64": ("PixArt-alpha/PixArt-XL-2-1024-MS", LORA),
 }
 TINY = {
     "SanaTransformer2DModel": {
@@ -65,6 +70,57 @@ TINY = {
         "attention_head_dim": 16,
         "joint_attention_dim": 16,
         "axes_dims_rope": [4, 6, 6],
+    },
+    "FluxTransformer2DModel": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": [4, 6, 6],
+    },
+    "ZImageTransformer2DModel": {
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 16,
+        "axes_dims": [4, 6, 6],
+    },
+    "SD3Transformer2DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 16,
+    },
+    "Lumina2Transformer2DModel": {
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_kv_heads": 1,
+        "multiple_of": 16,
+        "axes_dim_rope": [4, 6, 6],
+        "cap_feat_dim": 16,
+    },
+    "UNet2DConditionModel": {
+        "block_out_channels": [8, 16, 16],
+        "transformer_layers_per_block": 1,
+        "layers_per_block": 1,
+        "attention_head_dim": [1, 2, 2],
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+    },
+    "PixArtTransformer2DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "cross_attention_dim": 24,
+        "caption_channels": 16,
     },
 }
 
@@ -106,6 +162,9 @@ def begin(case: str, method: str, batch: int, size: int, tokens: int, tiny: bool
     with torch.device(device):
         torch.manual_seed(0)
         backbone.transformer = kind.from_config(backbone.transformer.config).requires_grad_(False)
+        for name, parameter in backbone.transformer.named_parameters():
+            if "pad_token" in name:  # left as the memory was
+                parameter.normal_()
     torch.set_default_dtype(torch.float32)
     objective = recipe.build_objective()
     shape = backbone.latent_shape((size, size))
@@ -121,7 +180,8 @@ def shapes(model: str, tiny: bool, dtype: torch.dtype) -> Any:
     """The backbone on the meta device; its transformer shrunk where `tiny`."""
     preset = json.loads(presets()[model].read_text())
     if tiny:
-        preset["transformer"] |= TINY[preset["transformer"]["_class_name"]]
+        network = preset.get("transformer") or preset["unet"]
+        network |= TINY[network["_class_name"]]
     with tempfile.TemporaryDirectory() as folder:
         write_configs(preset, Path(folder))
         return load_backbone(folder, "meta", dtype)
@@ -140,7 +200,7 @@ def flops_a_row(run: Run) -> float:
 def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> dict[str, Any]:
     """One row of the results. Memory is None where there is no GPU to ask."""
     device = torch.device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
-    size, tokens = (64, 8) if given.tiny else (512, 256)
+    size, tokens = (128, 8) if given.tiny else (512, 256)
     result = {"case": case, "method": method, "batch": batch, "size": size, "tokens": tokens, "tiny": given.tiny}
     on_gpu = device.type == "cuda"
     try:
@@ -183,6 +243,7 @@ def timed_steps(run: Run, steps: int) -> tuple[float, bool]:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tiny", action="store_true")
@@ -193,7 +254,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     results = []
     for case in given.cases:
         for batch in given.batches:
-            for method in METHODS:
+            for method in given.methods:
                 results.append(measure(case, method, batch, given))
                 print(json.dumps(results[-1]), flush=True)
                 gc.collect()

@@ -15,7 +15,9 @@ from apexflow.backbones import load_backbone
 from apexflow.backbones.miniature import build_miniature
 from apexflow.data.scenes import vocabulary
 from apexflow.errors import UserError
+from apexflow.objectives import objectives
 from apexflow.training.config import Recipe, Tuning, load_recipe
+from apexflow.training.journal import read_metrics
 from apexflow.training.loop import finish, start, train, training_step
 from apexflow.training.memory import network_sizes
 from apexflow.training.plan import plan, shapes_of
@@ -83,14 +85,20 @@ def test_a_narrow_base_gives_the_gradients_of_the_base_that_it_is(
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nf4"])
+@pytest.mark.parametrize("method", objectives())
 def test_a_run_in_bf16_from_a_narrow_base_draws_on_its_way(
-    recipe_file: Path, wide_model: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    recipe_file: Path, wide_model: Path, monkeypatch: pytest.MonkeyPatch, method: str, kind: str
 ) -> None:
     four_bit.use(monkeypatch)
     given = ["tuning.kind=lora", "tuning.rank=4", f"tuning.storage={kind}", "precision=bf16", f"model={wide_model}"]
-    recipe = load_recipe(recipe_file, given)
+    recipe = load_recipe(recipe_file, [*given, f"method={method}", "steps=2", "preview.every=1"])
+    if getattr(objectives()[method](), "derivative", None) == "jvp":
+        with pytest.raises(UserError, match=f"jvp is not possible on a base in {kind}: take objective.derivative=diff"):
+            train(recipe)
+        recipe = replace(recipe, objective={"derivative": "difference"})
     train(recipe)
     assert len(list((Path(recipe.output) / "previews").glob("*.png"))) == 2
+    assert not any(line["skipped"] for line in read_metrics(Path(recipe.output)))
 
 
 def test_four_bits_take_half_a_byte_and_their_scales(

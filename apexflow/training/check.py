@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,12 @@ def check_networks(recipe: Recipe, backbone: Backbone, objective: Any) -> None:
     """UserError where this model cannot be tuned as the recipe says: its roles are made on shapes."""
     if recipe.tuning.storage == "nf4":
         storage.four_bit_functions()
+    if recipe.tuning.storage and "jvp" in _derivatives(asdict(objective)):
+        # Under forward-mode differentiation a weight that changes its type ends in a crash of the interpreter.
+        raise UserError(
+            f"derivative jvp is not possible on a base in {recipe.tuning.storage}: take objective.derivative=difference, "
+            "or leave out tuning.storage"
+        )
     shallow = at_depth(backbone, None if layers_of(backbone) is None else SHALLOW[0])
     alone = replace(recipe, tuning=replace(recipe.tuning, text_encoder=False))
     with torch.device("meta"):
@@ -78,3 +85,9 @@ def check_networks(recipe: Recipe, backbone: Backbone, objective: Any) -> None:
     for one in further_of(objective):
         if one.kind != "field":
             blocks_at(backbone.transformer, one.depths)
+
+
+def _derivatives(settings: Mapping[str, Any]) -> set[Any]:
+    """How a method, or one within it, takes derivatives along a path."""
+    inner = [_derivatives(value) for value in settings.values() if isinstance(value, dict)]
+    return {settings.get("derivative")}.union(*inner)

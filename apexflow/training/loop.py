@@ -31,7 +31,7 @@ from apexflow.training.journal import Journal
 from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
-from apexflow.training.run import CHECKPOINTS, Run, Trainee, holds_run, restore, save
+from apexflow.training.run import CHECKPOINTS, Run, Trainee, answering, holds_run, restore, save
 from apexflow.training.saving import save_model
 from apexflow.training.sharding import Place, all_processes, spread
 from apexflow.training.step import training_step
@@ -143,7 +143,8 @@ def _further(
 ) -> dict[str, Trainee]:
     """The networks that the method declares beside the student, each with its own optimizer, made known to the engine."""
     declared = further_of(objective)
-    furthers = make_furthers(declared, backbone, roles, roles.networks(null), null, recipe.seed)
+    with answering(recipe, null.embeds.device):
+        furthers = make_furthers(declared, backbone, roles, roles.networks(null), null, recipe.seed)
     engine.add(furthers.fields, furthers.frozen)
     return {
         one.name: Trainee(trained, _optimizer(recipe, list(trained.values()), one.betas), one.rate)
@@ -175,7 +176,7 @@ def preview(run: Run) -> None:
     with together():
         if leads() or isinstance(run.engine, Sharded):
             cached = not run.recipe.tuning.text_encoder
-            with run.autocast():  # a base in eight bits beside adapters in float32 answers in no other way
+            with answering(run.recipe, run.device):
                 save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step, cached)
 
 

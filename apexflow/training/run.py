@@ -40,6 +40,11 @@ def holds_run(folder: Path) -> bool:
     return "recipe.json" in held or held <= BEFORE_A_RUN
 
 
+def answering(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """Within, networks answer in the run's precision. A base in eight bits beside adapters in float32 answers in no other way."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+
+
 @dataclass
 class Trainee:
     """A trained role: its parameters by name, the optimizer that moves them, and its learning rate over the recipe's."""
@@ -75,10 +80,6 @@ class Run:
     @property
     def networks(self) -> Networks:
         return self.engine.networks
-
-    def autocast(self) -> torch.autocast:
-        """Within, networks answer in the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:

@@ -17,7 +17,7 @@ from apexflow.training.config import Recipe
 from apexflow.training.distributed import own_rows, summed, together, world
 from apexflow.training.engine import sum_gradients
 from apexflow.training.roles import update_average
-from apexflow.training.run import CHECKPOINTS, Run, Trainee
+from apexflow.training.run import CHECKPOINTS, Run, Trainee, answering
 
 
 def training_step(run: Run) -> dict[str, float]:
@@ -62,7 +62,7 @@ def accumulate(run: Run) -> dict[str, float]:
         with together():
             batch = make_batch(run, part)
         with run.engine.micro_batch(batch, last=number == len(parts) - 1):
-            with run.autocast():
+            with answering(recipe, run.device):
                 losses = run.objective(run.networks, batch, run.memory)
                 total = losses.everything + run.engine.owed()
             total.backward()

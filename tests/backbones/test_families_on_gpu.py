@@ -68,14 +68,13 @@ def test_gradients_in_bf16_are_close_to_those_in_float32(name, tuning, checkpoin
 
 
 def gradients(model: str, recipe: Recipe, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Gradients of one step of APEX by name, of weights and rows that do not depend on the device."""
+    """Gradients of one step of APEX by name, of weights, adapters and rows that do not depend on the device."""
     backbone = load_backbone(model, "cpu", loaded_dtype(recipe))
     torch.manual_seed(0)  # of fresh adapters
     objective = recipe.build_objective()
     with torch.no_grad():
         c = backbone.encode_prompts(PROMPTS * 2).to(torch.device(device))
         null = backbone.encode_prompts([""]).to(torch.device(device))
-    backbone.transformer.to(device)
     place = storing(recipe.tuning.storage, frozen_dtype(recipe), torch.device(device))
     roles = make_roles(backbone, recipe, objective.needs, place)
     generator = torch.Generator().manual_seed(1)
