@@ -2,6 +2,7 @@
 
     python benchmarks/real_size.py [--cases sana-0.6b ...] [--batches 1 4 8] [--steps 5] [--output results/real-size.json]
     python benchmarks/real_size.py --tiny    # the same path on two-layer networks, in seconds on a CPU
+    python benchmarks/real_size.py --plan results/real-size.json    # on any machine: what the plan says of measured rows
 
 Weights are drawn from the configs that ship with the package, so nothing is downloaded; latents and embeddings are random, as a
 cache would hand them over. SANA is tuned whole, all others as a LoRA of rank 64 with checkpointing, all at 512 x 512 in bf16. A
@@ -32,6 +33,7 @@ from provenance import provenance
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import presets, write_configs
 from apexflow.training.config import Data, Recipe, Tuning
+from apexflow.training.distributed import own_device
 from apexflow.training.engine import Engine
 from apexflow.training.memory import example_inputs
 from apexflow.training.passes import cost, count_passes
@@ -145,18 +147,8 @@ class RandomSet:
 
 def begin(case: str, method: str, batch: int, size: int, tokens: int, tiny: bool, device: torch.device) -> Run:
     """A run at its first step, with random weights made on the device."""
-    model, tuning = CASES[case]
-    recipe = Recipe(
-        output="unused",
-        method=method,
-        model=model,
-        data=Data(size=size),
-        tuning=tuning,
-        batch=batch,
-        precision="bf16",
-        device=device.type,
-    )
-    backbone = shapes(model, tiny, loaded_dtype(recipe))
+    recipe = recipe_of(case, method, batch, size, device.type)
+    backbone = shapes(recipe.model, tiny, loaded_dtype(recipe))
     kind = type(backbone.transformer)
     torch.set_default_dtype(loaded_dtype(recipe))
     with torch.device(device):
@@ -174,6 +166,35 @@ def begin(case: str, method: str, batch: int, size: int, tokens: int, tiny: bool
     data = RandomSet(backbone, shape, tokens)
     engine = Engine(roles.networks(null))
     return Run(recipe, Path("unused"), backbone, data, objective, roles, engine, {"student": trainee}, device)
+
+
+def recipe_of(case: str, method: str, batch: int, size: int, device: str = "cpu") -> Recipe:
+    """What a row measures, as a recipe."""
+    model, tuning = CASES[case]
+    return Recipe(
+        output="unused",
+        method=method,
+        model=model,
+        data=Data(size=size),
+        tuning=tuning,
+        batch=batch,
+        precision="bf16",
+        device=device,
+    )
+
+
+def planned_gib(row: dict[str, Any]) -> float:
+    """What the plan says of a row, on any machine."""
+    recipe = recipe_of(row["case"], row["method"], row["batch"], row["size"])
+    return round(plan(recipe, tokens=row["tokens"]).peak / GIB, 2)
+
+
+def plan_again(path: Path) -> None:
+    """Write the plan beside what was measured."""
+    result = json.loads(path.read_text())
+    for row in result["rows"]:
+        row["planned_gib"] = planned_gib(row)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def shapes(model: str, tiny: bool, dtype: torch.dtype) -> Any:
@@ -199,14 +220,14 @@ def flops_a_row(run: Run) -> float:
 
 def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> dict[str, Any]:
     """One row of the results. Memory is None where there is no GPU to ask."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
+    device = own_device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
     size, tokens = (128, 8) if given.tiny else (512, 256)
     result = {"case": case, "method": method, "batch": batch, "size": size, "tokens": tokens, "tiny": given.tiny}
     on_gpu = device.type == "cuda"
     try:
+        run = begin(case, method, batch, size, tokens, given.tiny, device)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        run = begin(case, method, batch, size, tokens, given.tiny, device)
         seconds, finite = timed_steps(run, given.steps)
     except torch.OutOfMemoryError:
         return result | {"out_of_memory": True}
@@ -214,7 +235,7 @@ def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> di
     tuning = run.recipe.tuning
     forwards = cost(passes, bool(tuning.checkpointing), frozen=tuning.kind == "lora")
     work = forwards * flops_a_row(run)
-    planned = None if given.tiny else round(plan(run.recipe, tokens=tokens).peak / GIB, 2)
+    planned = None if given.tiny else planned_gib(result)
     return result | {
         "parameters": sum(p.numel() for p in run.backbone.transformer.parameters()),
         "trained": sum(p.numel() for p in run.roles.trained.values()),
@@ -248,7 +269,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--plan", type=Path)
     given = parser.parse_args(arguments)
+    if given.plan:
+        plan_again(given.plan)
+        return []
     if not given.tiny and not torch.cuda.is_available():
         parser.error("real sizes need a GPU; --tiny checks the same path on a CPU")
     results = []

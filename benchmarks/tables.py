@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 CARDS = ("mini-teacher", "mini-student")
 DOCUMENTS = (
-    *("README.md", "docs/paper.md", "docs/log.md", "docs/evaluation.md"),
+    *("README.md", "docs/paper.md", "docs/log.md", "docs/evaluation.md", "docs/training.md"),
     *(f"apexflow/assets/{name}/README.md" for name in CARDS),
 )
 
@@ -66,6 +66,32 @@ def speed(result: dict[str, Any]) -> str:
         times = [f"{row['latency_s'] * 1e3:.1f} ms", f"{row['throughput_per_s']:.1f}/s"]
         gains = [f"{row[key]:.1f} times" for key in ("speedup_latency", "speedup_throughput")]
         rows.append([name, str(row["evaluations"]), *times, *gains])
+    return markdown(rows)
+
+
+def real_size(result: dict[str, Any]) -> str:
+    """Training steps: a row of the table for both methods."""
+    rows = [["", "rows", "APEX", "flow matching", "ratio", "APEX, rate", "memory held", "planned"]]
+    by_key = {(row["case"], row["batch"], row["method"]): row for row in result["rows"]}
+    for (case, batch, method), row in by_key.items():
+        if method != "apex":
+            continue
+        other = by_key.get((case, batch, "flow_matching"))
+        times = [f"{other['seconds']:.2f} s", f"{row['seconds'] / other['seconds']:.2f} times"] if other else ["", ""]
+        held = f"{row['reserved_gib']:.1f} GiB" if row["reserved_gib"] else ""
+        rate = f"{row['tflops_a_second']:.0f} TFLOP/s"
+        rows.append([case, str(batch), f"{row['seconds']:.2f} s", *times, rate, held, f"{row['planned_gib']:.1f} GiB"])
+    return markdown(rows)
+
+
+def real_speed(result: dict[str, Any]) -> str:
+    rows = [["", "size", "", "NFE", "latency, batch 1", "throughput", "faster by latency", "by throughput"]]
+    for case in result["cases"]:
+        for name, row in case["rows"].items():
+            rate = f"{row['throughput_per_s']:.2f}/s at batch {case['batch']}"
+            gains = [f"{row[key]:.1f} times" for key in ("speedup_latency", "speedup_throughput")]
+            start = [case["case"], str(case["size"]), name, str(row["evaluations"])]
+            rows.append([*start, f"{row['latency_s']:.3f} s", rate, *gains])
     return markdown(rows)
 
 
@@ -150,6 +176,9 @@ def data_steps(result: dict[str, Any]) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scores": ("scores.json", scores),
     "speed": ("speed.json", speed),
+    "speed-gpu": ("speed-gpu.json", speed),
+    "real-size": ("real-size.json", real_size),
+    "real-speed": ("real-speed.json", real_speed),
     "step-cost": ("step-cost.json", step_cost),
     "scoring": ("scoring.json", scoring),
     "comparison": ("comparison.json", comparison),

@@ -57,14 +57,14 @@ def test_the_plan_agrees_with_what_a_step_keeps(
     run = start(recipe, resume=False)
     tokens = make_batch(run, torch.arange(8)).c.embeds.shape[1]
     found = plan(recipe, tokens=tokens)
-    assert found.parts["activations"] == pytest.approx(really_saved(run), rel=0.15)
-    assert (found.parts["one block again"] > 0) == checkpointing
+    assert found.backward["activations"] == pytest.approx(really_saved(run), rel=0.15)
+    assert (found.backward["one block again"] > 0) == checkpointing
     # The networks and the optimizer, to the byte.
     sizes = sizes_of(run.roles)
-    assert found.parts["trained weights"] == sizes.trained and found.parts["frozen weights"] == sizes.frozen
-    assert found.parts["average (EMA)"] == sizes.average
+    assert found.backward["trained weights"] == sizes.trained and found.backward["frozen weights"] == sizes.frozen
+    assert found.backward["average (EMA)"] == sizes.average
     training_step(run)
-    assert found.parts["optimizer"] == moments_of(run)
+    assert found.backward["optimizer"] == moments_of(run)
     assert found.trainable == sum(p.numel() for p in run.roles.trained.values())
     assert found.host == sum(
         p.nbytes for p in load_backbone(recipe.model, dtype=loaded_dtype(recipe)).transformer.parameters()
@@ -87,15 +87,15 @@ def test_further_networks_and_a_trained_text_encoder_are_counted(
     run = start(recipe, resume=False)
     tokens = make_batch(run, torch.arange(recipe.batch)).c.embeds.shape[1]
     found = plan(recipe, tokens=tokens)
-    assert found.parts["activations"] == pytest.approx(really_saved(run), rel=0.15)
+    assert found.backward["activations"] == pytest.approx(really_saved(run), rel=0.15)
     others = [p for role, one in run.trainees.items() if role != "student" for p in one.parameters.values()]
     trained = sum(p.nbytes for p in run.roles.trained.values())
-    assert found.parts["trained weights"] == trained
-    assert found.parts["further networks"] == sum(p.nbytes for p in others)
-    assert found.parts["gradients"] == trained + sum(p.nbytes for p in others)
+    assert found.backward["trained weights"] == trained
+    assert found.backward["further networks"] == sum(p.nbytes for p in others)
+    assert found.update["gradients"] == trained + sum(p.nbytes for p in others)
     for _ in range(2):  # sana_sprint's judge takes the odd turns
         training_step(run)
-    assert found.parts["optimizer"] == moments_of(run)
+    assert found.backward["optimizer"] == moments_of(run)
 
 
 def test_a_teacher_of_another_size_and_its_critic_are_counted(
@@ -108,10 +108,10 @@ def test_a_teacher_of_another_size_and_its_critic_are_counted(
     tokens = make_batch(run, torch.arange(recipe.batch)).c.embeds.shape[1]
     found, sizes = plan(recipe, tokens=tokens), sizes_of(run.roles)
     others = [p for role, one in run.trainees.items() if role != "student" for p in one.parameters.values()]
-    assert found.parts["further networks"] == sum(p.nbytes for p in others)
-    assert found.parts["frozen weights"] == sizes.frozen and found.parts["average (EMA)"] == sizes.average
-    assert found.parts["activations"] == pytest.approx(really_saved(run), rel=0.15)
-    assert found.parts["one block again"] > plan(alone, tokens=tokens).parts["one block again"]
+    assert found.backward["further networks"] == sum(p.nbytes for p in others)
+    assert found.backward["frozen weights"] == sizes.frozen and found.backward["average (EMA)"] == sizes.average
+    assert found.backward["activations"] == pytest.approx(really_saved(run), rel=0.15)
+    assert found.backward["one block again"] > plan(alone, tokens=tokens).backward["one block again"]
     networks = (run.roles.backbone.transformer, run.roles.network("teacher"))
     assert found.host == sum(p.nbytes for network in networks for p in network.parameters())
 
@@ -198,12 +198,12 @@ def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:
     plain, narrow = (
         plan(replace(recipe, tuning=replace(recipe.tuning, storage=kind)), tokens=16) for kind in (None, "fp8")
     )
-    assert 0.5 < narrow.parts["frozen weights"] / plain.parts["frozen weights"] < 0.9
-    assert narrow.parts["trained weights"] == plain.parts["trained weights"]
+    assert 0.5 < narrow.backward["frozen weights"] / plain.backward["frozen weights"] < 0.9
+    assert narrow.backward["trained weights"] == plain.backward["trained weights"]
     full = replace(recipe, tuning=Tuning(checkpointing=False), batch=8)
     whole, shared = plan(full, 4, 16), plan(replace(full, parallel="fsdp"), 4, 16)
     for name in ("trained weights", "frozen weights", "average (EMA)", "gradients", "optimizer"):
-        assert shared.parts[name] == whole.parts[name] // 4
+        assert shared.update[name] == whole.update[name] // 4
     assert shared.host == whole.host // 4 and shared.saving == whole.host and whole.saving == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+RESULTS = Path(__file__).parent.parent / "results" / "real-size.json"
 
 
 def test_every_case_takes_real_steps(tmp_path: Path) -> None:
@@ -21,7 +23,7 @@ def test_every_case_takes_real_steps(tmp_path: Path) -> None:
     for row in rows:
         assert row["seconds"] > 0 and row["tflops_a_second"] > 0 and math.isfinite(row["tflops_a_second"])
         assert row["finite"] and row["peak_gib"] is None  # nothing is claimed that was not measured
-        assert (row["trained"] < row["parameters"]) == "lora" in row["case"]
+        assert (row["trained"] < row["parameters"]) == ("lora" in row["case"])
     apex, matching = rows[0], rows[1]
     assert matching["forward_rows"] == 3 and apex["forward_rows"] > 3
     assert (tmp_path / "r.json").is_file()
@@ -38,3 +40,17 @@ def test_one_evaluation_is_timed_against_a_guided_teacher(tmp_path: Path, monkey
     assert all(row["latency_s"] > 0 and row["throughput_per_s"] > 0 for row in found["rows"].values())
     assert all(count > 0 for count in found["parameters"].values())
     assert found["peak_gib"] is None and (tmp_path / "r.json").is_file()
+
+
+def test_the_plan_is_what_a_gpu_held() -> None:
+    """All rows of the results as they were planned, two of them planned again now."""
+    import real_size
+
+    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["reserved_gib"] is not None]
+    assert len(rows) > 20
+    context = 0.5  # GiB that no allocator counts
+    for row in rows:
+        assert row["planned_gib"] == pytest.approx(row["reserved_gib"] + context, rel=0.1)
+    for case in ("sana-1.6b", "qwen-image-lora-r64"):
+        row = next(row for row in rows if (row["case"], row["method"], row["batch"]) == (case, "apex", 8))
+        assert real_size.planned_gib(row) == pytest.approx(row["planned_gib"], abs=0.02)

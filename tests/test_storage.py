@@ -115,7 +115,7 @@ def test_four_bits_take_half_a_byte_and_their_scales(
     rest = {n: p for n, p in network.named_parameters() if "lora_" not in n}
     buffers = sum(buffer.nbytes for buffer in network.buffers())  # codes and scales among them
     assert len(layers) > 5 and all(p.dtype == torch.bfloat16 for p in rest.values())
-    frozen = plan(recipe, tokens=16).parts["frozen weights"]
+    frozen = plan(recipe, tokens=16).backward["frozen weights"]
     assert frozen == buffers + sum(p.nbytes for p in rest.values())
 
 

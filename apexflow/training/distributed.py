@@ -40,10 +40,15 @@ def leads() -> bool:
 
 
 def own_device(name: str) -> torch.device:
-    """The recipe's device, which is CUDA's own from here on."""
+    """The recipe's device, which is CUDA's own from here on.
+
+    Attention is left to the other kernels there: cuDNN's, torch's own choice on Hopper, gave gradients that were not finite, or
+    read memory that was not its own, on an H200 (docs/log.md).
+    """
     device = worker_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

@@ -14,6 +14,7 @@ from apexflow.generator import Generator
 from apexflow.objectives import Batch
 from apexflow.randomness import RowRandom
 from apexflow.training.config import Recipe, Tuning
+from apexflow.training.distributed import own_device
 from apexflow.training.roles import frozen_dtype, loaded_dtype, make_roles
 from apexflow.training.storage import storing
 
@@ -23,8 +24,10 @@ PROMPTS = ["a red cube", "a cat"]
 
 
 @pytest.fixture(autouse=True)
-def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions in float32 and not in TF32, so that both devices can be compared."""
+def as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that training takes; convolutions in float32 and not in TF32, so that both devices can be compared."""
+    own_device("cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -49,7 +52,7 @@ def test_gradients_are_those_of_the_cpu(name, kind, checkpointing, folder_of):
     there, here = (gradients(str(folder_of(name)), recipe, device) for device in ("cpu", GPU))
     assert there.keys() == here.keys() and any(bool(gradient.any()) for gradient in there.values())
     for parameter, gradient in there.items():
-        assert (here[parameter].cpu() - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-5, parameter
+        assert (here[parameter].cpu() - gradient).abs().max() <= 3e-3 * gradient.abs().max() + 1e-5, parameter
 
 
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", 2), Tuning("lora", 2, storage="fp8")], ids=str)
