@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -158,6 +158,9 @@ def blocks_of(backbone: Backbone) -> int:
 # -- What to switch on -------------------------------------------------------------------------------------------------
 
 
+Change = tuple[str, Recipe, int]  # what to add to the command, and recipe and GPUs then
+
+
 def advise(recipe: Recipe, limit: int, gpus: int = 1, tokens: int | None = None) -> list[tuple[str, Plan]]:
     """Changes that make a recipe fit into `limit` bytes, each on top of those before it, up to the first that fits.
 
@@ -166,10 +169,9 @@ def advise(recipe: Recipe, limit: int, gpus: int = 1, tokens: int | None = None)
     found: list[tuple[str, Plan]] = []
     if plan(recipe, gpus, tokens).peak <= limit:
         return found
-    for change, changed, count in _changes(recipe, gpus):
-        recipe, gpus = changed, count
-        found.append((change, plan(recipe, gpus, tokens)))
-        if found[-1][1].peak <= limit:
+    for change, then in _changes(recipe, gpus, tokens, lambda now, then: then.peak < now.peak):
+        found.append((change, then))
+        if then.peak <= limit:
             break
     return found
 
@@ -177,37 +179,64 @@ def advise(recipe: Recipe, limit: int, gpus: int = 1, tokens: int | None = None)
 def out_of_memory(recipe: Recipe, gpus: int = 1) -> str:
     """What a run that ran out of memory is told: what the plan says, and what to switch on."""
     first = f"out of memory: `apexflow plan` counts {plan(recipe, gpus).peak / GIB:.1f} GiB on each of {gpus} GPU(s)"
-    changes = islice(_changes(recipe, gpus), 2)
-    told = [f"{change} ({plan(changed, count).peak / GIB:.1f} GiB)" for change, changed, count in changes]
+    # The run knows better than the plan: what this one has no use for may help.
+    changes = islice(_changes(recipe, gpus, None, lambda now, then: True), 2)
+    told = [f"{change} ({then.peak / GIB:.1f} GiB)" for change, then in changes]
     return f"{first}; switch on {', then '.join(told)}" if told else first
 
 
-def _changes(recipe: Recipe, gpus: int) -> Iterator[tuple[str, Recipe, int]]:
-    """In the order of what they cost: time, then precision, then what is tuned, then money."""
-    tuning = recipe.tuning
-    if tuning.checkpointing is not True:
-        tuning = replace(tuning, checkpointing=True)
-        yield "tuning.checkpointing=true", (recipe := replace(recipe, tuning=tuning)), gpus
+def _changes(
+    recipe: Recipe, gpus: int, tokens: int | None, is_better: Callable[[Plan, Plan], bool]
+) -> Iterator[tuple[str, Plan]]:
+    """Changes by which a plan gets better, each on top of those before it, in the order of what they cost: time, then precision,
+    then money, then what is tuned."""
+    now = plan(recipe, gpus, tokens)
+    for kind in (_checkpointing, _fewer_rows, _narrower_base, _narrower_moments, _more_gpus, _adapter):
+        for change, changed, count in kind(recipe, gpus):
+            then = plan(changed, count, tokens)
+            if is_better(now, then):
+                recipe, gpus, now = changed, count, then
+                yield change, then
+
+
+def _checkpointing(recipe: Recipe, gpus: int) -> Iterator[Change]:
+    if recipe.tuning.checkpointing is not True:
+        tuning = replace(recipe.tuning, checkpointing=True)
+        yield "tuning.checkpointing=true", replace(recipe, tuning=tuning), gpus
+
+
+def _fewer_rows(recipe: Recipe, gpus: int) -> Iterator[Change]:
     rows = recipe.micro_batch or max(recipe.batch // gpus, 1)
     while rows > 1:
         rows = max(rows // 4, 1)
-        yield f"micro_batch={rows}", (recipe := replace(recipe, micro_batch=rows)), gpus
-    sharded = recipe.parallel == "fsdp"  # goes with neither of the next two
-    narrower: list[Kind] = ["fp8", "nf4"] if tuning.storage is None else ["nf4"]
-    for storage in narrower if tuning.kind == "lora" and not sharded else []:
-        if tuning.storage != storage:
-            tuning = replace(tuning, storage=storage)
-            yield f"tuning.storage={storage}", (recipe := replace(recipe, tuning=tuning)), gpus
-    if recipe.optimizer.kind == "adamw" and not sharded:
-        narrow = replace(recipe, optimizer=replace(recipe.optimizer, kind="adamw8bit"))
-        yield "optimizer.kind=adamw8bit", (recipe := narrow), gpus
-    wide = replace(recipe.optimizer, kind="adamw")
-    whole = replace(recipe, parallel="fsdp", optimizer=wide, tuning=replace(tuning, storage=None))
+        yield f"micro_batch={rows}", replace(recipe, micro_batch=rows), gpus
+
+
+def _narrower_base(recipe: Recipe, gpus: int) -> Iterator[Change]:
+    kinds: list[Kind] = ["fp8", "nf4"] if recipe.tuning.storage is None else ["nf4"]
+    for storage in kinds if recipe.tuning.kind == "lora" and recipe.parallel != "fsdp" else []:
+        if recipe.tuning.storage != storage:
+            yield f"tuning.storage={storage}", replace(recipe, tuning=replace(recipe.tuning, storage=storage)), gpus
+
+
+def _narrower_moments(recipe: Recipe, gpus: int) -> Iterator[Change]:
+    if recipe.optimizer.kind == "adamw" and recipe.parallel != "fsdp":
+        optimizer = replace(recipe.optimizer, kind="adamw8bit")
+        yield "optimizer.kind=adamw8bit", replace(recipe, optimizer=optimizer), gpus
+
+
+def _more_gpus(recipe: Recipe, gpus: int) -> Iterator[Change]:
+    wide = replace(recipe.optimizer, kind="adamw")  # neither narrow moments nor a narrow base can be shared out
+    whole = replace(recipe, parallel="fsdp", optimizer=wide, tuning=replace(recipe.tuning, storage=None))
     for count in (2, 4, 8, 16):
-        if (count > gpus or (count == gpus and not sharded)) and recipe.batch % count == 0:
+        more = count > gpus or (count == gpus and recipe.parallel != "fsdp")
+        if more and recipe.batch % count == 0:
             yield f"parallel=fsdp on {count} GPUs, with full precision again", whole, count
-    if tuning.kind == "full" and not tuning.text_encoder and recipe.teacher is None:
-        yield "tuning.kind=lora", replace(recipe, tuning=replace(tuning, kind="lora")), gpus
+
+
+def _adapter(recipe: Recipe, gpus: int) -> Iterator[Change]:
+    if recipe.tuning.kind == "full" and not recipe.tuning.text_encoder and recipe.teacher is None:
+        yield "tuning.kind=lora", replace(recipe, tuning=replace(recipe.tuning, kind="lora")), gpus
 
 
 def plan_table(found: Plan, advice: list[tuple[str, Plan]], memory: float) -> str:
