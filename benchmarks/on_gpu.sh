@@ -1,30 +1,40 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in one call: the tests that need one, real-size training and sampling, the miniature's speed.
-#   bash benchmarks/on_gpu.sh FOLDER [PART ...]     parts: tests train-sana train-qwen train-fp8 sample speed
-# Each part has a time limit and a log of its own in FOLDER; one that fails does not stop the rest.
+#   bash benchmarks/on_gpu.sh FOLDER [PART ...]
+# Parts: tests sana qwen fp8 families sample speed; all of them by default. Each has a time limit, one that fails does not stop the
+# rest, and FOLDER gets one JSON file a part and log.txt. Without apexflow installed, start it in the repository's root.
 set -u
-folder=${1:?give a folder for logs and results}
+folder=${1:?give a folder for results}
 shift
-parts=${*:-tests train-sana train-qwen train-fp8 sample speed}
+parts=${*:-tests sana qwen fp8 families sample speed}
 python=${PYTHON:-python}
 mkdir -p "$folder"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-run() { # name, seconds, command
+run() { # name, seconds, arguments of python
   local name=$1 limit=$2 began=$SECONDS
   shift 2
-  timeout "$limit" "$@" >"$folder/$name.log" 2>&1
+  echo "== $name" >>"$folder/log.txt"
+  timeout "$limit" "$python" "$@" >>"$folder/log.txt" 2>&1
   echo "$name: exit $? after $((SECONDS - began)) s"
+}
+train() { # name, seconds, arguments of real_size.py
+  run "$1" "$2" benchmarks/real_size.py --output "$folder/real-size-$1.json" "${@:3}"
 }
 
 for part in $parts; do
   case $part in
-    tests) run tests 120 "$python" -m pytest -n 12 -p no:cacheprovider tests/test_runs_on_gpu.py tests/backbones/test_families_on_gpu.py ;;
-    train-sana) run train-sana 100 "$python" benchmarks/real_size.py --cases sana-0.6b sana-1.6b --batches 1 4 8 32 --output "$folder/real-size-sana.json" ;;
-    train-qwen) run train-qwen 150 "$python" benchmarks/real_size.py --cases qwen-image-lora-r64 --steps 3 --output "$folder/real-size-qwen.json" ;;
-    train-fp8) run train-fp8 60 "$python" benchmarks/real_size.py --cases qwen-image-lora-r64-fp8 --batches 8 --steps 2 --output "$folder/real-size-fp8.json" ;;
-    sample) run sample 150 "$python" benchmarks/real_speed.py --output "$folder/real-speed.json" ;;
-    speed) run speed 40 "$python" benchmarks/speed.py --output "$folder/speed.json" ;;
-    *) echo "unknown part $part" >&2; exit 2 ;;
+    tests) run tests 150 -m pytest -n 12 -p no:cacheprovider tests/test_runs_on_gpu.py tests/backbones/test_families_on_gpu.py ;;
+    sana) train sana 120 --cases sana-0.6b sana-1.6b --batches 1 4 8 32 ;;
+    qwen) train qwen 200 --cases qwen-image-lora-r64 --steps 2 ;;
+    fp8) train fp8 60 --cases qwen-image-lora-r64-fp8 --batches 8 --steps 1 --methods apex ;;
+    families) train families 200 --batches 4 --steps 1 --methods apex --cases flux-dev-lora-r64 z-image-lora-r64 \
+      sd3.5-large-lora-r64 lumina2-lora-r64 sdxl-lora-r64 pixart-lora-r64 ;;
+    sample) run sample 150 benchmarks/real_speed.py --output "$folder/real-speed.json" ;;
+    speed) run speed 60 benchmarks/speed.py --output "$folder/speed.json" ;;
+    *)
+      echo "unknown part $part" >&2
+      exit 2
+      ;;
   esac
 done
