@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,15 @@ def test_a_picture_that_is_too_large_is_called_so(tmp_path: Path, monkeypatch: p
     skipped = Skipped()
     assert not list(read_captioned(tmp_path, skipped))
     assert "picture too large (" in skipped.reasons[str(tmp_path / "0.png")]
+
+
+def test_a_large_picture_is_read_without_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    Image.new("1", (99, 1)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a wall")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(read_captioned(tmp_path, Skipped()))) == 1
 
 
 def test_of_a_line_of_pixels_no_more_than_the_crop_is_resized() -> None:

@@ -158,6 +158,26 @@ def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str
         assert (loaded.velocity(loaded.transformer, x, t, c) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("options", "steps", "guidance"),
+    [
+        (["method=flow_matching"], 20, 3.0),  # as the model before
+        (["method=apex", "preview.steps=2", "preview.guidance=1.5"], 2, 1.5),
+        (["method=cm"], 1, 1.0),
+        (["method=apex", "sampling_steps=4", "sampling_guidance=2"], 4, 2.0),
+        (["method=flow_matching", "sampling_steps=4"], 4, 3.0),
+    ],
+)
+def test_a_student_is_sampled_as_its_previews_were(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path, options: list[str], steps: int, guidance: float
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    before = json.loads((model / "apexflow.json").read_text())
+    (model / "apexflow.json").write_text(json.dumps(before | {"steps": 20, "guidance": 3.0}))
+    saved = load_backbone(str(train(load_recipe(recipe_file, [f"model={model}", "steps=1", *options])))).settings
+    assert (saved.steps, saved.guidance) == (steps, guidance)
+
+
 def test_the_saved_model_loads_in_the_stock_pipeline(recipe_file: Path) -> None:
     from diffusers import SanaPipeline
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,9 @@ def pick_caption(fields: Mapping[str, Any], wanted: Sequence[str], key: str) -> 
 def _decode(picture: bytes) -> Image.Image | str:
     """In RGB, the first frame of an animated picture; or why not."""
     try:
-        return _plain(_upright(Image.open(io.BytesIO(picture))))
+        with warnings.catch_warnings():  # pillow is alarmed from half the size on that it refuses
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return _plain(_upright(Image.open(io.BytesIO(picture))))
     except Image.DecompressionBombError as error:
         return f"picture too large ({str(error).partition(',')[0]})"
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):

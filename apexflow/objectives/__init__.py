@@ -131,6 +131,11 @@ def sampler_of(objective: Any, steps: int) -> dict[str, float]:
     return objective.longer[max(reached)] if reached else objective.sampler
 
 
+def keeps_sampling(objective: Any) -> bool:
+    """Whether a method leaves a model that wants as many steps as before; most make one for few."""
+    return getattr(objective, "keeps_sampling", False)
+
+
 def follows_progress(objective: Any) -> bool:
     """Whether a method's loss depends on `batch.progress`, as its attribute `scheduled` says; most do not look at it."""
     return getattr(objective, "scheduled", False)

@@ -19,6 +19,7 @@ class FlowMatching:
     times: TimeLaw = field(default_factory=TimeLaw)
 
     needs: ClassVar[tuple[str, ...]] = ()
+    keeps_sampling: ClassVar[bool] = True
     citation: ClassVar[str] = "Lipman et al., Flow Matching for Generative Modeling, 2022"
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0, "order": 1}
 

@@ -115,7 +115,8 @@ class Recipe:
     # Only when `model` is "miniature": how long its autoencoder is fitted, and its text encoder taught to read.
     autoencoder_steps: Count = 2000
     text_encoder_steps: Count = 500
-    sampling_steps: Count | None = None  # what the saved model says of how to sample it
+    # What the saved model says of how to sample it: by default as its previews; after flow matching, as the model before.
+    sampling_steps: Count | None = None
     sampling_guidance: float | None = None
     suite: Literal["mini-geneval", "mini-geneval-held-out"] | None = (
         None  # scored at the end, one picture a prompt, for the report

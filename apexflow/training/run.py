@@ -127,9 +127,8 @@ def restore(run: Run, path: Path) -> None:
         read_into(path, targets)
     for trainee in run.trainees.values():
         for moments in trainee.optimizer.state.values():
-            if not moments[
-                "step"
-            ].is_floating_point():  # the optimizer in eight bits counts its steps in a plain integer
+            # The optimizer in eight bits counts its steps in a plain integer.
+            if not moments["step"].is_floating_point():
                 moments["step"] = int(moments["step"])
     run.step, run.bad, run.seconds = (state[key] for key in ("step", "bad", "seconds"))
     console.print(f"resumed {path}")

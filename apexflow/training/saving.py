@@ -10,9 +10,10 @@ from typing import Any
 from apexflow.backbones import Backbone, Settings, second_time
 from apexflow.errors import UserError
 from apexflow.export.lora import save_lora
+from apexflow.objectives import keeps_sampling
 from apexflow.progress import console
 from apexflow.training.adapters import LoraRoles
-from apexflow.training.config import Recipe
+from apexflow.training.config import Preview, Recipe
 from apexflow.training.distributed import leads, together
 from apexflow.training.roles import Roles
 
@@ -22,10 +23,12 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
 
     All processes take part, one writes.
     """
+    # A student is drawn as its previews were, a teacher as the model that it went on from.
+    default: Settings | Preview = backbone.settings if keeps_sampling(recipe.build_objective()) else recipe.preview
     settings = replace(
         backbone.settings,
-        steps=recipe.sampling_steps or backbone.settings.steps,
-        guidance=backbone.settings.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
+        steps=recipe.sampling_steps or default.steps,
+        guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
         card={"recipe": recipe.to_dict()} | card,
     )
     transformer = roles.final()
