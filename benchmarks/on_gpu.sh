@@ -4,6 +4,7 @@
 # Parts: tests sana qwen fp8 families sample speed; all of them by default. Each has a time limit, one that fails does not stop the
 # rest, and FOLDER gets one JSON file a part and log.txt. Without apexflow installed, start it in the repository's root.
 set -u
+failed=0
 folder=${1:?give a folder for results}
 shift
 parts=${*:-tests sana qwen fp8 families sample speed}
@@ -16,7 +17,9 @@ run() { # name, seconds, arguments of python
   shift 2
   echo "== $name" >>"$folder/log.txt"
   timeout "$limit" "$python" "$@" >>"$folder/log.txt" 2>&1
-  echo "$name: exit $? after $((SECONDS - began)) s"
+  local code=$?
+  echo "$name: exit $code after $((SECONDS - began)) s"
+  [ $code = 0 ] || failed=1
 }
 train() { # name, seconds, arguments of real_size.py
   run "$1" "$2" benchmarks/real_size.py --output "$folder/real-size-$1.json" "${@:3}"
@@ -38,3 +41,4 @@ for part in $parts; do
       ;;
   esac
 done
+exit $failed

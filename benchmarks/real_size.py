@@ -226,7 +226,9 @@ def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> di
     on_gpu = device.type == "cuda"
     try:
         run = begin(case, method, batch, size, tokens, given.tiny, device)
-        if on_gpu:
+        if on_gpu:  # what making the model took is not the step's
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         seconds, finite = timed_steps(run, given.steps)
     except torch.OutOfMemoryError:

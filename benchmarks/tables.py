@@ -72,9 +72,11 @@ def speed(result: dict[str, Any]) -> str:
 def real_size(result: dict[str, Any]) -> str:
     """Training steps: a row of the table for both methods."""
     rows = [["", "rows", "APEX", "flow matching", "ratio", "APEX, rate", "memory held", "planned"]]
-    by_key = {(row["case"], row["batch"], row["method"]): row for row in result["rows"]}
-    for (case, batch, method), row in by_key.items():
-        if method != "apex":
+    by_key = {(row["case"], row["batch"], row["method"]): row for row in result["rows"] if "seconds" in row}
+    for case, batch in dict.fromkeys((row["case"], row["batch"]) for row in result["rows"]):
+        row = by_key.get((case, batch, "apex"))
+        if row is None:
+            rows.append([case, str(batch), "out of memory", *[""] * 5])
             continue
         other = by_key.get((case, batch, "flow_matching"))
         times = [f"{other['seconds']:.2f} s", f"{row['seconds'] / other['seconds']:.2f} times"] if other else ["", ""]

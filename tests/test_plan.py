@@ -167,6 +167,25 @@ def test_advice_ends_where_it_fits() -> None:
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] <= few < peaks[-2]
 
 
+def test_what_did_not_help_is_advised_once_it_does() -> None:
+    recipe = replace(load_recipe(RECIPES[-1].parent / "sana-1.6b.yaml"), batch=5, micro_batch=None)
+    found = advise(recipe, 10 * GIB, tokens=256)
+    changes = [change for change, _ in found]
+    assert changes.index("tuning.kind=lora") < changes.index("tuning.checkpointing=true")
+    assert found[-1][1].peak <= 10 * GIB
+
+
+def test_gradients_lie_beside_the_activations_only_where_rows_came_before(recipe_file: Path) -> None:
+    whole = load_recipe(recipe_file, ["tuning.checkpointing=false"])
+    first, parts = plan(whole, tokens=16), plan(replace(whole, micro_batch=2), tokens=16)
+    room = plan(replace(whole, parallel="ddp"), gpus=2, tokens=16)
+    assert first.backward["gradients"] == 0 < first.update["gradients"]
+    assert parts.backward["gradients"] == room.backward["gradients"] == first.update["gradients"]
+    large = plan(replace(whole, batch=256), tokens=16)
+    small = plan(replace(whole, batch=1), tokens=16)
+    assert (small.to_dict()["peak_in"], large.to_dict()["peak_in"]) == ("the optimizer's step", "backward")
+
+
 @pytest.mark.parametrize(
     ("options", "advised"),
     [

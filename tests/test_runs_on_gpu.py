@@ -87,11 +87,12 @@ def test_gradients_over_nccl_are_those_of_one_process(
     alone = start(load_recipe(recipe_file, [*common, f"output={tmp_path / 'alone'}"]), resume=False)
     for run in (shared, alone):
         accumulate(run)
-    close = 5e-2 if "precision=bf16" in options else 1e-5
-    for name, parameter in alone.trained.items():
-        if parameter.grad is not None:
-            found = whole(shared.trained[name].grad).to(parameter.grad)
-            assert (found - parameter.grad).abs().max() <= close * parameter.grad.abs().max().clamp_min(1), name
+    close = 5e-2 if "precision=bf16" in options else 1e-4
+    compared = {name: parameter.grad for name, parameter in alone.trained.items() if parameter.grad is not None}
+    assert len(compared) > 10 and any(bool(gradient.any()) for gradient in compared.values())
+    for name, gradient in compared.items():
+        found = whole(shared.trained[name].grad).to(gradient)
+        assert (found - gradient).abs().max() <= close * gradient.abs().max() + 1e-5, name
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -107,11 +108,13 @@ def test_a_shared_run_saves_and_goes_on(parallel: str, recipe_file: Path, tmp_pa
 
 def test_the_commands_take_the_gpu_unasked(run: Run, recipe_file: Path, tiny_model: Path, tmp_path: Path) -> None:
     def answered(*arguments: object) -> dict:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
         code, out, err = run(*arguments, "--json")
         assert code == 0, err
+        assert arguments[0] == "export" or torch.cuda.max_memory_allocated() > before
         return json.loads(out)
 
-    torch.cuda.reset_peak_memory_stats()
     answered("train", recipe_file)
     model = tmp_path / "run" / "model"
     answered("generate", "a photo of a red star", "--model", model, "--steps", 2, "-o", tmp_path / "o.png")
@@ -122,7 +125,6 @@ def test_the_commands_take_the_gpu_unasked(run: Run, recipe_file: Path, tiny_mod
     prompts.write_text("a red star\na blue ring\n")
     answered("synthesize", prompts, "-o", tmp_path / "made", "--model", model, "--steps", 1)
     answered("cache", tmp_path / "made", "-o", tmp_path / "cached", "--model", model)
-    assert torch.cuda.max_memory_allocated() > 0
 
 
 @pytest.mark.parametrize("name", ["apex", *VARIANTS])

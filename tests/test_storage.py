@@ -93,12 +93,20 @@ def test_a_run_in_bf16_from_a_narrow_base_draws_on_its_way(
     given = ["tuning.kind=lora", "tuning.rank=4", f"tuning.storage={kind}", "precision=bf16", f"model={wide_model}"]
     recipe = load_recipe(recipe_file, [*given, f"method={method}", "steps=2", "preview.every=1"])
     if getattr(objectives()[method](), "derivative", None) == "jvp":
-        with pytest.raises(UserError, match=f"jvp is not possible on a base in {kind}: take objective.derivative=diff"):
+        with pytest.raises(
+            UserError, match=f"jvp is not possible on a base in {kind}: set the method's derivative to diff"
+        ):
             train(recipe)
         recipe = replace(recipe, objective={"derivative": "difference"})
     train(recipe)
     assert len(list((Path(recipe.output) / "previews").glob("*.png"))) == 2
     assert not any(line["skipped"] for line in read_metrics(Path(recipe.output)))
+
+
+def test_a_derivative_within_a_method_is_refused_on_a_narrow_base_too(recipe_file: Path) -> None:
+    given = ["tuning.kind=lora", "tuning.storage=fp8", "method=sana_sprint", "objective.scm.derivative=jvp"]
+    with pytest.raises(UserError, match="jvp is not possible on a base in fp8"):
+        start(load_recipe(recipe_file, given), resume=False)
 
 
 def test_four_bits_take_half_a_byte_and_their_scales(

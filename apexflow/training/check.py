@@ -75,7 +75,7 @@ def check_networks(recipe: Recipe, backbone: Backbone, objective: Any) -> None:
     if recipe.tuning.storage and "jvp" in _derivatives(asdict(objective)):
         # Under forward-mode differentiation a weight that changes its type ends in a crash of the interpreter.
         raise UserError(
-            f"derivative jvp is not possible on a base in {recipe.tuning.storage}: take objective.derivative=difference, "
+            f"derivative jvp is not possible on a base in {recipe.tuning.storage}: set the method's derivative to difference, "
             "or leave out tuning.storage"
         )
     shallow = at_depth(backbone, None if layers_of(backbone) is None else SHALLOW[0])

@@ -57,7 +57,11 @@ class Replicated(Engine):
                     dist.broadcast(parameter.data, 0)
         shell = _Shell(modules, networks.student)
         self._ddp = DistributedDataParallel(
-            shell, forward_sync_buffers=False, init_sync=False, find_unused_parameters=partly_used
+            shell,
+            forward_sync_buffers=False,
+            init_sync=False,
+            find_unused_parameters=partly_used,
+            gradient_as_bucket_view=True,  # else they are held twice
         )
         self._ddp.register_comm_hook(None, lambda _, bucket: _sum(bucket))
         self._plain = networks.student
