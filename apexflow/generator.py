@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apexflow.backbones import Backbone, load_backbone
+from apexflow.backbones import Backbone, load_backbone, resolve
+from apexflow.backbones.parts import LARGE, weight_shapes
 from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import Condition, guide
 from apexflow.errors import UserError
@@ -174,9 +175,26 @@ def _square(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def load(path_or_id: str = "mini-student", device: str = "auto", dtype: torch.dtype = torch.float32) -> Generator:
-    """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, or a hub id such as owner/name."""
-    return Generator(load_backbone(path_or_id, pick_device(device), dtype))
+def load(path_or_id: str = "mini-student", device: str = "auto", dtype: torch.dtype | None = None) -> Generator:
+    """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, or a hub id such as owner/name.
+
+    dtype: of weights and arithmetic; None as in `suited_dtype`.
+    """
+    place = pick_device(device)
+    return Generator(load_backbone(path_or_id, place, dtype or suited_dtype(path_or_id, place)))
+
+
+def suited_dtype(path_or_id: str, device: str | torch.device) -> torch.dtype:
+    """bfloat16 for a model of half a billion parameters or more on a GPU, as its makers run it; else float32.
+
+    Read off the headers of the weights of its denoiser. UserError for a damaged file.
+    """
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    folder = resolve(path_or_id)
+    parts = [folder / part for part in ("transformer", "unet") if list((folder / part).glob("*.safetensors"))]
+    count = sum(math.prod(shape) for part in parts for shape in weight_shapes(part).values())
+    return torch.bfloat16 if count >= LARGE else torch.float32
 
 
 def pick_device(name: str) -> str:

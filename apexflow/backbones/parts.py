@@ -21,6 +21,7 @@ from torch import nn
 from apexflow.backbones import PICKLES, Settings
 from apexflow.errors import UserError
 
+LARGE = 500_000_000  # parameters of a denoiser, from which on it is sparing with memory unasked
 OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from apexflow.backbones import load_backbone, resolve
 from apexflow.data.cache import read_index
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.data.synthesize import Synthesis, synthesize
 from apexflow.data.workers import Share, worker_device
-from apexflow.generator import Generator
+from apexflow.generator import Generator, suited_dtype
 from apexflow.progress import console
 
 
@@ -26,7 +24,7 @@ def cache_command(
     share, place = _own_share(), worker_device(device)
     home = resolve(model)
     with share.alone_in(folder):
-        backbone = load_backbone(model, "cpu", torch.bfloat16 if place.type == "cuda" else torch.float32)
+        backbone = load_backbone(model, "cpu", suited_dtype(model, place))
         backbone.vae.float()  # small, and its errors would stay in the data
         with backbone.encoders_on(place):
             complete = make_cache(source, backbone, home, folder, settings, share)
@@ -45,7 +43,7 @@ def synthesize_command(
     """What `apexflow synthesize` does, its share of it under torchrun; a summary, by whoever speaks."""
     share, place = _own_share(), worker_device(device)
     with share.alone_in(folder):
-        generator = Generator(load_backbone(model, place, torch.bfloat16 if place.type == "cuda" else torch.float32))
+        generator = Generator(load_backbone(model, place, suited_dtype(model, place)))
         result = synthesize(prompts, folder, generator, settings, share)
     return result if share.leads else None
 

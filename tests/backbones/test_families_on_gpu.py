@@ -10,7 +10,7 @@ import torch
 from tiny import BUILDERS
 
 from apexflow.backbones import load_backbone
-from apexflow.generator import Generator
+from apexflow.generator import Generator, load
 from apexflow.objectives import Batch
 from apexflow.randomness import RowRandom
 from apexflow.training.config import Recipe, Tuning
@@ -41,6 +41,15 @@ def test_pictures_are_those_of_the_cpu(name, guidance, folder_of):
     for ours, theirs in zip(*drawn, strict=True):
         difference = np.abs(np.asarray(ours, np.int64) - np.asarray(theirs, np.int64))
         assert difference.mean() < 0.1 and difference.max() <= 3
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_large_model_draws_in_half_precision(name, folder_of, monkeypatch):
+    monkeypatch.setattr("apexflow.generator.LARGE", 1000)
+    model = load(str(folder_of(name)))
+    model.generate(PROMPTS, 2, 5, 64, 3.0)
+    assert next(model.backbone.transformer.parameters()).dtype == torch.bfloat16
+    assert model.finite == [True, True]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,0 +1,34 @@
+"""Models in bfloat16: when they are loaded so, and that every family draws what it draws in float32, but for rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import BUILDERS
+
+from apexflow import generator
+from apexflow.generator import load, suited_dtype
+
+PROMPTS = ["a red cube", "a cat"]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_large_models_are_loaded_in_half_precision_on_a_gpu(name, folder_of, monkeypatch):
+    folder = str(folder_of(name))
+    assert {suited_dtype(folder, device) for device in ("cpu", "cuda", "cuda:1")} == {torch.float32}
+    monkeypatch.setattr(generator, "LARGE", 1000)
+    assert [suited_dtype(folder, device) for device in ("cpu", "cuda", "cuda:1")] == [
+        torch.float32,
+        *2 * [torch.bfloat16],
+    ]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_pictures_in_half_precision_are_those_in_whole_but_for_rounding(name, folder_of):
+    folder = str(folder_of(name))
+    whole, half, other = (
+        np.asarray(load(folder, "cpu", dtype).generate(PROMPTS, 2, seed, 64, 3.0), np.float64)
+        for dtype, seed in ((torch.float32, 5), (torch.bfloat16, 5), (torch.float32, 6))
+    )
+    assert np.abs(whole - half).mean() < 0.2 * np.abs(whole - other).mean()
