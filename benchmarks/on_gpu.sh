@@ -10,7 +10,7 @@ shift
 parts=${*:-tests sana qwen fp8 families sample speed}
 python=${PYTHON:-python}
 mkdir -p "$folder"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export APEXFLOW_TESTS_ON_GPU=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 run() { # name, seconds, arguments of python
   local name=$1 limit=$2 began=$SECONDS

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+# The tests are the same on every machine; those that need a GPU are asked for by benchmarks/on_gpu.sh.
+if "APEXFLOW_TESTS_ON_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tests share the cores as processes (pytest-xdist), and a process that a test starts must sum in the same order as its own.
 os.environ["OMP_NUM_THREADS"] = "1"
 

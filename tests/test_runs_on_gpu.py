@@ -22,7 +22,7 @@ from apexflow.training.loop import start, train
 from apexflow.training.sharding import whole
 from apexflow.training.step import accumulate
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and benchmarks/on_gpu.sh")
 LORA = ("tuning.kind=lora", "tuning.rank=4")
 
 

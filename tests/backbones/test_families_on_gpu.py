@@ -18,7 +18,7 @@ from apexflow.training.distributed import own_device
 from apexflow.training.roles import frozen_dtype, loaded_dtype, make_roles
 from apexflow.training.storage import storing
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and benchmarks/on_gpu.sh")
 GPU = torch.device("cuda")
 PROMPTS = ["a red cube", "a cat"]
 
