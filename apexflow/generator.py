@@ -185,7 +185,7 @@ def load(path_or_id: str = "mini-student", device: str = "auto", dtype: torch.dt
 
 
 def suited_dtype(path_or_id: str, device: str | torch.device) -> torch.dtype:
-    """bfloat16 for a model of half a billion parameters or more on a GPU, as its makers run it; else float32.
+    """bfloat16 for a model whose denoiser has half a billion parameters or more, on a GPU; else float32.
 
     Read off the headers of the weights of its denoiser. UserError for a damaged file.
     """

@@ -2,7 +2,7 @@
 # What only a GPU can tell, in one call: the tests that need one, real-size training and sampling, the miniature's speed.
 #   bash benchmarks/on_gpu.sh FOLDER [PART ...]
 # Parts: tests sana qwen fp8 families sample speed; all of them by default. Each has a time limit, one that fails does not stop the
-# rest, and FOLDER gets one JSON file a part and log.txt. Without apexflow installed, start it in the repository's root.
+# rest, and FOLDER gets log.txt and a JSON file of each part that measures. Without apexflow installed, start it in the repository's root.
 set -u
 failed=0
 folder=${1:?give a folder for results}

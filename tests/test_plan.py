@@ -181,6 +181,8 @@ def test_gradients_lie_beside_the_activations_only_where_rows_came_before(recipe
     room = plan(replace(whole, parallel="ddp"), gpus=2, tokens=16)
     assert first.backward["gradients"] == 0 < first.update["gradients"]
     assert parts.backward["gradients"] == room.backward["gradients"] == first.update["gradients"]
+    both = plan(replace(whole, parallel="ddp", micro_batch=1), gpus=2, tokens=16)
+    assert both.backward["gradients"] == 2 * first.update["gradients"]
     large = plan(replace(whole, batch=256), tokens=16)
     small = plan(replace(whole, batch=1), tokens=16)
     assert (small.to_dict()["peak_in"], large.to_dict()["peak_in"]) == ("the optimizer's step", "backward")

@@ -61,7 +61,7 @@ class Replicated(Engine):
             forward_sync_buffers=False,
             init_sync=False,
             find_unused_parameters=partly_used,
-            gradient_as_bucket_view=True,  # else they are held twice
+            gradient_as_bucket_view=True,  # else they are held twice even with one micro-batch
         )
         self._ddp.register_comm_hook(None, lambda _, bucket: _sum(bucket))
         self._plain = networks.student

@@ -117,9 +117,9 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     }
     if shared > 1:
         parts["one block whole"] = (sizes.trained + sizes.frozen) // max(blocks, 1)
-    # Gradients come as the activations go, unless those of the rows before are there, or DDP keeps room for them.
-    there = rows < own or (gpus > 1 and shared == 1)
-    backward = parts if there else parts | {"gradients": 0}
+    # Gradients come as the activations go, unless those of the rows before are there. DDP keeps room for them besides.
+    held = (sizes.trained + sizes.further) // shared * (rows < own) + sizes.trained * (gpus > 1 and shared == 1)
+    backward = parts | {"gradients": held}
     # An optimizer's intermediates are as large as what it steps.
     intermediates = max(sizes.trained, sizes.further) // shared
     update = {name: size if name in HELD else 0 for name, size in parts.items()} | {"intermediates": intermediates}
