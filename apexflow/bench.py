@@ -26,11 +26,8 @@ from apexflow.training.step import training_step
 
 PROMPT = "a photo of a red star left of a blue circle"
 METHODS = ("flow_matching", "apex")
-LEAST, ENOUGH, MOST = (
-    3,
-    2.0,
-    10.0,
-)  # a call is repeated at least so often and for so many seconds, but not after so many
+# A call is repeated at least so often and for so many seconds, but not after so many.
+LEAST, ENOUGH, MOST = 3, 2.0, 10.0
 STEPS = 5  # training steps that are measured, after two that are not
 
 

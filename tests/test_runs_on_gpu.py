@@ -130,5 +130,7 @@ def test_the_commands_take_the_gpu_unasked(run: Run, recipe_file: Path, tiny_mod
 @pytest.mark.parametrize("name", ["apex", *VARIANTS])
 def test_a_comparison(name: str, run: Run, recipe_file: Path, tmp_path: Path) -> None:
     given = ["--recipe", recipe_file, "--images", 8, "--nfe", "1,2", "--seeds", 1, "--per-prompt", 1, "--limit", 4]
-    code, _, err = run("compare", name, "-o", tmp_path / "compare", *given, "--rates", "1e-3")
+    code, out, err = run("compare", name, "-o", tmp_path / "compare", *given, "--rates", "1e-3", "--json")
     assert code == 0, err
+    row = json.loads(out)["rows"][name]
+    assert row["diverged"].startswith("0/") and set(row["budgets"]["images"]["nfe"]) == {"1", "2"}

@@ -16,6 +16,7 @@ from apexflow.randomness import RowRandom
 from apexflow.training.config import Recipe, Tuning
 from apexflow.training.distributed import own_device
 from apexflow.training.roles import frozen_dtype, loaded_dtype, make_roles
+from apexflow.training.run import answering
 from apexflow.training.storage import storing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and benchmarks/on_gpu.sh")
@@ -96,7 +97,7 @@ def gradients(model: str, recipe: Recipe, device: torch.device | str) -> dict[st
     x = torch.randn(4, *backbone.latent_shape((64, 64)), generator=generator).to(device)
     random, rows = RowRandom(0, 0, range(4), device), torch.arange(4, device=device)
     batch = Batch(x, c, random, rows, 4, 0.0, 0, None)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+    with answering(recipe, torch.device(device)):
         losses = objective(roles.networks(null), batch, {})
     losses.everything.backward()
     return {name: p.grad for name, p in roles.trained.items() if p.grad is not None}
