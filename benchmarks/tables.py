@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/paper.md from the JSON files under results/, so that no number is typed by hand.
+"""Write the tables of README.md, docs/ and the model cards from the JSON files under results/, so that no number is typed by hand.
 
     python benchmarks/tables.py            # rewrite the marked sections
     python benchmarks/tables.py --check    # exit 1 if a section differs from its JSON
@@ -17,14 +17,14 @@ from typing import Any
 
 from step_cost import work_ratio
 
-from apexflow.comparison.plan import TEACHER
-from apexflow.comparison.tables import budget_table, counted, rests, with_error
+from apexflow.comparison.plan import IMAGES, TEACHER
+from apexflow.comparison.tables import budget_table, counted, rests, table, with_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 CARDS = ("mini-teacher", "mini-student")
 DOCUMENTS = (
-    *("README.md", "docs/paper.md", "docs/log.md", "docs/evaluation.md", "docs/training.md"),
+    *("README.md", "docs/comparison.md", "docs/evaluation.md", "docs/paper.md", "docs/speed.md", "docs/training.md"),
     *(f"apexflow/assets/{name}/README.md" for name in CARDS),
 )
 
@@ -32,12 +32,6 @@ DOCUMENTS = (
 def source(result: dict[str, Any], file: str) -> str:
     commits = [commit[:9] + "+changes" * ("+" in commit) for commit in result.get("commits", [result["commit"]])]
     return f"`{result['command']}` at {' and '.join(commits)} on {result['device']}; `results/{file}`."
-
-
-def markdown(rows: list[list[str]]) -> str:
-    head, *body = rows
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
 def scores(result: dict[str, Any]) -> str:
@@ -50,7 +44,8 @@ def scores(result: dict[str, Any]) -> str:
         rest = [f"{row[key]:.3f}" for key in ("strict", "held_out", "diversity")]
         rows.append([name, str(row["evaluations"]), *values, overall, *rest, str(row["seeds"])])
     origins = dict.fromkeys(source(row, "scores.json") for row in result["scores"].values())
-    return "\n\n".join([markdown(rows), *origins])
+    origins = [f"<details><summary>commands, commits, device</summary>", *origins, "</details>"]
+    return "\n\n".join([table(rows), *origins])
 
 
 def card(name: str) -> Callable[[dict[str, Any]], str]:
@@ -66,7 +61,7 @@ def speed(result: dict[str, Any]) -> str:
         times = [f"{row['latency_s'] * 1e3:.1f} ms", f"{row['throughput_per_s']:.1f}/s"]
         gains = [f"{row[key]:.1f} times" for key in ("speedup_latency", "speedup_throughput")]
         rows.append([name, str(row["evaluations"]), *times, *gains])
-    return markdown(rows)
+    return table(rows)
 
 
 def real_size(result: dict[str, Any]) -> str:
@@ -83,7 +78,7 @@ def real_size(result: dict[str, Any]) -> str:
         held = f"{row['reserved_gib']:.1f} GiB" if row["reserved_gib"] else ""
         rate = f"{row['tflops_a_second']:.0f} TFLOP/s"
         rows.append([case, str(batch), f"{row['seconds']:.2f} s", *times, rate, held, f"{row['planned_gib']:.1f} GiB"])
-    return markdown(rows)
+    return table(rows)
 
 
 def real_speed(result: dict[str, Any]) -> str:
@@ -94,7 +89,7 @@ def real_speed(result: dict[str, Any]) -> str:
             gains = [f"{row[key]:.1f} times" for key in ("speedup_latency", "speedup_throughput")]
             start = [case["case"], str(case["size"]), name, str(row["evaluations"])]
             rows.append([*start, f"{row['latency_s']:.3f} s", rate, *gains])
-    return markdown(rows)
+    return table(rows)
 
 
 def step_cost(result: dict[str, Any]) -> str:
@@ -106,7 +101,7 @@ def step_cost(result: dict[str, Any]) -> str:
         by_passes = f"{work_ratio(row['passes'], kind, result['batch']):.3f} times"
         rest = [f"{row['time_ratio']:.2f} times", counted, f"{row['memory_ratio']:.2f} times"]
         rows.append([kind, by_passes, *rest])
-    return markdown(rows)
+    return table(rows)
 
 
 def ablation(result: dict[str, Any]) -> str:
@@ -123,7 +118,7 @@ def ablation(result: dict[str, Any]) -> str:
         rows.append([name, runs, *numbers, with_error(four, "overall")])
     settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result["settings"].items())
     error = "± is a standard error: over the runs of a row, which differ by the seed of training, or over a single run's pictures"
-    return f"{settings}. {error}.\n\n{markdown(rows)}"
+    return f"{settings}. {error}.\n\n{table(rows)}"
 
 
 def scoring(result: dict[str, Any]) -> str:
@@ -144,7 +139,7 @@ def scoring(result: dict[str, Any]) -> str:
             hours(6e4 * one["inception"] + 3e4 * one["clip"]),
         ],
     ]
-    return markdown(rows)
+    return table(rows)
 
 
 def hours(seconds: float) -> str:
@@ -159,11 +154,32 @@ def comparison(result: dict[str, Any]) -> str:
     told += f"{counted(plan['seeds'], 'seed')} of the noise."
     titles = {"images": "Equal images", "time": "Equal wall time"}
     tables = [
-        f"{title}:\n\n{markdown(budget_table(rows, budget, plan['nfe']))}"
+        f"{title}:\n\n{table(budget_table(rows, budget, plan['nfe']))}"
         for budget, title in titles.items()
         if any(budget in row.get("budgets", {}) for name, row in rows.items() if name != TEACHER)
     ]
     return "\n\n".join([f"{told} {rests(rows)}", *tables])
+
+
+def comparison_short(result: dict[str, Any]) -> str:
+    """What the two lengths of the comparison say of one step and of four, and what a training step costs."""
+    longer = json.loads((RESULTS / "comparison-longer.json").read_text())
+    lengths = {f"{one['plan']['images']:,}": one["rows"] for one in (result, longer)}
+    head = [f"{steps}, {images} images" for steps in ("one step", "four") for images in lengths]
+    rows = [["", *head, "diversity", "time", "memory", "further networks"]]
+    for name, row in result["rows"].items():
+        cells = [_overall(other.get(name), steps) for steps in ("1", "4") for other in lengths.values()]
+        diversity = f"{row['budgets'][IMAGES]['nfe']['1']['diversity']:.2f}"
+        cost = ["" if row.get(key) is None else f"{row[key]:.2f}" for key in ("time", "memory")]
+        rows.append([name, *cells, diversity, *cost, ", ".join(row.get("further", []))])
+    return f"{table(rows)}\n\n16,000 images: `results/comparison-longer.json`. 3,000:"
+
+
+def _overall(row: dict[str, Any] | None, steps: str) -> str:
+    if row is None:
+        return ""
+    report = row["budgets"][IMAGES]["nfe"][steps]
+    return f"{report['overall']:.2f} ±{report['overall_se']:.2f}"
 
 
 def data_steps(result: dict[str, Any]) -> str:
@@ -172,7 +188,7 @@ def data_steps(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         cells = [row.get(steps, {}) for steps in columns]
         rows.append([name, *["diverged" if "diverged" in c else f"{c['overall']:.3f}" if c else "" for c in cells]])
-    return markdown(rows)
+    return table(rows)
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -184,6 +200,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step-cost": ("step-cost.json", step_cost),
     "scoring": ("scoring.json", scoring),
     "comparison": ("comparison.json", comparison),
+    "comparison-short": ("comparison.json", comparison_short),
     "comparison-longer": ("comparison-longer.json", comparison),
     "data-steps": ("data-steps.json", data_steps),
     "weights": ("ablate-weights.json", ablation),
@@ -194,12 +211,12 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def render(name: str) -> str:
-    file, table = SECTIONS[name]
+    file, write = SECTIONS[name]
     path = RESULTS / file
     if not path.is_file():
         return "Not measured yet."
     result = json.loads(path.read_text())
-    return f"{table(result)}\n\n{source(result, file)}" if "commit" in result else table(result)
+    return f"{write(result)}\n\n{source(result, file)}" if "commit" in result else write(result)
 
 
 def fill(text: str) -> str:

@@ -12,12 +12,12 @@ SWEPT = "Mean scores over the numbers of evaluations; seconds. The sweep's best 
 def markdown(results: dict[str, Any]) -> str:
     """Both budgets, the tasks at one step, and what was spent."""
     rows, plan = results["rows"], results["plan"]
-    parts = ["# Comparison\n", told(results) + "\n"]
+    parts = ["# Comparison", told(results)]
     for budget, title in ((IMAGES, "Equal images"), (TIME, "Equal wall time")):
-        parts += [f"## {title}\n", table(budget_table(rows, budget, plan["nfe"]))]
-    parts += ["## Tasks at one step, equal images\n", table(task_table(rows))]
-    parts += ["## What the sweep of learning rates and the runs cost\n", f"{SWEPT}\n", table(sweep_table(rows))]
-    return "\n".join(parts)
+        parts += [f"## {title}", table(budget_table(rows, budget, plan["nfe"]))]
+    parts += ["## Tasks at one step, equal images", table(task_table(rows))]
+    parts += ["## What the sweep of learning rates and the runs cost", SWEPT, table(sweep_table(rows))]
+    return "\n\n".join(parts) + "\n"
 
 
 def told(results: dict[str, Any]) -> str:
@@ -68,9 +68,10 @@ def counted(number: int, thing: str) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
+    """Rows of cells as markdown, the first as its head."""
     head, *body = rows
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body]) + "\n"
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
 def budget_table(rows: dict[str, Any], budget: str, nfe: list[int]) -> list[list[str]]:
