@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apexflow.backbones import Backbone, load_backbone, resolve
-from apexflow.backbones.parts import LARGE, weight_shapes
+from apexflow.backbones import Backbone, backbones, load_backbone, resolve
+from apexflow.backbones.folder import read_index
+from apexflow.backbones.parts import LARGE, stored_dtypes, weight_shapes
 from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import Condition, guide
 from apexflow.errors import UserError
@@ -77,8 +78,8 @@ class Generator:
         settings = self.backbone.settings
         guidance = settings.guidance if guidance is None else guidance
         check_sampling(guidance, kappa, rho, order)
-        times = self.times(steps)
-        shape = self.backbone.latent_shape(_square(self.backbone.default_size if size is None else size))
+        asked = _square(self.backbone.default_size if size is None else size)
+        times, shape = self.times(steps, asked), self.backbone.latent_shape(asked)
         pictures: list[Image.Image] = []
         self.finite = []
         for start in range(0, len(prompts), MAX_BATCH):
@@ -92,15 +93,19 @@ class Generator:
             pictures += to_pictures(images)
         return pictures
 
-    def times(self, steps: int | None) -> Tensor:
-        """The time grid for a number of steps: the model's own if it ships one of that length, else uniform and shifted."""
+    def times(self, steps: int | None, size: tuple[int, int] | None = None) -> Tensor:
+        """The time grid for a number of steps: the model's own if it ships one of that length, else uniform and shifted.
+
+        size: (height, width) of the pictures, by default the model's own; some families shift by it.
+        """
         settings = self.backbone.settings
         steps = settings.steps if steps is None else steps
         if steps < 1:
             raise UserError(f"steps must be at least 1, got {steps}")
         if settings.times is not None and len(settings.times) == steps + 1:
             return torch.tensor(settings.times, dtype=torch.float64)
-        return shift_times(time_grid(steps), self.backbone.time_shift)
+        shift = self.backbone.time_shift if size is None else self.backbone.time_shift_at(size)
+        return shift_times(time_grid(steps), shift)
 
     def _sample(
         self,
@@ -187,14 +192,18 @@ def load(path_or_id: str = "mini-student", device: str = "auto", dtype: torch.dt
 def suited_dtype(path_or_id: str, device: str | torch.device) -> torch.dtype:
     """bfloat16 for a model whose denoiser has half a billion parameters or more, on a GPU; else float32.
 
-    Read off the headers of the weights of its denoiser. UserError for a damaged file.
+    Float32 for a large one too whose family does not draw well in bfloat16, unless its weights are stored in that. Read off the
+    headers of the weights of its denoiser. UserError for a damaged file.
     """
     if torch.device(device).type != "cuda":
         return torch.float32
     folder = resolve(path_or_id)
-    parts = [folder / part for part in ("transformer", "unet") if list((folder / part).glob("*.safetensors"))]
-    count = sum(math.prod(shape) for part in parts for shape in weight_shapes(part).values())
-    return torch.bfloat16 if count >= LARGE else torch.float32
+    parts = [folder / part for part in ("transformer", "unet") if (folder / part).is_dir()]
+    if sum(math.prod(shape) for part in parts for shape in weight_shapes(part).values()) < LARGE:
+        return torch.float32
+    family = backbones().get(str(read_index(folder).get("_class_name")))
+    takes_it = family is None or family.bfloat16 or stored_dtypes(parts[0]) == {"BF16"}
+    return torch.bfloat16 if takes_it else torch.float32
 
 
 def pick_device(name: str) -> str:

@@ -91,7 +91,11 @@ def test_missing_weights_are_told_in_one_line_without_a_librarys(
     refused(result, "incomplete", f"{part}/second.safetensors is missing")
     weights.unlink()
     result = generate(run, model)
-    refused(result, "incomplete", f"{part}/ holds no safetensors")
+    refused(result, "incomplete", f"{part}/{weights.name} is missing")
+    (model / part / f"{weights.name}.index.json").unlink()
+    save_file({"a": torch.zeros(3)}, model / part / "model.fp16.safetensors")
+    refused(generate(run, model), "incomplete", f"{part}/ holds no safetensors", "model.fp16.safetensors")
+    result = generate(run, model)
     assert len(result[2].splitlines()) == 1, result[2]
 
 

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from apexflow.backbones import second_time
+from apexflow.backbones import hub, second_time
+from apexflow.backbones.folder import INDEX, PICKLES, read_index, refuse_pickles
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError, check_built_in
 from apexflow.transport import Transport
@@ -49,7 +50,7 @@ class Backbone(Protocol):
     the text first, so that scaling it by a positive factor changes nothing (see `check_shift`). time_shift: s of
     `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side. flow_scheduler: whether the stock pipeline
     hands its network's answer to the scheduler as z - x on linear transport. depth: the key of the transformer's config
-    that counts its like blocks, if it has such.
+    that counts its like blocks, if it has such. bfloat16: whether weights that are not stored in bfloat16 draw well in it.
     """
 
     family: ClassVar[str]
@@ -66,6 +67,7 @@ class Backbone(Protocol):
     normalizes_text: bool
     flow_scheduler: bool
     depth: str | None
+    bfloat16: ClassVar[bool]
 
     @property
     def device(self) -> torch.device: ...
@@ -75,6 +77,10 @@ class Backbone(Protocol):
 
     def draw_at(self, size: int) -> None:
         """Make `size` the `default_size`, with the time shift of such pictures."""
+        ...
+
+    def time_shift_at(self, size: tuple[int, int]) -> float:
+        """`time_shift` for pictures of `size` (height, width)."""
         ...
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
@@ -151,13 +157,12 @@ def check_shift(backbone: Backbone, a: float, b: float) -> None:
         )
 
 
-PICKLES = (".bin", ".pt", ".ckpt", ".pth")
 BUILT_IN = Path(__file__).parent.parent / "assets"
 
 
 def built_in() -> list[str]:
     """The names of the models that ship."""
-    return sorted(path.parent.name for path in BUILT_IN.glob("*/model_index.json"))
+    return sorted(path.parent.name for path in BUILT_IN.glob(f"*/{INDEX}"))
 
 
 def resolve(path_or_id: str) -> Path:
@@ -173,23 +178,11 @@ def resolve(path_or_id: str) -> Path:
     if folder.exists():
         return folder
     if path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~")):
-        return _download(path_or_id)
+        return hub.download(path_or_id)
     names = ", ".join(built_in())
     raise UserError(
         f"model {path_or_id!r} not found: give a diffusers folder, a hub id (owner/name) or one of: {names}"
     )
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        allowed = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(hub_id, allow_patterns=allowed))
-    except Exception as error:  # the hub raises many kinds: offline, gated, missing
-        raise UserError(
-            f"cannot fetch {hub_id!r} from the hub ({type(error).__name__}): check the name and the network"
-        ) from error
 
 
 def load_backbone(
@@ -204,15 +197,11 @@ def load_backbone(
         pickled = folder.suffix in PICKLES
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
         raise UserError(f"{folder} is {what}; give the folder of a diffusers checkpoint")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        if (folder / "model" / index.name).is_file():
+    if not (folder / INDEX).is_file():
+        if (folder / "model" / INDEX).is_file():
             raise UserError(f"{folder} is a run, not a model: name {folder / 'model'}")
-        raise UserError(f"{folder} is no diffusers checkpoint: model_index.json is missing")
-    try:
-        pipeline = json.loads(index.read_text()).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{index} is not valid JSON: restore it from the original checkpoint") from error
+        raise UserError(f"{folder} is no diffusers checkpoint: {INDEX} is missing")
+    pipeline = read_index(folder).get("_class_name")
     table = backbones()
     if pipeline not in table:
         raise UserError(f"{folder} is a {pipeline}; apexflow serves {', '.join(table)}")
@@ -221,14 +210,6 @@ def load_backbone(
     if torch.device(device).type != "meta":
         second_time.load(backbone.transformer, folder)
     return backbone
-
-
-def refuse_pickles(folder: Path) -> None:
-    """UserError if a component of the folder has weights in a pickle format and none in safetensors."""
-    for part in sorted(p for p in folder.iterdir() if p.is_dir()):
-        pickles = [p for p in part.iterdir() if p.suffix in PICKLES]
-        if pickles and not list(part.glob("*.safetensors")):
-            raise UserError(f"{pickles[0]} is a pickle, which can run code: convert it to safetensors first")
 
 
 def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:

@@ -24,6 +24,7 @@ class Encoders:
     """Base of the families, with `vae` and `text_encoder`: one module, or a ModuleDict of several."""
 
     settings: Settings
+    time_shift: float
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         """parts: by the names of their folders; networks, or `Later`."""
@@ -45,6 +46,10 @@ class Encoders:
     def draw_at(self, size: int) -> None:
         """Make `size` what the model draws unasked, in pixels a side."""
         self.settings = replace(self.settings, size=size)
+
+    def time_shift_at(self, size: tuple[int, int]) -> float:
+        """`time_shift` for pictures of `size` (height, width): the same for all, unless the family's shift follows the size."""
+        return self.time_shift
 
     def _first(self, role: str) -> Any:
         networks = {n: part.read() if isinstance(part, Later) else part for n, part in self._parts[role].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +38,7 @@ class Family(Encoders):
     normalizes_text: bool = False
     flow_scheduler: bool = True
     depth: str | None = None
+    bfloat16: ClassVar[bool] = True
 
     def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
         super().__init__(parts)
@@ -48,7 +50,7 @@ class Family(Encoders):
         for tokenizer in self.tokenizers.values():
             tokenizer.padding_side = "right"  # velocities and caches expect real tokens first
         self.tokenizer = next(iter(self.tokenizers.values()))
-        self.time_shift = self._shift_of_default_size()
+        self.time_shift = self._scheduled_shift((self.default_size, self.default_size))
 
     @property
     def device(self) -> torch.device:
@@ -99,11 +101,16 @@ class Family(Encoders):
     def draw_at(self, size: int) -> None:
         """Make `size` what the model draws unasked, with the time shift of such pictures."""
         super().draw_at(size)
-        if self.scheduler.config.get("use_dynamic_shifting"):
-            self.time_shift = self._shift_of_default_size()
+        self.time_shift = self.time_shift_at((size, size))
 
-    def _shift_of_default_size(self) -> float:
-        return scheduler_shift(self.scheduler.config, (self.default_size // (self.factor * self.patch)) ** 2)
+    def time_shift_at(self, size: tuple[int, int]) -> float:
+        """`time_shift` for pictures of `size` (height, width), which a dynamic shift follows."""
+        dynamic = self.scheduler.config.get("use_dynamic_shifting")
+        return self._scheduled_shift(size) if dynamic else self.time_shift
+
+    def _scheduled_shift(self, size: tuple[int, int]) -> float:
+        tokens = math.prod(side // (self.factor * self.patch) for side in size)
+        return scheduler_shift(self.scheduler.config, tokens)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """(C, h, w) for pictures of `size` (height, width) in pixels; UserError for one that the model cannot take."""

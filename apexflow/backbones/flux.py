@@ -18,13 +18,16 @@ from apexflow.conditioning import Condition
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
 
+SCHNELL = Settings(steps=4, instruction=False, max_tokens=256)
+
 
 class Flux(Family):
     """A `FluxPipeline` folder. The raw output is z - x on 2 x 2 packed latents; time goes in as t in [0, 1].
 
     The network casts t to the dtype of its activations and multiplies it by 1000 there: bf16 rounds twice. The dev
     network also takes a guidance scale, `settings.embedded_guidance`, by default the stock 3.5. All text tokens are
-    attended, padding too, so conditions carry no mask and one given is not read.
+    attended, padding too, so conditions carry no mask and one given is not read, and their number is part of the condition:
+    schnell, which is the one without guidance as an input, reads 256.
     """
 
     family: ClassVar[str] = "flux"
@@ -54,7 +57,9 @@ class Flux(Family):
             "tokenizer": AutoTokenizer,
             "tokenizer_2": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
+        parts = load_parts(folder, kinds, device, dtype, hollow)
+        defaults = cls.defaults if parts["transformer"].config.guidance_embeds else SCHNELL
+        return cls(parts, read_settings(folder, defaults))
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t; c needs pooled embeddings."""

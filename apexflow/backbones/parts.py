@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -18,9 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from apexflow.backbones import PICKLES, Settings
+from apexflow.backbones import Settings
+from apexflow.backbones.folder import INDEX, copy_part, weight_paths
 from apexflow.errors import UserError
 
+READERS = "diffusers or transformers"
 LARGE = 500_000_000  # parameters of a denoiser, from which on it is sparing with memory unasked
 OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
@@ -61,7 +62,8 @@ def load_part(
     else:
         options = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
         model = guarded(path, lambda: _weights(path, kind, options))
-    return model.to(device, dtype).eval().requires_grad_(False)
+    # Not to a dtype once more: in float16 the libraries keep in float32 what overflows (layers of T5).
+    return model.to(device).eval().requires_grad_(False)
 
 
 def check_part(path: Path, kind: Any, device: torch.device) -> None:
@@ -91,14 +93,28 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     UserError for a damaged file, one that an index names and is missing, or where there is none.
     """
-    files = sorted(path.glob("*.safetensors"))
+    files = weight_paths(path)
     if not files:
-        raise UserError(f"{path.parent} is incomplete: {path.name}/ holds no safetensors")
-    for index in path.glob("*.safetensors.index.json"):
-        named = set(guarded(index, lambda index=index: json.loads(index.read_text())["weight_map"].values()))
-        if missing := sorted(named - {file.name for file in files}):
-            raise UserError(f"{path.parent} is incomplete: {path.name}/{missing[0]} is missing")
+        others = [file.name for file in sorted(path.glob("*.safetensors"))]
+        but = f": {others[0]} has another name" if others else ""
+        raise UserError(
+            f"{path.parent} is incomplete: {path.name}/ holds no safetensors that {READERS} would read{but}"
+        )
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{path.parent} is incomplete: {path.name}/{file.name} is missing")
     return {name: shape for file in files for name, shape in guarded(file, lambda file=file: _header(file)).items()}
+
+
+def stored_dtypes(path: Path) -> set[str]:
+    """In which types the weights of a part are stored, in the names of safetensors ("F32", "BF16")."""
+    files = weight_paths(path)
+    return {kind for file in files for kind in guarded(file, lambda file=file: _types(file))}
+
+
+def _types(file: Path) -> set[str]:
+    with safe_open(file, "pt") as opened:
+        return {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 no mapping
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
@@ -136,13 +152,12 @@ def is_of_transformers(kind: Any) -> bool:
 
 
 def weight_files(path: Path) -> dict[str, Path]:
-    """Which file holds each tensor of a network of diffusers: those that it would read itself, whatever else lies there."""
-    index = path / "diffusion_pytorch_model.safetensors.index.json"
-    if index.is_file():
-        return {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    file = path / "diffusion_pytorch_model.safetensors"
-    with safe_open(file, "pt") as opened:
-        return dict.fromkeys(opened.keys(), file)
+    """Which file holds each tensor of a network."""
+    found = {}
+    for file in weight_paths(path):
+        with safe_open(file, "pt") as opened:
+            found.update(dict.fromkeys(opened.keys(), file))
+    return found
 
 
 class Later:
@@ -163,8 +178,8 @@ class Later:
         return load_part(self.path.parent, self.path.name, self.kind, self.device, self.dtype)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Copy the part as it is."""
-        shutil.copytree(self.path, folder, ignore=shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES)))
+        """Copy what is read of the part."""
+        copy_part(self.path, folder)
 
 
 def load_parts(
@@ -179,31 +194,29 @@ def load_parts(
         if name.startswith("tokenizer"):
             parts[name] = load_part(folder, name, kind, device)
             continue
-        # Autoencoders of the AutoencoderKL line overflow in float16 ("force_upcast").
-        wide = name == "vae" and dtype == torch.float16
         if name.startswith(("text_encoder", "vae")):
-            parts[name] = Later(folder, name, kind, device, torch.float32 if wide else dtype)
+            parts[name] = Later(folder, name, kind, device, autoencoder_dtype(dtype) if name == "vae" else dtype)
         else:
             parts[name] = load_part(folder, name, kind, device, dtype, hollow)
     return parts | {"scheduler": load_scheduler(folder)}
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json`: the pipeline class, its parts and its own settings."""
-    return json.loads((folder / "model_index.json").read_text())
+def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 in place of float16, in which the autoencoders overflow ("force_upcast")."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def save_folder(
     folder: Path, pipeline: str, parts: Mapping[str, Any], settings: Settings, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write parts, `model_index.json` (with `extra` entries) and `apexflow.json`: what the stock `pipeline` loads."""
+    """Write parts, the index (with `extra` entries) and `apexflow.json`: what the stock `pipeline` loads."""
     import diffusers
 
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **(extra or {})}
     for name in sorted(parts):
         parts[name].save_pretrained(folder / name)
         index[name] = index_entry(getattr(parts[name], "kind", type(parts[name])))
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.discrete_vp import DiscreteVP
 from apexflow.backbones.family import Family
-from apexflow.backbones.parts import compute_dtype, load_parts, read_index
+from apexflow.backbones.folder import read_index
+from apexflow.backbones.parts import compute_dtype, load_parts
 from apexflow.backbones.text import masked_t5_states
 from apexflow.conditioning import Condition
 

@@ -27,6 +27,7 @@ class QwenImage(Family):
     """A `QwenImagePipeline` folder. The raw output is z - x on 2 x 2 packed latents; time goes in as t in [0, 1].
 
     The network casts t to the dtype of its activations before the sinusoid: in bf16, times near 1 lie 2^-8 apart.
+    The published scheduler also stretches its times so that the last is .02 (`shift_terminal`); our grid is not stretched.
     """
 
     family: ClassVar[str] = "qwen-image"

@@ -15,6 +15,7 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.encoders import Encoders
 from apexflow.backbones.parts import (
     Later,
+    autoencoder_dtype,
     compute_dtype,
     load_part,
     load_scheduler,
@@ -32,7 +33,7 @@ class Sana(Encoders):
 
     family: ClassVar[str] = "sana"
     pipeline: str = "SanaPipeline"
-    defaults: ClassVar[Settings] = Settings()
+    defaults: ClassVar[Settings] = Settings(guidance=4.5)
     transport: Transport = LINEAR
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
     without_gradient: Sequence[str] = ()
@@ -40,6 +41,7 @@ class Sana(Encoders):
     normalizes_text: bool = False
     flow_scheduler: bool = True
     depth: str | None = "num_layers"
+    bfloat16: ClassVar[bool] = False  # but for those called BF16, published weights were trained in float16
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class Sana(Encoders):
         from transformers import AutoTokenizer, Gemma2Model
 
         transformer = load_part(folder, "transformer", SanaTransformer2DModel, device, dtype, hollow)
-        vae = Later(folder, "vae", AutoencoderDC, device, dtype)
+        vae = Later(folder, "vae", AutoencoderDC, device, autoencoder_dtype(dtype))
         text_encoder = Later(folder, "text_encoder", Gemma2Model, device, dtype)
         tokenizer = load_part(folder, "tokenizer", AutoTokenizer, device)
         settings = read_settings(folder, cls.defaults)
@@ -93,8 +95,9 @@ class Sana(Encoders):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Gemma's last hidden states, padded to the longest prompt of the batch only.
 
-        With an instruction, BOS and the last `max_tokens - 1` positions of instruction and prompt are kept, as in the
-        stock pipeline, which pads to that length and masks; leaving the padding out gives the same answers.
+        With an instruction, BOS and the last `max_tokens - 1` positions of instruction and prompt, padded to the most that
+        both may have, are kept, as in the stock pipeline: all of the prompt, and of the instruction its last token. The
+        stock pipeline masks the padding; leaving it out gives the same answers.
         """
         prefix = self._instruction if self.settings.instruction else ""
         texts = [prefix + prompt.strip().lower() if prompt.strip() else "" for prompt in prompts]
@@ -102,8 +105,8 @@ class Sana(Encoders):
         length = len(self.tokenizer.encode(prefix)) + limit - 2 if prefix else limit
         ids, mask = (part.to(device_of(self.text_encoder)) for part in tokenize(self.tokenizer, texts, length))
         embeds = self.text_encoder(ids, attention_mask=mask)[0]
-        if embeds.shape[1] > limit:
-            keep = [0, *range(length - limit + 1, embeds.shape[1])]
+        if prefix:
+            keep = [0, *range(length - limit + 1, embeds.shape[1])]  # of a batch of empty prompts, BOS alone
             embeds, mask = embeds[:, keep], mask[:, keep]
         return Condition(embeds, mask)
 

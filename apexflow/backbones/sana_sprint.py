@@ -25,6 +25,7 @@ class SanaSprint(Sana):
     pipeline = "SanaSprintPipeline"
     defaults: ClassVar[Settings] = Settings(steps=2, embedded_guidance=4.5)
     flow_scheduler = False
+    bfloat16 = True
 
     def __init__(
         self,

@@ -15,12 +15,14 @@ from apexflow.backbones.parts import compute_dtype, load_parts
 from apexflow.backbones.text import decoder_states, rows_of
 from apexflow.conditioning import Condition
 
+TURBO, TURBO_SHIFT = Settings(steps=8, instruction=False, max_tokens=512), 3.0
+
 
 class ZImage(Family):
     """A `ZImagePipeline` folder. The network takes 1 - t in float32 and answers x - z: both are turned.
 
-    The defaults are those of the base model (the stock guidance of 5 adds 5 (F(c) - F(null)), which is scale 6 here);
-    Turbo wants 8 steps and guidance 1.
+    The base model's stock guidance of 5 adds 5 (F(c) - F(null)), which is scale 6 here. Turbo, known by its scheduler's shift
+    of 3 (the base model's is 6), takes 8 steps without guidance.
     """
 
     family: ClassVar[str] = "z-image"
@@ -45,7 +47,9 @@ class ZImage(Family):
             "text_encoder": Qwen3Model,
             "tokenizer": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
+        parts = load_parts(folder, kinds, device, dtype, hollow)
+        turbo = parts["scheduler"].config.get("shift") == TURBO_SHIFT
+        return cls(parts, read_settings(folder, TURBO if turbo else cls.defaults))
 
     @property
     def text_width(self) -> tuple[int, int | None]:

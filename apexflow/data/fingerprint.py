@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from apexflow.backbones.folder import components, weight_paths
+from apexflow.backbones.parts import load_part
 from apexflow.errors import UserError
 
 
@@ -32,7 +35,7 @@ def hash_tensors(*groups: Mapping[str, Tensor]) -> str:
 
 # A cache's are read from the files, not from the loaded weights, so that dtype, device and number of threads make no difference.
 SAMPLES, SAMPLE_BYTES = 16, 256
-VOCABULARY = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+READING = 2  # raised whenever prompts come to be encoded otherwise, so that older caches are not taken for new ones
 
 
 def autoencoder_fingerprint(folder: Path) -> str:
@@ -42,27 +45,28 @@ def autoencoder_fingerprint(folder: Path) -> str:
 
 def text_fingerprint(folder: Path, settings: Any) -> str:
     """Of everything that turns a prompt into an embedding: encoders, vocabularies, instruction and length limit."""
-    parts = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer")))
-    texts = [text for part in parts for text in _vocabulary(part)]
-    weights = [line for part in parts if part.name.startswith("text_encoder") for line in _weights(part)]
-    return _hash([*weights, *texts, f"{settings.instruction} {settings.max_tokens}"])
+    parts = sorted(name for name in components(folder) if name.startswith(("text_encoder", "tokenizer")))
+    texts = [_vocabulary(folder / name) for name in parts if name.startswith("tokenizer")]
+    weights = [line for name in parts if name.startswith("text_encoder") for line in _weights(folder / name)]
+    return _hash([*weights, *texts, f"{settings.instruction} {settings.max_tokens} {READING}"])
 
 
-def _vocabulary(part: Path) -> list[str]:
-    """Of what a tokenizer's files say.
-
-    `tokenizer.json` alone says everything, and a model that is saved again has no other; but what it says of how the
-    tokenizer was last called is left out.
-    """
+def _vocabulary(part: Path) -> str:
+    """Of all that a tokenizer says, but for how it was last called. One that is saved again has `tokenizer.json` alone."""
     whole = part / "tokenizer.json"
-    if whole.is_file():
-        try:
-            said = {k: v for k, v in json.loads(whole.read_bytes()).items() if k not in ("padding", "truncation")}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"cannot read {whole} ({error}): restore it from the original checkpoint") from error
-        return [hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()]
-    files = [part / name for name in VOCABULARY if (part / name).is_file()]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    try:
+        said = json.loads(whole.read_bytes() if whole.is_file() else _converted(part))
+        said = {key: value for key, value in said.items() if key not in ("padding", "truncation")}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {whole} ({error}): restore it from the original checkpoint") from error
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _converted(part: Path) -> str:
+    """What `tokenizer.json` would say where there are older files alone."""
+    from transformers import AutoTokenizer
+
+    return load_part(part.parent, part.name, AutoTokenizer, torch.device("cpu")).backend_tokenizer.to_str()
 
 
 def _hash(lines: list[str]) -> str:
@@ -72,7 +76,7 @@ def _hash(lines: list[str]) -> str:
 def _weights(folder: Path) -> list[str]:
     """Name, shape, dtype and some bytes of every tensor, sorted, however the tensors are spread over files."""
     lines = []
-    for path in folder.glob("*.safetensors"):
+    for path in weight_paths(folder):
         try:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")

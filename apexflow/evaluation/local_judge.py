@@ -30,7 +30,12 @@ class LocalJudge:
             raise UserError(f"no judge at {folder}: name an http:// address or the folder of a vision-language model")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         how: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
-        self.processor: Any = guarded(folder, lambda: AutoProcessor.from_pretrained(folder, local_files_only=True))
+        try:
+            self.processor: Any = guarded(folder, lambda: AutoProcessor.from_pretrained(folder, local_files_only=True))
+        except UserError as error:
+            if isinstance(error.__cause__, ImportError):  # Qwen's look into videos through torchvision
+                raise UserError(f"{error}; pip install 'apexflow[judge]' brings what it asks for") from error
+            raise
         model: Any = guarded(folder, lambda: AutoModelForImageTextToText.from_pretrained(folder, **how))
         self.model = model.to(device).eval()
         self.name = folder.resolve().name

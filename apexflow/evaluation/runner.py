@@ -151,7 +151,8 @@ def _completeness(all_prompts: bool, found: Found, scored: Scored) -> dict[str, 
 def _generation(generator: Generator, settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything of the drawing that moves a score."""
     backbone = generator.backbone
-    times, size = generator.times(settings.steps), settings.size or backbone.default_size
+    size = settings.size or backbone.default_size
+    times = generator.times(settings.steps, (size, size))
     backbone.latent_shape((size, size))  # tells of a size that the model cannot draw before the folder is taken
     guidance = backbone.settings.guidance if settings.guidance is None else settings.guidance
     check_sampling(guidance, settings.kappa, settings.rho, settings.order)

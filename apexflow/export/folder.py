@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from apexflow.backbones import (
     BUILT_IN,
-    PICKLES,
     Backbone,
     Settings,
     built_in,
@@ -18,7 +17,8 @@ from apexflow.backbones import (
     read_settings,
     resolve,
 )
-from apexflow.backbones.parts import index_entry, read_index, weight_shapes
+from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index
+from apexflow.backbones.parts import index_entry, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
 from apexflow.export.merge import check_lora, merge_into, read_lora
@@ -91,7 +91,7 @@ def find_source(source: str, base: str | None) -> Source:
             raise UserError(f"{source} is a LoRA: name the model that it belongs to with --base")
         model, backbone = resolve(base), load_backbone(base, "meta")
         return Source(model, backbone, read_settings(file.parent, backbone.settings), file, base)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if path.is_dir() and not (path / INDEX).is_file():
         raise UserError(f"{source} is no run, no model folder and no LoRA: give the output folder of a recipe")
     backbone = load_backbone(source, "meta")
     return Source(resolve(source), backbone, backbone.settings)
@@ -99,7 +99,7 @@ def find_source(source: str, base: str | None) -> Source:
 
 def _run(folder: Path) -> Source:
     model, file = folder / "model", folder / "lora" / FILE
-    if not (model / "model_index.json").is_file():
+    if not (model / INDEX).is_file():
         raise UserError(f"the run {folder} is not finished: go on with `apexflow train` and --resume, then export")
     try:
         recipe = json.loads((folder / "recipe.json").read_text())
@@ -126,15 +126,20 @@ def _part(backbone: Backbone) -> str:
 
 
 def _whole(found: Source, partial: Path) -> None:
-    """A copy of the model's folder, with the LoRA added where there is one that is not in it yet."""
+    """A copy of what is read of the model's folder, with the LoRA added where there is one that is not in it yet."""
     model, pairs = found.model, None
     if found.lora is not None and not found.merged:
         pairs = read_lora(found.lora)
         check_lora(found.lora, pairs, model / _part(found.backbone))
-    for part in sorted(p.parent for p in model.glob("*/*.safetensors")):
-        weight_shapes(part)  # a truncated file must not leave here
-    patterns = shutil.ignore_patterns(*(f"*{suffix}" for suffix in PICKLES), ".*")
-    shutil.copytree(model, partial, ignore=patterns)
+    parts = [name for name in components(model) if (model / name).is_dir()]
+    for name in parts:
+        if list((model / name).glob("*.safetensors")):
+            weight_shapes(model / name)  # a truncated file must not leave here
+    partial.mkdir(parents=True)
+    for name in parts:
+        copy_part(model / name, partial / name)
+    for file in (path for pattern in (INDEX, *OWN, "LICENSE*") for path in model.glob(pattern)):
+        shutil.copyfile(file, partial / file.name)
     if pairs is not None:
         merge_into(partial / _part(found.backbone), pairs)
     (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")
@@ -167,9 +172,9 @@ def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chose
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     shutil.rmtree(folder / "scheduler", ignore_errors=True)
     scheduler.save_pretrained(folder / "scheduler")
-    if (folder / "model_index.json").is_file():
+    if (folder / INDEX).is_file():
         index = read_index(folder) | {"scheduler": index_entry(type(scheduler))}
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any], output: Path) -> str:

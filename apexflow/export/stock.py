@@ -58,7 +58,7 @@ def call_options(backbone: Backbone, settings: Settings, stock: bool) -> dict[st
         options["sigmas"] = stock_scheduler_config(settings, backbone.time_shift)["sigmas"]
     elif not backbone.flow_scheduler:
         options |= _places(backbone, settings)
-    return options | _guidance(backbone, settings) | _text(backbone.family, settings)
+    return options | _guidance(backbone, settings) | _text(backbone, settings)
 
 
 def _places(backbone: Any, settings: Settings) -> dict[str, Any]:
@@ -90,10 +90,19 @@ def _guidance(backbone: Any, settings: Settings) -> dict[str, Any]:
     return {"guidance_scale": settings.guidance}
 
 
-def _text(family: str, settings: Settings) -> dict[str, Any]:
-    if family == "pixart":  # whose pipeline would take other words and another size
-        return {"clean_caption": False, "use_resolution_binning": False}
-    if not family.startswith("sana"):
-        return {}
-    plain: dict[str, Any] = {} if settings.instruction else {"complex_human_instruction": None}
-    return plain | {"max_sequence_length": settings.max_tokens, "use_resolution_binning": False}
+def _text(backbone: Any, settings: Settings) -> dict[str, Any]:
+    """What makes the pipeline read a prompt as we do, and draw at the size that it is told."""
+    import diffusers
+
+    family: str = backbone.family
+    options: dict[str, Any] = {}
+    limit = signature(getattr(diffusers, backbone.pipeline).__call__).parameters.get("max_sequence_length")
+    if limit is not None and limit.default != settings.max_tokens:
+        options["max_sequence_length"] = settings.max_tokens
+    if family.startswith("sana") and not settings.instruction:
+        options["complex_human_instruction"] = None
+    if family == "pixart":
+        options["clean_caption"] = False
+    if family == "pixart" or family.startswith("sana"):
+        options["use_resolution_binning"] = False
+    return options

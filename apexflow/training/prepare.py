@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones import Backbone, check_shift, load_backbone, resolve
+from apexflow.backbones.folder import INDEX
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet, check_made_by, is_cache
 from apexflow.data.caching import CacheSettings, make_cache, picture_sizes
@@ -207,7 +208,7 @@ def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:
     from apexflow.training.text_encoder import fit_text_encoder
 
     base = folder / "base"
-    if not (base / "model_index.json").is_file():
+    if not (base / INDEX).is_file():
         if is_cache(source):
             raise UserError(f"model: miniature is fitted on pictures, and {source} is a cache: name the pictures")
         of_scenes = recipe.data.drawn

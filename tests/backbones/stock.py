@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apexflow.backbones.family import pack, unpack
-from apexflow.backbones.parts import read_index
+from apexflow.backbones.folder import read_index
 
 PACKED = ("qwen_image", "flux_schnell", "flux_dev")
 PLAIN = {"sigmas": [1.0], "guidance_scale": 1.0}
@@ -22,7 +22,7 @@ OPTIONS = {
     "sana_sprint": {"max_timesteps": math.pi / 2, "intermediate_timesteps": None, "use_resolution_binning": False},
     "qwen_image": {"sigmas": [1.0], "true_cfg_scale": 1.0},
     "sd3": PLAIN,
-    "flux_schnell": {"sigmas": [1.0]},
+    "flux_schnell": {"sigmas": [1.0], "max_sequence_length": 256},
     "flux_dev": {"sigmas": [1.0], "guidance_scale": 3.5},
     "z_image": {"sigmas": [1.0], "guidance_scale": 0.0},
     "lumina2": PLAIN,

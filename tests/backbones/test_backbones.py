@@ -15,6 +15,7 @@ from tiny import BUILDERS
 from apexflow.backbones import Settings, backbones, load_backbone
 from apexflow.conditioning import Condition, concatenate
 from apexflow.errors import UserError
+from apexflow.generator import Generator
 from apexflow.sampler import sample, time_grid
 from apexflow.training.sharding import read_shares
 
@@ -43,7 +44,7 @@ def largest_difference(a, b):
 
 
 def test_the_table_is_covered(folder_of):
-    from apexflow.backbones.parts import read_index
+    from apexflow.backbones.folder import read_index
 
     assert {read_index(folder_of(name))["_class_name"] for name in FAMILIES} == set(backbones())
 
@@ -218,7 +219,8 @@ def test_the_null_prompt(name, folder_of, backbone_of):
     elif name == "sana_sprint":  # never guided, so the stock pipeline has no null prompt
         return
     elif name.startswith("flux"):
-        expected, mask = stock.encode_prompt([""], **options)[0], None
+        limit = backbone.settings.max_tokens
+        expected, mask = stock.encode_prompt([""], max_sequence_length=limit, **options)[0], None
     elif name == "sd3":
         expected, mask = stock.encode_prompt(["x"], None, None, **options)[1], None
     elif name == "z_image":
@@ -231,9 +233,9 @@ def test_the_null_prompt(name, folder_of, backbone_of):
 
 def test_a_prompt_too_long_is_cut_and_said(backbone_of):
     backbone = backbone_of("flux_schnell")
-    with pytest.warns(UserWarning, match="longer than the 512 tokens"):
+    with pytest.warns(UserWarning, match="longer than the 256 tokens"):
         c = backbone.encode_prompts(["word " * 600])
-    assert isinstance(c, Condition) and c.embeds.shape[1] == 512
+    assert isinstance(c, Condition) and c.embeds.shape[1] == 256
 
 
 def test_settings_of_a_folder_lie_over_the_family_s(tmp_path, folder_of):
@@ -247,6 +249,8 @@ def test_settings_of_a_folder_lie_over_the_family_s(tmp_path, folder_of):
     before = other.time_shift
     other.draw_at(64)  # brings the time shift of such pictures
     assert other.default_size == of_folder.default_size == 64 and other.time_shift == of_folder.time_shift != before
+    drawn = Generator(load_backbone(str(folder_of("flux_dev")))).times(4, (64, 64))
+    assert torch.equal(drawn, Generator(of_folder).times(4))  # whatever size the model draws unasked
     (tmp_path / "model" / "apexflow.json").write_text('{"stepz": 2}')
     with pytest.raises(UserError, match=r"apexflow\.json does not fit"):
         load_backbone(str(tmp_path / "model"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,8 +38,12 @@ def test_fingerprints_follow_weights_not_files(tiny_model: Path, tmp_path: Path)
     other = Path(shutil.copytree(tiny_model, tmp_path / "split"))
     path = next((other / "vae").glob("*.safetensors"))
     tensors = sorted((name, tensor.clone()) for name, tensor in load_file(path).items())
-    save_file(dict(tensors[:5]), path)
-    save_file(dict(tensors[5:]), path.with_name("second.safetensors"))
+    parts = {"one.safetensors": dict(tensors[:5]), "two.safetensors": dict(tensors[5:])}
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index))
+    for file, part in parts.items():
+        save_file(part, path.with_name(file))
+    path = path.with_name("one.safetensors")
     assert (autoencoder_fingerprint(other), text_fingerprint(other, settings)) == before
     backbone = load_backbone(str(tiny_model))
     with pytest.warns(UserWarning, match="longer than"):

@@ -11,6 +11,7 @@ import little
 import numpy as np
 import pytest
 import torch
+import transformers
 from little import question, rows_of, settings
 from PIL import Image
 
@@ -133,6 +134,15 @@ def test_a_local_judge_keeps_to_the_length_asked_for(judge_folder: Path, tmp_pat
         LocalJudge(tmp_path / "absent", {})
     with pytest.raises(UserError, match="cannot load"):
         LocalJudge(tmp_path, {})
+
+
+def test_a_judge_whose_processor_needs_torchvision_says_how_to_get_it(judge_folder, monkeypatch) -> None:
+    def lacking(*_: object, **__: object) -> None:
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lacking)
+    with pytest.raises(UserError, match=r"Torchvision library.*apexflow\[judge\]"):
+        LocalJudge(judge_folder, {})
 
 
 def test_dpg_grids_that_are_none(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""A model of the hub as a local folder: only the files that are read, none that could run code."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from apexflow.backbones.folder import INDEX, OWN, components
+from apexflow.errors import UserError
+
+READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+TWINS = ("*.fp16*", "*.bf16*", "*.fp8*", "*.non_ema*")  # the same weights in another precision, or another average
+
+
+def download(hub_id: str) -> Path:
+    """The snapshot of a hub repository, fetched where it is not there yet; UserError says why where it cannot be."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        index = Path(hf_hub_download(hub_id, INDEX))
+        parts = [f"{name}/{ending}" for name in components(index.parent) for ending in READ]
+        return Path(snapshot_download(hub_id, allow_patterns=[INDEX, *OWN, *parts], ignore_patterns=list(TWINS)))
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises many kinds
+        raise UserError(f"cannot fetch {hub_id!r} from the hub: {_reason(hub_id, error)}") from error
+
+
+def _reason(hub_id: str, error: Exception) -> str:
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        where = f"https://huggingface.co/{hub_id}"
+        return f"accept its owners' terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it knows no such model: check the name, or log in with `hf auth login` if it is private"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):  # that one means: not cached
+        return f"it is no diffusers checkpoint, as it has no {INDEX}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space is left; HF_HOME says where it goes"
+    return f"check the name and the network ({type(error).__name__})"

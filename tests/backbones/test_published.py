@@ -1,0 +1,172 @@
+"""What published checkpoints have and tiny random ones do not: instructions, twins, other programs' files, old tokenizers."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import sentencepiece
+import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from stock import load_stock
+from tiny_text import LETTERS
+
+from apexflow import generator
+from apexflow.backbones import load_backbone, resolve
+from apexflow.backbones.miniature import word_tokenizer
+from apexflow.data.fingerprint import text_fingerprint
+from apexflow.errors import UserError
+from apexflow.export.folder import export
+from apexflow.generator import suited_dtype
+
+
+@pytest.mark.parametrize("name", ["sana", "sana_sprint"])
+@pytest.mark.parametrize("prompts", [["a red cube"], ["a cat", "two balls on a table"], ["", "a cat"], ["word " * 400]])
+@pytest.mark.filterwarnings("ignore:a prompt is longer")
+@torch.no_grad()
+def test_an_instruction_shorter_than_the_text_limit_is_cut_off_as_in_stock(name, prompts, folder_of):
+    """SANA's instruction has some 200 tokens, the limit is 300: what is kept of it must not hang on the prompt's length."""
+    stock, ours = load_stock(folder_of(name)), load_backbone(str(folder_of(name)))
+    instruction = list(ours._instruction.split("\n"))
+    stock.tokenizer = ours.tokenizer = word_tokenizer(
+        ["a", "red", "cube", "cat", "two", "balls", "on", "table", "word"]
+    )
+    assert 100 < len(ours.tokenizer.encode(ours._instruction)) < ours.settings.max_tokens
+    c = ours.encode_prompts(prompts)
+    for row, prompt in enumerate(prompts):
+        embeds, mask, *_ = stock.encode_prompt(prompt, complex_human_instruction=instruction if prompt else None)
+        expected, own = embeds[mask.bool()], c.embeds[row][c.mask[row].bool()]
+        assert own.shape == expected.shape
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_defaults_are_those_of_the_checkpoint(folder_of, tmp_path):
+    assert load_backbone(str(folder_of("sana"))).settings.guidance == 4.5
+    for name, (steps, tokens) in {"flux_dev": (28, 512), "flux_schnell": (4, 256)}.items():
+        settings = load_backbone(str(folder_of(name))).settings
+        assert (settings.steps, settings.max_tokens) == (steps, tokens)
+    for shift, expected in ((6.0, (50, 6.0)), (3.0, (8, 1.0))):
+        folder = Path(shutil.copytree(folder_of("z_image"), tmp_path / f"{shift}"))
+        config = folder / "scheduler" / "scheduler_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": shift}))
+        settings = load_backbone(str(folder)).settings
+        assert (settings.steps, settings.guidance) == expected
+
+
+def test_a_large_sana_is_drawn_in_float32_unless_its_weights_are_bfloat16(folder_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(generator, "LARGE", 1000)
+    for name, suited in (("sana", torch.float32), ("sana_sprint", torch.bfloat16), ("sd3", torch.bfloat16)):
+        assert suited_dtype(str(folder_of(name)), "cuda") == suited
+    folder = Path(shutil.copytree(folder_of("sana"), tmp_path / "half"))
+    file = next((folder / "transformer").glob("*.safetensors"))
+    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file, {"format": "pt"})
+    assert suited_dtype(str(folder), "cuda") == torch.bfloat16
+
+
+@pytest.fixture
+def cluttered(folder_of, tmp_path):
+    """A model folder as a full clone of a hub repository has it."""
+    folder = Path(shutil.copytree(folder_of("sdxl"), tmp_path / "clone"))
+    other = {"other": torch.zeros(3)}
+    for place in (
+        "sd_xl_base_1.0",
+        "unet/diffusion_pytorch_model.fp16",
+        "text_encoder/model.fp16",
+        "text_encoders/clip",
+    ):
+        file = folder / f"{place}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        save_file(other, file, {"format": "pt"})
+    (folder / "vae_decoder").mkdir()
+    (folder / "vae_decoder" / "openvino_model.bin").write_bytes(b"x")
+    return folder
+
+
+def test_what_lies_beside_the_parts_is_neither_read_nor_refused_nor_exported(cluttered, folder_of, tmp_path):
+    backbone = load_backbone(str(cluttered))
+    assert text_fingerprint(cluttered, backbone.settings) == text_fingerprint(folder_of("sdxl"), backbone.settings)
+    export(str(cluttered), tmp_path / "out", "original")
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    original = {str(p.relative_to(folder_of("sdxl"))) for p in folder_of("sdxl").rglob("*") if p.is_file()}
+    assert written == original | {"README.md", "apexflow.json"}
+
+
+def older_tokenizers(folder: Path) -> dict[str, dict[str, bytes]]:
+    """The files of a CLIP tokenizer and of a T5 tokenizer as they were published before tokenizer.json."""
+    pieces = ["<|startoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|endoftext|>"]
+    clip = {"vocab.json": json.dumps({p: i for i, p in enumerate(pieces)}).encode(), "merges.txt": b"#version: 0.2\n"}
+    model = io.BytesIO()
+    texts = ["a red cube on a table", "two green balls", "a cat"] * 20
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=22, minloglevel=2, **ids
+    )
+    clip["tokenizer_config.json"] = b'{"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}'
+    config = b'{"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0}'
+    return {"sdxl": clip, "pixart_sigma": {"spiece.model": model.getvalue(), "tokenizer_config.json": config}}
+
+
+@pytest.mark.parametrize("name", ["sdxl", "pixart_sigma"])
+def test_a_tokenizer_of_older_files_is_read_and_known_again_when_saved(name, folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of(name), tmp_path / "old"))
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    for file, content in older_tokenizers(folder)[name].items():
+        (folder / "tokenizer" / file).write_bytes(content)
+    backbone = load_backbone(str(folder))
+    assert len(set(backbone.tokenizer("a red cube").input_ids)) > 4
+    before = text_fingerprint(folder, backbone.settings)
+    (tmp_path / "saved").mkdir()
+    backbone.save(tmp_path / "saved", backbone.settings)
+    assert (tmp_path / "saved" / "tokenizer" / "tokenizer.json").is_file()
+    assert text_fingerprint(tmp_path / "saved", backbone.settings) == before
+
+
+@pytest.fixture
+def hub(cluttered, monkeypatch):
+    """A hub that serves one repository, and records what is asked of it."""
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file: str(cluttered / file))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **given: asked.update(given) or str(cluttered))
+    return asked
+
+
+def test_of_a_hub_repository_only_what_is_read_is_fetched(cluttered, hub):
+    assert resolve("owner/name") == cluttered
+    there = [str(path.relative_to(cluttered)) for path in cluttered.rglob("*") if path.is_file()]
+    patterns = {"allow_patterns": hub["allow_patterns"], "ignore_patterns": hub["ignore_patterns"]}
+    fetched = set(huggingface_hub.utils.filter_repo_objects(there, **patterns))
+    assert {name for name in set(there) - fetched if name.endswith((".safetensors", ".bin"))} == {
+        *("sd_xl_base_1.0.safetensors", "text_encoders/clip.safetensors", "vae_decoder/openvino_model.bin"),
+        *("unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"),
+    }
+    assert {
+        "model_index.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+    } <= fetched
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (GatedRepoError, "accept its owners' terms at https://huggingface.co/owner/name"),
+        (RemoteEntryNotFoundError, "no diffusers checkpoint"),
+        (LocalEntryNotFoundError, "check the name and the network"),
+        (TimeoutError, "check the name and the network"),
+    ],
+)
+def test_why_a_model_cannot_be_fetched_is_told(error, words, hub, monkeypatch):
+    def fail(*_: object, **__: object) -> str:
+        answer = SimpleNamespace(headers={}, request=None)
+        raise error("no", **({"response": answer} if issubclass(error, huggingface_hub.errors.HfHubHTTPError) else {}))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(UserError, match=words):
+        resolve("owner/name")
