@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import tempfile
 import time
@@ -17,7 +16,7 @@ import torch
 from apexflow.data.scenes import scenes
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
-from apexflow.generator import Generator, load
+from apexflow.generator import Generator, device_name, load
 from apexflow.progress import Progress
 from apexflow.training.config import Data, Recipe, Tuning
 from apexflow.training.loop import start
@@ -153,18 +152,6 @@ def bench_table(result: Mapping[str, Any]) -> str:
             f"APEX {apex:.3f} s, {step['ratio']:.2f} times"
         )
     return "\n".join(lines)
-
-
-def device_name() -> str:
-    """The GPU, or the processor and the number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _name(case: Case, generator: Generator) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -217,3 +218,15 @@ def pick_device(name: str) -> str:
             f"device {name!r} is not there (no GPU, or torch's CPU build): take cpu, or install torch for CUDA"
         )
     return name
+
+
+def device_name() -> str:
+    """The GPU, or the processor and the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from apexflow.bench import device_name
+from apexflow.generator import device_name
 
 
 def provenance() -> dict[str, object]:

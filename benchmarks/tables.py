@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,11 @@ def scores(result: dict[str, Any]) -> str:
         rest = [f"{row[key]:.3f}" for key in ("strict", "held_out", "diversity")]
         rows.append([name, str(row["evaluations"]), *values, overall, *rest, str(row["seeds"])])
     origins = dict.fromkeys(source(row, "scores.json") for row in result["scores"].values())
-    origins = ["<details><summary>commands, commits, device</summary>", *origins, "</details>"]
-    return "\n\n".join([table(rows), *origins])
+    return "\n\n".join([table(rows), folded(origins)])
+
+
+def folded(lines: Iterable[str]) -> str:
+    return "\n\n".join(["<details><summary>commands, commits, device</summary>", *lines, "</details>"])
 
 
 def card(name: str) -> Callable[[dict[str, Any]], str]:
@@ -163,23 +166,23 @@ def comparison(result: dict[str, Any]) -> str:
 
 def comparison_short(result: dict[str, Any]) -> str:
     """What the two lengths of the comparison say of one step and of four, and what a training step costs."""
-    longer = json.loads((RESULTS / "comparison-longer.json").read_text())
-    lengths = {f"{one['plan']['images']:,}": one["rows"] for one in (result, longer)}
-    head = [f"{steps}, {images} images" for steps in ("one step", "four") for images in lengths]
-    rows = [["", *head, "diversity", "time", "memory", "further networks"]]
+    lengths = [result, json.loads((RESULTS / "comparison-longer.json").read_text())]
+    images = [f"{one['plan']['images']:,}" for one in lengths]
+    rows = [
+        ["", *[f"{steps}, {n}" for steps in ("one step", "four") for n in images], "time", "memory", "further networks"]
+    ]
     for name, row in result["rows"].items():
-        cells = [_overall(other.get(name), steps) for steps in ("1", "4") for other in lengths.values()]
-        diversity = f"{row['budgets'][IMAGES]['nfe']['1']['diversity']:.2f}"
-        cost = ["" if row.get(key) is None else f"{row[key]:.2f}" for key in ("time", "memory")]
-        rows.append([name, *cells, diversity, *cost, ", ".join(row.get("further", []))])
-    return f"{table(rows)}\n\n16,000 images: `results/comparison-longer.json`. 3,000:"
+        cells = [_overall(one["rows"].get(name), steps) for steps in ("1", "4") for one in lengths]
+        cost = ["" if row.get(key) is None else f"{row[key]:.1f}" for key in ("time", "memory")]
+        rows.append([name, *cells, *cost, ", ".join(row.get("further", []))])
+    return table(rows)
 
 
 def _overall(row: dict[str, Any] | None, steps: str) -> str:
     if row is None:
         return ""
-    report = row["budgets"][IMAGES]["nfe"][steps]
-    return f"{report['overall']:.2f} ±{report['overall_se']:.2f}"
+    report = row.get("budgets", {}).get(IMAGES, {}).get("nfe", {}).get(steps)
+    return "diverged" if report is None else f"{report['overall']:.2f} ±{report['overall_se']:.2f}"
 
 
 def data_steps(result: dict[str, Any]) -> str:
@@ -216,7 +219,9 @@ def render(name: str) -> str:
     if not path.is_file():
         return "Not measured yet."
     result = json.loads(path.read_text())
-    return f"{write(result)}\n\n{source(result, file)}" if "commit" in result else write(result)
+    if "commit" not in result:
+        return write(result)
+    return f"{write(result)}\n\n{folded([source(result, file)])}"
 
 
 def fill(text: str) -> str:

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from provenance import provenance
-
 from apexflow.backbones import load_backbone
 
 
@@ -39,7 +34,6 @@ def card(backbone: object, name: str) -> str:
     """A model card: what it is, how it was made, and the place of its scores."""
     made = backbone.settings.card
     recipe = yaml.safe_dump(made["recipe"], sort_keys=False)
-    device = provenance()["device"]
     weights = sum(
         p.numel() for part in ("transformer", "vae", "text_encoder") for p in getattr(backbone, part).parameters()
     )
@@ -48,7 +42,7 @@ def card(backbone: object, name: str) -> str:
 A miniature SANA ({weights / 1e6:.1f}M parameters with autoencoder and text encoder, bfloat16) that draws 64-pixel scenes of flat
 shapes from captions. It exists to prove and to test apexflow, and knows nothing else. Apache-2.0.
 
-Trained for {made["steps"]} steps in {made["seconds"] / 60:.0f} minutes on {device}.
+The recipe below took {made["steps"]} steps and {made["seconds"] / 60:.0f} minutes on {made["device"]}, from {made["recipe"]["model"]}.
 Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
 
 <!-- {name} -->

@@ -18,7 +18,7 @@ from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.errors import Stopped, UserError, is_taken, replacing, writing
 from apexflow.evaluation.runner import Settings, evaluate, write_json
-from apexflow.generator import load
+from apexflow.generator import device_name, load
 from apexflow.objectives import further_of
 from apexflow.progress import Progress, console
 from apexflow.report import write_report
@@ -182,7 +182,7 @@ def preview(run: Run) -> None:
 
 def finish(run: Run) -> Path:
     """Save the averaged student as a model folder, score it if the recipe says so, write the report; the folder's path."""
-    card = {"steps": run.step, "seconds": round(run.seconds)}
+    card = {"steps": run.step, "seconds": round(run.seconds), "device": device_name()}
     model = save_model(run.backbone, run.roles, run.recipe, run.folder, card)
     if not leads():
         return model
