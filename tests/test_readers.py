@@ -198,22 +198,26 @@ def test_records_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         {"file_name": "good.png"},
         {"text": "a star"},
         {"file_name": "bad.png", "text": "a star"},
+        {"file_name": "spoilt.png", "text": "a star"},
     ]
     (tmp_path / "good.png").write_bytes(picture("red"))
     (tmp_path / "bad.png").write_bytes(picture("red")[:50])
+    content = picture("red")
+    (tmp_path / "spoilt.png").write_bytes(content[:41] + bytes(len(content) - 53) + content[-12:])
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     skipped = Skipped()
     assert len(list(read_captioned(tmp_path, skipped))) == 1
     reasons = {key.rpartition(":")[2]: reason for key, reason in skipped.reasons.items()}
-    assert reasons.pop("7").startswith("unreadable (")
+    assert reasons.pop("8").startswith("unreadable (")
     assert reasons == {
         "2": "picture missing",
         "3": "caption empty",
         "4": "caption missing",
         "5": "unreadable (no JSON object with file_name)",
         "6": "corrupt picture",
+        "7": "corrupt picture",
     }
-    with pytest.raises(UserError, match=r"6 of 7 records .* first: .*metadata.jsonl:2: picture missing"):
+    with pytest.raises(UserError, match=r"7 of 8 records .* first: .*metadata.jsonl:2: picture missing"):
         skipped.check(0.5, tmp_path)
     skipped.check(0.9, tmp_path)
 

@@ -28,6 +28,7 @@ def open_upright(source: Path | IO[bytes]) -> Image.Image:
     cannot be read, since the picture itself may be whole."""
     Image.init()  # else the formats are not known yet
     image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+    image.load()  # raises for damaged pixels, once: a PNG is read whole before its EXIF
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF raises many kinds
