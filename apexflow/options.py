@@ -23,7 +23,8 @@ Overrides = Annotated[
 
 
 def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result) if as_json else text)
+    printable = text.encode(errors="backslashreplace").decode()  # file names need not be UTF-8
+    typer.echo(json.dumps(result) if as_json else printable)
 
 
 def speaks() -> bool:

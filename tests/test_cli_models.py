@@ -64,6 +64,13 @@ def test_a_missing_or_truncated_part_is_named(
     refused(generate(run, model), part)
 
 
+@pytest.mark.parametrize("name", [5, None, ["EulerDiscreteScheduler"], "logging"])
+def test_a_scheduler_that_is_none_is_named(run: Run, tiny_model: Path, tmp_path: Path, name: object) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    write(model / "scheduler" / "scheduler_config.json", json.dumps({"_class_name": name}))
+    refused(generate(run, model), "scheduler_config.json")
+
+
 def test_weights_of_another_network_are_named_and_damaged_ones_warned_of(
     run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

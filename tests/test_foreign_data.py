@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tarfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from command_line import Run
+from PIL import Image, features
+from PIL.JpegImagePlugin import JpegImageFile
 from test_readers import COLORS, folder, picture, sharegpt, tar
 
+from apexflow.data.cache import CachedSet
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.pictures import to_bytes
+from apexflow.evaluation.files import Unreadable, open_picture
 
 
 def test_pictures_of_every_depth_look_as_they_do_elsewhere(tmp_path: Path) -> None:
@@ -49,6 +55,81 @@ def test_a_large_picture_is_read_without_alarm(tmp_path: Path, monkeypatch: pyte
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(list(read_captioned(tmp_path, Skipped()))) == 1
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError])
+def test_a_picture_at_which_pillow_stumbles_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    path = folder(tmp_path / "set")
+
+    def stumble(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(JpegImageFile, "load", stumble)
+    skipped = Skipped()
+    assert not list(read_captioned(path, skipped)) and set(skipped.reasons.values()) == {"corrupt picture"}
+    with pytest.raises(Unreadable):
+        open_picture(path / "0.jpg")
+    monkeypatch.setattr(JpegImageFile, "load", lambda _: [0] * sys.maxsize)
+    for read in (lambda: list(read_captioned(path, Skipped())), lambda: open_picture(path / "0.jpg")):
+        with pytest.raises(MemoryError):
+            read()
+
+
+def test_no_program_is_started_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pillow starts Ghostscript for EPS, whatever the file is called."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "0.png", "EPS")
+    (tmp_path / "0.txt").write_text("red")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    skipped = Skipped()
+    assert not list(read_captioned(tmp_path, skipped)) and list(skipped.reasons.values()) == ["corrupt picture"]
+    with pytest.raises(Unreadable):
+        open_picture(tmp_path / "0.png")
+
+
+def test_every_usual_format_is_read(tmp_path: Path) -> None:
+    for form in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else [])):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{form}.png", form)
+        (tmp_path / f"{form}.txt").write_text("red")
+    skipped = Skipped()
+    assert len(list(read_captioned(tmp_path, skipped))) >= 7 and not skipped.reasons
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path: Path) -> None:
+    for index, mode in enumerate(("RGBA", "LA")):
+        Image.new("RGBA", (1, 1), (0, 0, 0, 51)).convert(mode).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("grey")
+    for record in read_captioned(tmp_path, Skipped()):
+        assert record.image is not None and record.image.getpixel((0, 0)) == (204, 204, 204)
+
+
+def test_file_names_need_not_be_utf_8(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    odd, bad = (os.fsdecode(name) for name in (b"a-\xff", b"b-\xfe"))
+    path, content = tmp_path / "pairs", {f"{odd}.png": picture("red"), f"{bad}.png": b"no picture"}
+    content |= {f"{name}.json": b'{"caption_a": "red", "caption_b": "red"}' for name in (odd, bad)}
+    path.mkdir()
+    for name in (odd, bad):
+        (path / f"{name}.png").write_bytes(content[f"{name}.png"])
+        (path / f"{name}.txt").write_text("red")
+    shard = tar(tmp_path / f"{odd}.tar", dict(sorted(content.items())))
+    for index, source in enumerate((path, shard)):
+        command = ("cache", source, "-o", tmp_path / str(index), "--model", tiny_model, "--skip-limit", 0.5)
+        code, out, errors = run(*command)
+        assert code == 0 and "1 rows; skipped 1 of 2" in out and "b-\\udcfe" in out, errors
+        assert run(*command)[0] == run("cache", tmp_path / str(index), "--verify")[0] == 0
+        assert CachedSet(tmp_path / str(index)).captions([0]) == ["red"]
+
+
+def test_half_a_character_in_a_caption_is_replaced(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"a red \\ud800 star"\n"\\ud83d\\ude00 a ring"\n')
+    assert [record.caption for record in read_captioned(path, Skipped())] == [
+        "a red ? star",
+        "\N{GRINNING FACE} a ring",
+    ]
+    assert run("cache", path, "-o", tmp_path / "cache", "--model", tiny_model)[0] == 0
+    assert run("synthesize", path, "-o", tmp_path / "drawn", "--model", tiny_model, "--steps", 1)[0] == 0
 
 
 def test_of_a_line_of_pixels_no_more_than_the_crop_is_resized() -> None:

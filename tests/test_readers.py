@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import struct
 import sys
 import tarfile
 from collections.abc import Callable, Mapping
@@ -196,23 +198,95 @@ def test_records_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         {"file_name": "good.png"},
         {"text": "a star"},
         {"file_name": "bad.png", "text": "a star"},
+        {"file_name": "spoilt.png", "text": "a star"},
     ]
     (tmp_path / "good.png").write_bytes(picture("red"))
     (tmp_path / "bad.png").write_bytes(picture("red")[:50])
+    content = picture("red")
+    (tmp_path / "spoilt.png").write_bytes(content[:41] + bytes(len(content) - 53) + content[-12:])
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     skipped = Skipped()
     assert len(list(read_captioned(tmp_path, skipped))) == 1
     reasons = {key.rpartition(":")[2]: reason for key, reason in skipped.reasons.items()}
-    assert reasons.pop("2").startswith("unreadable (") and reasons.pop("7").startswith("unreadable (")
+    assert reasons.pop("8").startswith("unreadable (")
     assert reasons == {
+        "2": "picture missing",
         "3": "caption empty",
         "4": "caption missing",
         "5": "unreadable (no JSON object with file_name)",
         "6": "corrupt picture",
+        "7": "corrupt picture",
     }
-    with pytest.raises(UserError, match=r"6 of 7 records .* first: .*metadata.jsonl:2: unreadable"):
+    with pytest.raises(UserError, match=r"7 of 8 records .* first: .*metadata.jsonl:2: picture missing"):
         skipped.check(0.5, tmp_path)
     skipped.check(0.9, tmp_path)
+
+
+def linked(path: Path, links: list[tuple[str, bytes, str]]) -> Path:
+    """A tar of one red picture with its caption, and links (name, type, target) behind it."""
+    tar(path, {"./0.png": picture("red"), "0.txt": b"red"})
+    with tarfile.open(path, "a") as file:
+        for name, kind, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            file.addfile(member)
+    return path
+
+
+def test_hard_links_in_a_tar_are_read_and_other_links_are_counted(tmp_path: Path) -> None:
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    links = [("1.png", hard, "0.png"), ("1.txt", hard, "./0.txt"), ("2.png", hard, "1.png"), ("2.txt", hard, "0.txt")]
+    links += [("3.png", soft, "0.png"), ("3.txt", hard, "0.txt"), ("4.png", hard, "none"), ("4.txt", hard, "0.txt")]
+    path = linked(tmp_path / "a.tar", links)
+    skipped = Skipped()
+    assert [(r.key, r.caption) for r in read_captioned(path, skipped)] == [(f"a.tar:{n}", "red") for n in range(3)]
+    assert {name.rpartition(":")[2]: reason for name, reason in skipped.reasons.items()} == {
+        "3": "unreadable (3.png is a link or a device)",
+        "4": "unreadable (4.png is a link or a device)",
+    }
+
+
+@pytest.mark.parametrize("home", ["set", "set/train"])
+def test_no_more_than_files_of_the_set_itself_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    """A set that others made may name any path."""
+    folder = tmp_path / home
+    folder.mkdir(parents=True)
+    for place in (tmp_path, folder.parent, folder):
+        (place / "own.png").write_bytes(picture("red"))
+    os.mkfifo(folder / "fifo.png")
+    up = "../" * len(Path(home).parts)
+    named = ["own.png", "x/../own.png", str(tmp_path / "own.png"), f"{up}own.png", "/dev/zero", "fifo.png"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": "a"}) + "\n" for n in named))
+    monkeypatch.chdir(folder.parent)
+    other = tmp_path / "sharegpt"
+    other.mkdir()
+    (other / "own.png").write_bytes(picture("red"))
+    rows = [
+        {"output_image": name, "input_prompt": "a"} for name in [*named[:2], str(tmp_path / "own.png"), "/dev/zero"]
+    ]
+    (other / "text_to_image.json").write_text(json.dumps(rows))
+    for path, odd in ((tmp_path / "set", ["picture missing"]), (Path(folder.name), ["picture missing"]), (other, [])):
+        skipped = Skipped()
+        assert len(list(read_captioned(path, skipped))) == 2
+        outside = ["unreadable (outside of the set's folder)"] * (skipped.seen - 2 - len(odd))
+        assert list(skipped.reasons.values()) == outside + odd
+
+
+DEEP = "[" * 100_000
+
+
+def test_json_that_is_nested_without_end_is_unusable(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "metadata.jsonl").write_text(DEEP)
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "text_to_image.json").write_text(DEEP)
+    (tmp_path / "prompts.jsonl").write_text(DEEP)
+    shard = tar(tmp_path / "0.tar", {"0.png": picture("red"), "0.json": DEEP.encode()})
+    for path in (tmp_path / "rows", tmp_path / "list", tmp_path / "prompts.jsonl", shard):
+        skipped = Skipped()
+        assert not list(read_captioned(path, skipped)) and len(skipped.reasons | skipped.broken) == 1, path
 
 
 # In a tar of two records: before the first one's caption, in it (twice), behind it, in the second one's picture, in its caption.
@@ -295,20 +369,23 @@ def test_parquet_without_pyarrow_or_without_pictures(tmp_path: Path, monkeypatch
         list(read_captioned(path, Skipped()))
 
 
-@pytest.mark.parametrize("exif", ["upright", "damaged"])
+@pytest.mark.parametrize("exif", ["upright", "damaged", "half damaged"])
 def test_a_picture_is_read_in_its_exif_orientation(tmp_path: Path, exif: str) -> None:
     lying = Image.new("RGB", (20, 10), "red")
     lying.paste("blue", (10, 0, 20, 10))
     tags = Image.Exif()
     tags[ExifTags.Base.Orientation] = 6  # to be turned a quarter clockwise
     content = tags.tobytes() if exif == "upright" else b"Exif\0\0II*\0\xff\xff\xff\xff"
+    if exif == "half damaged":  # the orientation, and text where the place of a thumbnail belongs
+        entries = struct.pack("<HHIIHHI4s", 0x112, 3, 1, 6, 0x201, 2, 4, b"abc\0")
+        content = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     lying.save(tmp_path / "0.jpg", exif=content)
     (tmp_path / "0.txt").write_text("red above blue")
     (record,) = read_captioned(tmp_path, Skipped())
     assert record.image is not None
-    assert record.image.size == ((10, 20) if exif == "upright" else (20, 10))
+    assert record.image.size == ((20, 10) if exif == "damaged" else (10, 20))
     top = record.image.getpixel((2, 2))
     assert isinstance(top, tuple) and top[0] > 200 and top[2] < 60
-    if exif == "upright":
+    if exif != "damaged":
         bottom = record.image.getpixel((2, 17))
         assert isinstance(bottom, tuple) and bottom[2] > 200 and bottom[0] < 60

@@ -149,6 +149,9 @@ def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model:
     with pytest.raises(UserError, match=r"drawn otherwise.*prompts"):
         draw(prompts, folder, tiny_model)
     assert shards(folder) == before
+    (folder / "synthesis.json").write_text("[]")
+    with pytest.raises(UserError, match=r"synthesis\.json cannot be read \(no JSON object\)"):
+        draw(prompts, folder, tiny_model)
     with pytest.raises(UserError, match="exists and holds no set"):
         draw(prompts, tmp_path, tiny_model)
     with pytest.raises(UserError, match="steps must be at least 1"):
@@ -243,6 +246,8 @@ def test_prompts_that_are_none_are_named(tiny_model: Path, tmp_path: Path) -> No
     assert draw(path, tmp_path / "set", tiny_model, skip_limit=0.7) == result  # the limit is none of the set's settings
     assert result["skipped"].pop("p.jsonl:4").startswith("unreadable (")
     assert result["skipped"] == {"p.jsonl:2": "caption empty", "p.jsonl:3": "caption missing"}
+    path.write_text("[" * 100_000 + '\n"a red star"\n')
+    assert draw(path, tmp_path / "deep", tiny_model, skip_limit=0.5)["pictures"] == 1
     path.write_text('{"tag": 1}\n')
     with pytest.raises(UserError, match=r"no usable caption .*p\.jsonl:1: caption missing"):
         draw(path, tmp_path / "empty", tiny_model)

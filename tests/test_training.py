@@ -265,24 +265,28 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(recipe_file: Path, tmp_path
     assert load_checkpoint(good).state["step"] == 1
 
 
-def test_a_step_saved_again_is_never_the_only_checkpoint_and_half_deleted(
-    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Power may go during any deletion: with keep 1, a whole checkpoint stands at each."""
-    run = start(load_recipe(recipe_file, ["keep=1"]), resume=False)
-    saved = save(run)
-    before = (saved / "state.json").read_text()
-    real, whole = shutil.rmtree, []
+def test_a_run_whose_time_is_up_is_saved_once(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["minutes=1e-6"])  # a step, then the time is up
+    train(recipe)
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    before = (saved / "state.json").stat().st_ino
+    train(recipe, resume=True)
+    assert checkpoints(saved.parent) == [saved] and (saved / "state.json").stat().st_ino == before
+    assert [p.name for p in (tmp_path / "run" / "previews").iterdir()] == ["step-0000001.png"]
 
-    def delete(path: Path, ignore_errors: bool = False) -> None:
-        whole.append([found.name for found in checkpoints(saved.parent) if found != path])
-        real(path, ignore_errors=ignore_errors)
 
-    monkeypatch.setattr("apexflow.training.checkpoint.shutil.rmtree", delete)
-    run.bad = 7
-    assert save(run) == saved and (saved / "state.json").read_text() != before
-    assert whole and all(names == [saved.name] for names in whole)
-    assert [found.name for found in saved.parent.iterdir()] == [saved.name]
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(recipe_file: Path, tmp_path: Path) -> None:
+    recipe, folder = load_recipe(recipe_file), tmp_path / "run"
+    train(recipe)
+    shutil.rmtree(folder / "checkpoints")
+    metrics = folder / "metrics.jsonl"
+    before = metrics.read_text()
+    with pytest.raises(UserError, match=r"trained 6 steps and holds no whole checkpoint: put .*checkpoints back, or "):
+        train(recipe, resume=True)
+    assert metrics.read_text() == before
+    metrics.write_text(before.splitlines()[0] + "\n[]\n")  # as a run that was killed before its first checkpoint
+    train(recipe, resume=True)
+    assert [m["step"] for m in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_old_checkpoints_are_dropped(recipe_file: Path, tmp_path: Path) -> None:
@@ -290,7 +294,10 @@ def test_old_checkpoints_are_dropped(recipe_file: Path, tmp_path: Path) -> None:
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-0000004", "step-0000006"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "foreign", "garbage"])
+STATES = {"list": [], "sizes": {"sizes": []}, "world": {"world": None}, "recipe": {"recipe": None}}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "foreign", "garbage", *STATES])
 def test_a_damaged_checkpoint_is_named(recipe_file: Path, tmp_path: Path, damage: str) -> None:
     train(load_recipe(recipe_file, ["steps=2"]))
     last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
@@ -301,6 +308,10 @@ def test_a_damaged_checkpoint_is_named(recipe_file: Path, tmp_path: Path, damage
         file.unlink()
     elif damage == "garbage":
         file.write_bytes(b"x" * file.stat().st_size)
+    elif damage in STATES:
+        state = json.loads((last / "state.json").read_text())
+        damaged = STATES[damage]
+        (last / "state.json").write_text(json.dumps(state | damaged if isinstance(damaged, dict) else damaged))
     else:
         state = json.loads((last / "state.json").read_text())
         save_file({"trained/other": torch.zeros(2)}, file)

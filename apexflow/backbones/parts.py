@@ -263,7 +263,7 @@ def load_scheduler(folder: Path) -> Any:
     name = guarded(path, lambda: json.loads(path.read_text()).get("_class_name", ""))
     # Exported models may name our own scheduler, which lies in a layer above this one.
     home = importlib.import_module(OUR_SCHEDULER[0]) if name == OUR_SCHEDULER[1] else diffusers
-    kind = getattr(home, name, None)
+    kind = getattr(home, str(name), None)
     if kind is None:
         raise UserError(f"{path} names the scheduler {name!r}, which diffusers does not have")
     return guarded(path, lambda: kind.from_pretrained(path.parent, local_files_only=True))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,12 +17,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from apexflow.conditioning import Condition
+from apexflow.data.files import Fields, read_record
 from apexflow.data.order import batch_rows
 from apexflow.errors import UserError
 
 INDEX = "cache.json"
 NULL = "null.safetensors"
 AGAIN = "run the same command again, which makes the missing part only"
+INDEX_FIELDS: Fields = {
+    "made_by": dict,
+    "rows": int,
+    "pictures": bool,
+    "latent_shape": list,
+    "seen": int,
+    "skipped": dict,
+    "broken": dict,
+    "null": (str, NoneType),
+    "shards": list,
+}
+SHARD_FIELDS: Fields = {
+    "rows": list,
+    "buckets": list,
+    "file": str,
+    "bytes": int,
+    "sha256": str,
+    "seen": int,
+    "skipped": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,8 @@ class CachedSet:
             sizes = {folder / entry["file"]: entry["bytes"] for entry in self._shards}
             self._ends = list(accumulate(sum(count for _, count in entry["buckets"]) for entry in self._shards))
             self.buckets = self._find_buckets()
+            self.has_text = bool(self.index["made_by"]["text"])  # embeddings are kept, not captions alone
+            self.size = int(self.index["made_by"]["size"])  # the side of a square picture, in pixels
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"cache {folder} is damaged ({INDEX} lacks {error}): delete {INDEX} and {AGAIN}") from error
         for path, size in sizes.items():
@@ -55,16 +78,6 @@ class CachedSet:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
-
-    @property
-    def has_text(self) -> bool:
-        """Whether embeddings are kept, not captions alone."""
-        return bool(self.index["made_by"]["text"])
-
-    @property
-    def size(self) -> int:
-        """The side of a square picture, in pixels."""
-        return int(self.index["made_by"]["size"])
 
     @property
     def has_pictures(self) -> bool:
@@ -138,7 +151,7 @@ class CachedSet:
 
     @lru_cache(maxsize=8)  # noqa: B019 sets live as long as a run
     def _captions(self, number: int) -> list[str]:
-        return [caption for _, caption in _read_json(self.folder / sidecar(number))["rows"]]
+        return [caption for _, caption in read_sidecar(self.folder, number)["rows"]]
 
     def _find_buckets(self) -> dict[str, list[tuple[int, int]]]:
         """By name, the runs (first row, count) that a bucket has over the shards."""
@@ -172,7 +185,12 @@ def is_cache(folder: Path) -> bool:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """What a finished cache says of itself; UserError if it cannot be read."""
-    return _read_json(folder / INDEX)
+    return _read_json(folder / INDEX, INDEX_FIELDS)
+
+
+def read_sidecar(folder: Path, number: int) -> dict[str, Any]:
+    """What a shard says of itself; UserError if it cannot be read."""
+    return _read_json(folder / sidecar(number), SHARD_FIELDS)
 
 
 def check_made_by(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -198,12 +216,16 @@ def verify(folder: Path) -> dict[str, Any]:
     if not is_cache(folder):
         raise UserError(f"no finished cache at {folder}: name the folder of one, or finish it with apexflow cache")
     cached = CachedSet(folder)
-    files = [(entry["file"], entry["sha256"]) for entry in cached.index["shards"]]
+    shards = cached.index["shards"]
+    if not all("captions" in entry for entry in shards):
+        raise UserError(f"cache {folder} has no checksums of its captions, as older ones: delete {INDEX} and {AGAIN}")
+    files = [(entry["file"], entry.get("sha256")) for entry in shards]
+    files += [(sidecar(number), entry["captions"]) for number, entry in enumerate(shards)]
     files += [(NULL, cached.index["null"])] if cached.has_text else []
     for name, expected in files:
         if not (folder / name).is_file() or checksum(folder / name) != expected:
             raise UserError(f"cache {folder} is damaged ({name} differs from its checksum): delete {name} and {AGAIN}")
-    return {"cache": str(folder), "shards": len(cached.index["shards"]), "rows": len(cached)}
+    return {"cache": str(folder), "shards": len(shards), "rows": len(cached)}
 
 
 def checksum(path: Path) -> str:
@@ -220,13 +242,10 @@ def _opened(path: Path) -> Any:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, fields: Fields) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        return read_record(path, fields)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cache {path.parent} is damaged ({path.name}: {error}): delete {path.name} and {AGAIN}"
         ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"cache {path.parent} is damaged ({path.name}): delete {path.name} and {AGAIN}")
-    return content

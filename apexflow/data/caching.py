@@ -6,12 +6,11 @@ any kill, several processes may share the work, and the result is the same, byte
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,19 @@ from torch import Tensor
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.data.buckets import Size, bucket_sizes, nearest
-from apexflow.data.cache import INDEX, NULL, check_made_by, checksum, is_cache, read_index, sidecar
+from apexflow.data.cache import (
+    INDEX,
+    NULL,
+    SHARD_FIELDS,
+    check_made_by,
+    checksum,
+    is_cache,
+    read_index,
+    read_sidecar,
+    sidecar,
+)
 from apexflow.data.captioned import Captioned, Sample, Skipped, read_sample
-from apexflow.data.files import write_record, write_tensors
+from apexflow.data.files import read_record, write_record, write_tensors
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.pictures import centred, to_bytes
 from apexflow.data.readers import Source, recognise
@@ -69,26 +78,31 @@ def make_cache(
     """
     share = share or Share()
     origin = recognise(source)
-    job = Job(origin, backbone, folder, settings)
+    job = Job(origin, backbone, folder, settings, share)
     made_by = job.made_by(model)
     if is_cache(folder):
         check_made_by(folder, read_index(folder)["made_by"], made_by)
         if job.is_whole():
             return True
     claim(folder, made_by)
-    total, count = Skipped(files=len(origin.files) if origin.kind.many_to_a_file else 0), 0
-    with Progress(f"caching {source.name}") as progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for count, window in enumerate(groups(origin.samples(total.broken), WINDOW), 1):
-            number = count - 1
+    broken: dict[str, str] = {}
+    seen = sum(
+        1 for _ in origin.samples(broken)
+    )  # cheap beside encoding, and the share that is borne is one of all records
+    total = Skipped(seen, {}, len(origin.files) if origin.kind.many_to_a_file else 0, broken)
+    job.check(total, [])
+    with Progress(f"caching {source.name}", seen) as progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for number, window in enumerate(groups(origin.samples({}), WINDOW)):
             if number % share.world == share.rank:
                 make = partial(job.make_shard, number, window, pool.map)
                 made_once(folder / sidecar(number), partial(job.has_shard, number), make)
-                job.add_skipped(number, total)
-                job.check(Skipped(total.seen, total.reasons))
+                total.reasons |= read_sidecar(folder, number)["skipped"]
+                job.check(total, range(share.rank, number + 1, share.world))
             progress.advance(len(window))
-    share.wait_for("cached by all processes", range(count), job.has_shard)
+    numbers = range(-(-seen // WINDOW))
+    share.wait_for("cached by all processes", numbers, job.has_shard)
     with alone_in(folder, "finishing", wait=True):  # processes that end together would delete each other's files
-        return job.finish(count, total.files, total.broken, made_by)
+        return job.finish(numbers, total, made_by)
 
 
 def picture_sizes(backbone: Backbone, settings: CacheSettings) -> list[Size]:
@@ -115,6 +129,7 @@ class Job:
     backbone: Backbone
     folder: Path
     settings: CacheSettings
+    share: Share
 
     def __post_init__(self) -> None:
         side = self.settings.size or self.backbone.default_size
@@ -138,8 +153,8 @@ class Job:
         beside = self.folder / sidecar(number)
         tensors = beside.with_suffix(".safetensors")
         try:
-            return tensors.stat().st_size == json.loads(beside.read_text())["bytes"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return tensors.stat().st_size == read_record(beside, SHARD_FIELDS)["bytes"]
+        except (OSError, ValueError):
             return False
 
     def is_whole(self) -> bool:
@@ -208,36 +223,31 @@ class Job:
         conditions = [self.backbone.encode_prompts(group).to("cpu") for group in groups(captions, PROMPTS)]
         return flatten(conditions)
 
-    def add_skipped(self, number: int, total: Skipped) -> dict[str, Any]:
-        """Count in what a shard skipped; its record."""
-        record = json.loads((self.folder / sidecar(number)).read_text())
-        total.seen += record["seen"]
-        total.reasons |= record["skipped"]
-        return record
-
-    def check(self, skipped: Skipped) -> None:
-        """UserError when too much was skipped; the shards that skipped are then forgotten, so that mended data are read anew."""
+    def check(self, skipped: Skipped, numbers: Sequence[int]) -> None:
+        """UserError when too much of the set was skipped; those of the shards `numbers` that skipped are then forgotten, so
+        that mended data are read anew."""
         try:
             skipped.check(self.settings.skip_limit, self.origin.path)
         except UserError:
-            kept = 0
-            for path in self.folder.glob("shard-*.json"):
-                if json.loads(path.read_text())["skipped"]:
-                    path.unlink()
-                    path.with_suffix(".safetensors").unlink()
-                else:
-                    kept += 1
-            if not kept:
+            for number in numbers:
+                path = self.folder / sidecar(number)
+                if not self.has_shard(number) or read_sidecar(self.folder, number)["skipped"]:
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".safetensors").unlink(missing_ok=True)
+            # Where other processes may be at work, the folder stays theirs.
+            if self.share.world == 1 and not any(self.folder.glob("shard-*.json")):
                 shutil.rmtree(self.folder)
             raise
 
-    def finish(self, count: int, files: int, broken: dict[str, str], made_by: dict[str, Any]) -> bool:
+    def finish(self, numbers: Sequence[int], counted: Skipped, made_by: dict[str, Any]) -> bool:
         """Check what was skipped and write the index over all shards, once every one of them is there."""
-        if not all(self.has_shard(number) for number in range(count)):
+        if not all(self.has_shard(number) for number in numbers):
             return False
-        total = Skipped(files=files, broken=broken)
-        shards = [self.add_skipped(number, total) for number in range(count)]
-        self.check(total)
+        shards = [read_sidecar(self.folder, number) for number in numbers]
+        total = replace(
+            counted, reasons={name: reason for shard in shards for name, reason in shard["skipped"].items()}
+        )
+        self.check(total, numbers)
         null = None
         if self.settings.text:
             write_tensors(self.folder / NULL, {k: v for k, v in self._embed([""]).items() if k != "starts"})
@@ -252,7 +262,11 @@ class Job:
             "skipped": total.reasons,
             "broken": total.broken,
             "null": null,
-            "shards": [{key: shard[key] for key in ("file", "bytes", "sha256", "buckets")} for shard in shards],
+            "shards": [
+                {key: shard[key] for key in ("file", "bytes", "sha256", "buckets")}
+                | {"captions": checksum(self.folder / sidecar(number))}
+                for number, shard in zip(numbers, shards, strict=True)
+            ],
         }
         write_record(self.folder / INDEX, record)  # last: its presence says that the rest is whole
         for left_over in self.folder.glob("*.partial"):
@@ -282,7 +296,11 @@ def claim(folder: Path, made_by: dict[str, Any]) -> None:
     others = [path for path in folder.iterdir() if path != marker and path.suffix not in (".partial", ".lock")]
     # Looked for after the listing: a process beside this one writes its claim before anything else.
     if marker.is_file():
-        check_made_by(folder, json.loads(marker.read_text()), made_by)
+        try:
+            found = read_record(marker, {})
+        except (OSError, ValueError) as error:
+            raise UserError(f"{marker} cannot be read ({error}): delete {folder} or choose another folder") from error
+        check_made_by(folder, found, made_by)
     elif others:
         raise UserError(f"output {folder} exists and holds no cache: choose another folder")
     else:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from apexflow.data.pictures import open_upright
 from apexflow.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -70,19 +71,26 @@ class Skipped:
 
 def read_sample(sample: Sample, captions: Sequence[str] = ()) -> Captioned | str:
     """The record, or why it cannot be used. `captions`: the fields that captions are taken from; see `pick_caption`."""
-    try:
-        picture, fields = sample.load()
-    except (OSError, ValueError, EOFError) as error:
-        return f"unreadable ({error})"
-    caption = pick_caption(fields, captions, sample.key)
-    if caption is None:
-        return "caption missing" + (f" (no field {' or '.join(sorted(set(captions)))})" if captions else "")
-    if not caption:
-        return "caption empty"
+    record = read_caption(sample, captions)
+    if isinstance(record, str):
+        return record
+    caption, picture = record
     if picture is None:
         return Captioned(sample.key, caption, None)
     image = _decode(picture) if picture else "picture missing"
     return image if isinstance(image, str) else Captioned(sample.key, caption, image)
+
+
+def read_caption(sample: Sample, captions: Sequence[str]) -> tuple[str, bytes | None] | str:
+    """As `read_sample`, with the picture left in its bytes."""
+    try:
+        picture, fields = sample.load()
+    except (OSError, ValueError, EOFError, RecursionError) as error:  # the last of JSON that is nested without end
+        return f"unreadable ({error})"
+    caption = pick_caption(fields, captions, sample.key)
+    if caption is None:
+        return "caption missing" + (f" (no field {' or '.join(sorted(set(captions)))})" if captions else "")
+    return (caption, picture) if caption else "caption empty"
 
 
 def pick_caption(fields: Mapping[str, Any], wanted: Sequence[str], key: str) -> str | None:
@@ -98,7 +106,8 @@ def pick_caption(fields: Mapping[str, Any], wanted: Sequence[str], key: str) -> 
     filled = [caption for caption in found if caption]
     if not filled:
         return "" if found else None
-    return filled[zlib.crc32(key.encode()) % len(filled)]
+    chosen = filled[zlib.crc32(key.encode(errors="surrogatepass")) % len(filled)]  # file names need not be UTF-8
+    return chosen.encode(errors="replace").decode()  # half a character, as JSON may hold, is none to a tokenizer
 
 
 def _decode(picture: bytes) -> Image.Image | str:
@@ -106,10 +115,12 @@ def _decode(picture: bytes) -> Image.Image | str:
     try:
         with warnings.catch_warnings():  # pillow is alarmed from half the size on that it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return _plain(_upright(Image.open(io.BytesIO(picture))))
+            return _plain(open_upright(io.BytesIO(picture)))
     except Image.DecompressionBombError as error:
         return f"picture too large ({str(error).partition(',')[0]})"
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except MemoryError:
+        raise
+    except Exception:  # pillow raises many kinds, and one odd picture must not end a command
         return "corrupt picture"
 
 
@@ -118,18 +129,11 @@ def _plain(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # grey of sixteen bits, which pillow would cut off at 255
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image if image.mode == "RGBA" else image.convert("RGBA")  # a huge picture is held twice, not four times
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
     return image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """In its EXIF orientation: a camera held upright often stores its picture lying down. As it is where that cannot be read."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF raises many kinds, and the picture itself may be whole
-        return image
-    return image if orientation in (None, 1) else ImageOps.exif_transpose(image)
 
 
 def read_captioned(source: Path, skipped: Skipped, captions: Sequence[str] = ()) -> Iterator[Captioned]:

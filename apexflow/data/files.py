@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from apexflow.errors import UserError
+
+Fields = Mapping[str, type | tuple[type, ...]]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -22,6 +24,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def write_record(path: Path, content: dict[str, Any]) -> None:
     """Write JSON whole or not at all; UserError when the disk is full."""
     _write(path, lambda partial: partial.write_text(json.dumps(content)))
+
+
+def read_record(path: Path, fields: Fields) -> dict[str, Any]:
+    """A JSON object that has these fields of these types; ValueError says what is amiss, OSError that it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    for name, kind in fields.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"lacks {name}")
+    return content
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,11 +1,39 @@
-"""Pictures to tensors."""
+"""Picture files to pictures, pictures to tensors."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import IO
+
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
+
+# What strangers' files may be: pillow knows more, and of those EPS would start Ghostscript. MPO is read as JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_upright(source: Path | IO[bytes]) -> Image.Image:
+    """A picture in its EXIF orientation: a camera held upright often stores its picture lying down. As it is where that
+    cannot be read, since the picture itself may be whole."""
+    Image.init()  # else the formats are not known yet
+    image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+    image.load()  # raises for damaged pixels, once: a PNG is read whole before its EXIF
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF raises many kinds
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def to_bytes(image: Image.Image, size: tuple[int, int]) -> Tensor:

@@ -6,7 +6,6 @@ goes on after any kill, several processes may share the work, and the result is 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apexflow.data.captioned import Sample, Skipped, pick_caption
-from apexflow.data.files import write_record
+from apexflow.data.captioned import Sample, Skipped, read_caption
+from apexflow.data.files import read_record, write_record
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.readers import Source, recognise
 from apexflow.data.readers.tars import members
@@ -131,15 +130,11 @@ def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skippe
     chosen = []
     for index, sample in enumerate(window, first):
         skipped.seen += 1
-        try:
-            prompt = pick_caption(sample.load()[1], captions, sample.key)
-        except (OSError, ValueError) as error:
-            skipped.reasons[sample.name] = f"unreadable ({error})"
-            continue
-        if prompt:
-            chosen.append(Wish(index, prompt, sample.name))
+        record = read_caption(sample, captions)
+        if isinstance(record, str):
+            skipped.reasons[sample.name] = record
         else:
-            skipped.reasons[sample.name] = "caption missing" if prompt is None else "caption empty"
+            chosen.append(Wish(index, record[0], sample.name))
     return chosen
 
 
@@ -190,7 +185,7 @@ def claim(folder: Path, wanted: dict[str, Any]) -> None:
     if not marker.is_file():  # looked for after the listing: a process beside this one writes its claim first
         raise UserError(f"output {folder} exists and holds no set that synthesize drew: choose another folder")
     try:
-        found = json.loads(marker.read_text())
+        found = read_record(marker, {})
     except (OSError, ValueError) as error:
         raise UserError(f"{marker} cannot be read ({error}): choose another folder") from error
     differs = [f"{key} {found.get(key)!r}" for key in wanted if found.get(key) != wanted[key]]

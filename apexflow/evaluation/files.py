@@ -10,8 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from apexflow.data.pictures import open_upright
 from apexflow.errors import UserError, replacing
 
 Item = TypeVar("Item")
@@ -82,9 +83,11 @@ def is_whole(path: Path) -> bool:
 def open_picture(path: Path) -> Image.Image:
     """The picture in RGB and in its EXIF orientation, fully read. Raises Unreadable."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with open_upright(path) as image:
+            return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # pillow raises many kinds
         raise Unreadable(f"unreadable picture: {error}") from None
 
 

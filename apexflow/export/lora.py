@@ -12,9 +12,21 @@ from safetensors import SafetensorError
 from apexflow.errors import UserError
 
 if TYPE_CHECKING:
+    from apexflow.backbones import Backbone
     from apexflow.training.adapters import LoraRoles
 
 FILE = "pytorch_lora_weights.safetensors"
+
+
+def is_loadable(backbone: Backbone) -> bool:
+    """Whether the stock pipeline of a family loads a LoRA."""
+    return hasattr(_pipeline(backbone), "save_lora_weights")
+
+
+def _pipeline(backbone: Backbone) -> Any:
+    import diffusers
+
+    return getattr(diffusers, backbone.pipeline)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -26,14 +38,11 @@ def save_lora(roles: LoraRoles, folder: Path, dtype: torch.dtype = torch.float32
     alpha = rank, since programs that read no metadata take the scale to be 1. UserError for a family whose stock
     pipeline loads no LoRA, and for a disk that is full.
     """
-    import diffusers
-
     backbone = roles.backbone
-    name: str = backbone.pipeline  # type: ignore[attr-defined]
+    pipeline = _pipeline(backbone)
     part: str = getattr(backbone, "network_part", "transformer")
-    pipeline: Any = getattr(diffusers, name)
-    if not hasattr(pipeline, "save_lora_weights"):
-        raise UserError(f"{name} of diffusers loads no LoRA: export the merged model instead")
+    if not is_loadable(backbone):
+        raise UserError(f"{pipeline.__name__} of diffusers loads no LoRA: export the merged model instead")
     config = backbone.transformer.peft_config["ema"].to_dict()  # type: ignore[index,operator,union-attr]
     scale = config["lora_alpha"] / config["r"]
     metadata = config | {"lora_alpha": config["r"], "target_modules": sorted(config["target_modules"])}

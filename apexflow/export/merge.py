@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +46,7 @@ def read_lora(path: Path) -> dict[str, Pair]:
         with safe_open(path, "pt") as opened:
             metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         tensors = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({error}): restore the LoRA file") from error
     prefix = next((p for p in PREFIXES if all(key.startswith(f"{p}.") for key in tensors)), None)
     modules = {key.rpartition(".lora_")[0] for key in tensors}
@@ -51,13 +55,33 @@ def read_lora(path: Path) -> dict[str, Pair]:
         raise UserError(
             f"{path} is no LoRA of diffusers' form: its names must be transformer.MODULE.lora_A.weight, ..."
         )
-    scale = metadata.get(f"{prefix}.lora_alpha", 1.0) / metadata.get(f"{prefix}.r", 1.0)
+    try:
+        said = {key.removeprefix(f"{prefix}."): value for key, value in metadata.items()}
+        scales = {module: _scale(said, module.removeprefix(f"{prefix}.")) for module in sorted(modules)}
+    except (AttributeError, TypeError, ValueError, ArithmeticError, re.error) as error:
+        raise UserError(
+            f"{path} does not say its scale (lora_adapter_metadata: {error}): export the LoRA again"
+        ) from error
     return {
         module.removeprefix(f"{prefix}."): Pair(
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"], scale
         )
-        for module in sorted(modules)
+        for module, scale in scales.items()
     }
+
+
+def _scale(said: Mapping[str, Any], module: str) -> float:
+    """What peft multiplies a module's product by, as the LoraConfig says that the file keeps."""
+
+    def setting(name: str, pattern: str) -> Any:
+        special = (said.get(pattern) or {}).items()
+        return next((value for key, value in special if re.match(rf"(.*\.)?({key})$", module)), said.get(name, 1))
+
+    alpha, rank = setting("lora_alpha", "alpha_pattern"), setting("r", "rank_pattern")
+    scale = alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
+    if not (rank > 0 and math.isfinite(scale)):
+        raise ValueError(f"alpha {alpha}, rank {rank}")
+    return scale
 
 
 def check_lora(path: Path, pairs: dict[str, Pair], part: Path) -> None:

@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from apexflow.data.files import Fields, read_record
 from apexflow.errors import UserError
 from apexflow.training.distributed import leads, together, world
 
+STATE: Fields = {"sizes": dict, "step": int, "bad": int, "seconds": (int, float), "world": int, "recipe": dict}
 FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
 
 
@@ -56,12 +58,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if leads():
             sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
             (partial / "state.json").write_text(json.dumps(checkpoint.state | {"sizes": sizes}))
-            stale = folder / f".stale-{final.name}"
-            shutil.rmtree(stale, ignore_errors=True)
-            if final.exists():  # set aside, not deleted: that takes long, and it may be the only one
-                os.replace(final, stale)
+            shutil.rmtree(final, ignore_errors=True)  # what a deletion left that was cut off: no step is saved twice
             os.replace(partial, final)
-            shutil.rmtree(stale, ignore_errors=True)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
     return final
@@ -90,7 +88,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's `state`; UserError if a file is missing or truncated."""
     with _reading(path):
-        state = json.loads((path / "state.json").read_text())
+        state = read_record(path / "state.json", STATE)
         for name, size in state.pop("sizes").items():
             if (path / name).stat().st_size != size:
                 raise OSError(f"{name} is truncated")

@@ -53,8 +53,15 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def last_step(folder: Path) -> int:
+    """The last step that metrics.jsonl tells of, 0 where there is none."""
+    path = folder / "metrics.jsonl"
+    steps = [_step(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return max((int(step) for step in steps if step < float("inf")), default=0)
+
+
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -27,7 +27,7 @@ from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, in_turn, joined, leads, only_run_in, own_device, own_rows, together
 from apexflow.training.engine import Engine, Replicated, Sharded
 from apexflow.training.further import copies, make_furthers
-from apexflow.training.journal import Journal
+from apexflow.training.journal import Journal, last_step
 from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
@@ -65,7 +65,7 @@ def steps(run: Run) -> None:
             run.seconds, stopped = heard[0]["seconds"], any(each["stop"] for each in heard)
             journal.write(run.step, numbers | {"seconds": run.seconds})
             progress.advance(note=_note(numbers))
-            last = run.step == recipe.steps
+            last = run.step == recipe.steps or _time_is_up(run)
             if run.step % recipe.checkpoint_every == 0 or last or stopped:
                 save(run)
             if run.step % recipe.preview.every == 0 or last:
@@ -73,10 +73,6 @@ def steps(run: Run) -> None:
             if stopped:
                 journal.close()
                 raise Stopped(f"saved at step {run.step}; go on with the same command and --resume")
-    if run.step % recipe.checkpoint_every != 0 and run.step != recipe.steps:
-        save(run)  # the time limit ended the run between checkpoints
-    if run.step % recipe.preview.every != 0 and run.step != recipe.steps:
-        preview(run)
     journal.close()
 
 
@@ -86,7 +82,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
     with together():
         own_rows(recipe.batch)
         if leads() and is_taken(folder):
-            _check_taken(folder, resume)
+            _check_taken(recipe, folder, resume)
         if recipe.optimizer.kind == "adamw8bit":
             adam_in_eight_bits()
     torch.manual_seed(recipe.seed)
@@ -113,11 +109,18 @@ def start(recipe: Recipe, resume: bool) -> Run:
     return run
 
 
-def _check_taken(folder: Path, resume: bool) -> None:
+def _check_taken(recipe: Recipe, folder: Path, resume: bool) -> None:
     if not resume:
         raise UserError(f"output {folder} exists: pass --resume to go on with it, or choose another with output=FOLDER")
     if not holds_run(folder):
         raise UserError(f"output {folder} holds something else than a run: choose another with output=FOLDER")
+    # Before its first checkpoint a run has nothing to lose, and begins again.
+    trained = last_step(folder)
+    if trained > recipe.checkpoint_every and not checkpoints(folder / CHECKPOINTS):
+        raise UserError(
+            f"{folder} has trained {trained} steps and holds no whole checkpoint: put {folder / CHECKPOINTS} back, or delete "
+            f"{folder} to start over"
+        )
 
 
 def _placing(kind: str, recipe: Recipe, device: torch.device) -> Place:

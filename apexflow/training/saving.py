@@ -9,7 +9,7 @@ from typing import Any
 
 from apexflow.backbones import Backbone, Settings, second_time
 from apexflow.errors import UserError
-from apexflow.export.lora import save_lora
+from apexflow.export.lora import is_loadable, save_lora
 from apexflow.objectives import keeps_sampling
 from apexflow.progress import console
 from apexflow.training.adapters import LoraRoles
@@ -67,8 +67,7 @@ def _save_parts(backbone: Backbone, folder: Path, settings: Settings) -> None:
 
 def _save_adapter(roles: LoraRoles, folder: Path) -> None:
     """The adapter alone, for stock diffusers and ComfyUI. A family whose stock pipeline loads no LoRA goes without."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
+    if is_loadable(roles.backbone):
         save_lora(roles, folder)
-    except UserError as error:
-        console.print(f"no LoRA file: {error}")
+    else:
+        console.print("no LoRA file, since the family's stock pipeline loads none: use the merged model")

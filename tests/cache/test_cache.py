@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +236,14 @@ def test_damage_is_found_named_and_mended(whole: Path, copy: Path, scene_folder:
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"shard-000002\.safetensors differs from its checksum"):
         verify(copy)
+    for number, content in ((3, None), (4, (copy / "shard-000004.json").read_text().replace("red", "blue"))):
+        beside = copy / f"shard-00000{number}.json"
+        before = beside.read_text()
+        beside.write_text(content) if content else beside.unlink()
+        shutil.copy(whole / shard.name, shard)
+        with pytest.raises(UserError, match=rf"shard-00000{number}\.json differs from its checksum"):
+            verify(copy)
+        beside.write_text(before)
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-000002\.safetensors is missing or truncated"):
         CachedSet(copy)
@@ -245,6 +255,49 @@ def test_damage_is_found_named_and_mended(whole: Path, copy: Path, scene_folder:
     (copy / "cache.json").write_text("{")
     with pytest.raises(UserError, match=r"damaged \(cache\.json"):
         CachedSet(copy)
+
+
+def test_a_cache_without_checksums_of_its_captions_gets_them(
+    whole: Path, copy: Path, scene_folder: Path, tiny_model: Path
+) -> None:
+    index = json.loads((copy / "cache.json").read_text())
+    for entry in index["shards"]:
+        del entry["captions"]
+    (copy / "cache.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"no checksums of its captions, as older ones: delete cache\.json and run"):
+        verify(copy)
+    (copy / "cache.json").unlink()
+    made = (copy / "shard-000000.json").stat().st_mtime_ns
+    cached(scene_folder, tiny_model, copy)
+    assert files(copy) == files(whole) and (copy / "shard-000000.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("field", ["made_by", "pictures", "latent_shape", "null", "shards", "rows"])
+@pytest.mark.parametrize("value", [1.5, {}])
+def test_a_damaged_index_is_named(copy: Path, field: str, value: object) -> None:
+    index = json.loads((copy / "cache.json").read_text())
+    (copy / "cache.json").write_text(json.dumps(index | {field: value}))
+    with pytest.raises(UserError, match=r"is damaged \(cache\.json"):
+        CachedSet(copy)
+
+
+def test_a_damaged_sidecar_is_named_and_made_anew(
+    whole: Path, copy: Path, scene_folder: Path, tiny_model: Path
+) -> None:
+    beside = copy / "shard-000001.json"
+    record = json.loads(beside.read_text())
+    beside.write_text(json.dumps({key: value for key, value in record.items() if key != "rows"}))
+    with pytest.raises(UserError, match=r"is damaged \(shard-000001\.json: lacks rows\)"):
+        CachedSet(copy).captions([WINDOW])
+    cached(scene_folder, tiny_model, copy)
+    assert files(copy) == files(whole)
+
+
+def test_a_damaged_claim_is_named(copy: Path, scene_folder: Path, tiny_model: Path) -> None:
+    (copy / "cache.json").unlink()
+    (copy / "made-by.json").write_text("[]")
+    with pytest.raises(UserError, match=r"made-by\.json cannot be read"):
+        cached(scene_folder, tiny_model, copy)
 
 
 def test_a_full_disk_keeps_the_shards_before(
@@ -264,19 +317,53 @@ def test_a_full_disk_keeps_the_shards_before(
     assert len(cached(scene_folder, tiny_model, tmp_path / "cache")) == 48
 
 
-def test_too_many_unusable_records_stop_early_and_mended_data_are_read_anew(tiny_model: Path, tmp_path: Path) -> None:
-    source = tmp_path / "pictures"
-    source.mkdir()
+def pictures(folder: Path, bad: tuple[int, ...]) -> Path:
+    """24 captioned pictures, some of them with an empty caption."""
+    folder.mkdir()
     for index, scene in enumerate(scenes(24)):
-        render(scene.things).save(source / f"{index:02d}.png")
-        (source / f"{index:02d}.txt").write_text(scene.caption if index > 0 else " ")
-    with pytest.raises(UserError, match=r"1 of 8 records .*more than the share 0.05; first: .*00\.png: caption empty"):
-        cached(source, tiny_model, tmp_path / "cache")
-    (source / "00.txt").write_text("a red star")
-    assert cached(source, tiny_model, tmp_path / "cache").captions([0]) == ["a red star"]
+        render(scene.things).save(folder / f"{index:02d}.png")
+        (folder / f"{index:02d}.txt").write_text(" " if index in bad else scene.caption)
+    return folder
+
+
+def test_too_many_unusable_records_stop_early_and_mended_data_are_read_anew(tiny_model: Path, tmp_path: Path) -> None:
+    source, folder = pictures(tmp_path / "pictures", (8, 10)), tmp_path / "cache"
+    with pytest.raises(UserError, match=r"2 of 24 records .*more than the share 0.05; first: .*08\.png: caption empty"):
+        cached(source, tiny_model, folder)
+    kept = {path.name for path in folder.glob("shard-*")}  # the one that skipped is forgotten, the last was never made
+    assert kept == {"shard-000000.json", "shard-000000.safetensors"}
+    (source / "08.txt").write_text("a red star")
+    (source / "10.txt").write_text("a red star")
+    assert cached(source, tiny_model, folder).captions([8]) == ["a red star"]
     (source / "00.txt").write_text(" ")
     data = cached(source, tiny_model, tmp_path / "borne", skip_limit=0.2)
     assert len(data) == 23 and data.index["skipped"] == {str(source / "00.png"): "caption empty"}
+
+
+@pytest.mark.parametrize("bad", [(0,), (23,), (0, 1), (22, 23), (0, 23)])
+def test_what_is_borne_depends_on_no_order_and_no_number_of_processes(
+    tiny_model: Path, tmp_path: Path, bad: tuple[int, ...]
+) -> None:
+    source, backbone = pictures(tmp_path / "pictures", bad), load_backbone(str(tiny_model))
+    for world in (1, 3):
+        folder, verdicts = tmp_path / str(world), list[bool | str]()
+        for rank in range(world):
+            try:
+                verdicts.append(make_cache(source, backbone, tiny_model, folder, CacheSettings(), Share(rank, world)))
+            except UserError as error:
+                verdicts.append(str(error).partition(" of ")[0])
+        assert (folder / "cache.json").is_file() == (len(bad) == 1)  # 1 of 24 lies below the share 0.05, 2 above it
+        assert "2" in verdicts if len(bad) == 2 else verdicts[-1] is True
+
+
+def test_a_set_that_is_refused_leaves_the_shards_of_other_processes(tiny_model: Path, tmp_path: Path) -> None:
+    source, folder = pictures(tmp_path / "pictures", (0, 1, 8)), tmp_path / "cache"
+    job = (source, load_backbone(str(tiny_model)), tiny_model, folder, CacheSettings())
+    make_cache(*job, Share(1, 3))
+    (folder / "shard-000002.json").write_text("[")
+    with pytest.raises(UserError, match="2 of 24 records"):
+        make_cache(*job, Share(0, 3))
+    assert {path.name for path in folder.glob("shard-*.json")} == {"shard-000001.json", "shard-000002.json"}
 
 
 def test_a_folder_of_something_else_is_left_alone(scene_folder: Path, tiny_model: Path, tmp_path: Path) -> None:

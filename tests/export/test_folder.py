@@ -23,7 +23,7 @@ from apexflow.conditioning import guide
 from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, export, save_lora
 from apexflow.export.lora import FILE
-from apexflow.export.merge import Pair
+from apexflow.export.merge import Pair, read_lora
 from apexflow.export.stock import call_options
 from apexflow.generator import Generator
 from apexflow.sampler import sample
@@ -123,6 +123,29 @@ def test_a_lora_file_and_its_merge(name, folder_of, tmp_path):
     assert any(not torch.equal(found[key], tensor) for key, tensor in original.items())
 
 
+@pytest.mark.parametrize(
+    ("said", "scales"),
+    [
+        ({}, (1, 1)),
+        ({"r": 4, "lora_alpha": 8, "rank_pattern": None}, (2, 2)),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, (4, 4)),
+        ({"r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 16}, "alpha_pattern": {r"0\.to_k": 2}}, (0.5, 0.5)),
+        ({"r": 1, "rank_pattern": {"^blocks.0.to_q": 4}, "alpha_pattern": {"q": 9}}, (0.25, 1)),
+    ],
+)
+def test_the_scale_of_a_foreign_lora_is_what_peft_makes_of_its_config(said, scales, tmp_path):
+    pairs = read_lora(foreign(tmp_path, {f"transformer.{key}": value for key, value in said.items()}))
+    assert tuple(pairs[f"blocks.0.to_{name}"].scale for name in "qk") == scales
+
+
+def foreign(folder, metadata):
+    names = [f"transformer.blocks.0.to_{name}.lora_{side}.weight" for name in "qk" for side in "AB"]
+    save_file(
+        {name: torch.ones(1, 1) for name in names}, folder / FILE, {"lora_adapter_metadata": json.dumps(metadata)}
+    )
+    return folder / FILE
+
+
 def test_the_readme_of_a_lora_for_a_shipped_model_names_its_folder(tmp_path):
     file = save_lora(tuned(BUILT_IN / "mini-teacher"), tmp_path / "lora")
     export(str(file), tmp_path / "copy", base="mini-teacher")
@@ -164,6 +187,16 @@ def test_a_lora_for_another_model(folder_of, tmp_path):
     save_file({k: v.contiguous() for k, v in tensors.items()}, file)
     refused(tmp_path, ("LoRA for another model", "shape"), str(file), tmp_path / "o", base=str(folder_of("sd3")))
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [[], {"r": None}, {"r": 0}, {"r": "4"}, {"rank_pattern": [1]}, {"rank_pattern": {"(": 4}}, {"lora_alpha": 1e400}],
+)
+def test_a_lora_that_does_not_say_its_scale(folder_of, tmp_path, said):
+    metadata = {f"transformer.{key}": value for key, value in said.items()} if said else said
+    file, output = foreign(tmp_path, metadata), tmp_path / "o"
+    refused(tmp_path, ("does not say its scale", str(file)), str(file), output, merge=True, base=str(folder_of("sana")))
 
 
 def test_sources_that_are_none(folder_of, tmp_path):

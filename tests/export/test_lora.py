@@ -21,6 +21,7 @@ from apexflow.export import AnyStepScheduler, save_lora
 from apexflow.sampler import time_grid
 from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Tuning
+from apexflow.training.saving import _save_adapter
 
 RANK = 3
 LOADERS = [name for name in BUILDERS if not name.startswith("pixart")]
@@ -120,10 +121,12 @@ def test_keys_fit_comfyui(name, tmp_path, folder_of):
 def test_a_family_without_a_loader(tmp_path, folder_of):
     with pytest.raises(UserError, match="loads no LoRA"):
         save_lora(tuned(folder_of("pixart_sigma")), tmp_path)
+    _save_adapter(tuned(folder_of("pixart_sigma")), tmp_path)  # at the end of a training
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_file_before(tmp_path, folder_of, monkeypatch):
+@pytest.mark.parametrize("save", [save_lora, _save_adapter])
+def test_a_full_disk_leaves_the_file_before(tmp_path, folder_of, monkeypatch, save):
     roles = tuned(folder_of("sana"))
     path = save_lora(roles, tmp_path)
     whole = path.read_bytes()
@@ -134,5 +137,5 @@ def test_a_full_disk_leaves_the_file_before(tmp_path, folder_of, monkeypatch):
 
     monkeypatch.setattr(diffusers.SanaPipeline, "save_lora_weights", full)
     with pytest.raises(UserError, match="No space left"):
-        save_lora(roles, tmp_path)
+        save(roles, tmp_path)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]

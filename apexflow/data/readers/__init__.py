@@ -46,7 +46,8 @@ class Source:
         digest = hashlib.sha256()
         home = self.path if self.path.is_dir() else self.path.parent
         for file in self.files:
-            digest.update(f"{file.relative_to(home).as_posix()}:{file.stat().st_size}\n".encode())
+            line = f"{file.relative_to(home).as_posix()}:{file.stat().st_size}\n"
+            digest.update(line.encode(errors="surrogatepass"))  # file names need not be UTF-8
         return digest.hexdigest()[:16]
 
 
@@ -80,6 +81,15 @@ def recognise(path: Path) -> Source:
         ways = " or as ".join(source.kind.name for source in found)
         raise UserError(f"data {path} could be read as {ways}: keep one kind in a folder, or name the file itself")
     return found[0]
+
+
+def read_within(home: Path, path: Path) -> bytes:
+    """A file that a set's own text names, b"" where there is none. ValueError for one outside of the set's folder `home`: a set
+    that others made must not reach for the user's files."""
+    inside = Path(os.path.abspath(path))
+    if not inside.is_relative_to(os.path.abspath(home)):
+        raise ValueError("outside of the set's folder")
+    return inside.read_bytes() if inside.is_file() else b""
 
 
 def files_of(path: Path, *suffixes: str) -> list[Path]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import PICTURES, Sample
-from apexflow.data.readers import TEXT, files_of
+from apexflow.data.readers import TEXT, files_of, read_within
 from apexflow.data.readers.tars import MANIFEST
 
 METADATA = "metadata.jsonl"
@@ -40,15 +41,16 @@ def claim_metadata(path: Path) -> list[Path]:
 
 def rows(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     """One JSON object a line: `file_name` beside the file, and the caption under any of the usual names."""
+    home = Path(os.path.commonpath([path.parent for path in files]))
     for path in files:
         with path.open(encoding=TEXT, errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield Sample(f"{path}:{number}", partial(_row, path, line))
+                    yield Sample(f"{path}:{number}", partial(_row, home, path, line))
 
 
-def _row(path: Path, line: str) -> tuple[bytes, Mapping[str, Any]]:
+def _row(home: Path, path: Path, line: str) -> tuple[bytes, Mapping[str, Any]]:
     row = json.loads(line)
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise ValueError("no JSON object with file_name")
-    return (path.parent / row["file_name"]).read_bytes(), row
+    return read_within(home, path.parent / row["file_name"]), row

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import Sample
-from apexflow.data.readers import TEXT
+from apexflow.data.readers import TEXT, read_within
 from apexflow.data.readers.tars import MANIFEST, Member, members
 
 
@@ -24,15 +24,13 @@ def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     try:
         rows = json.loads(manifest.read_text(encoding=TEXT))
         prompts = [(str(row["output_image"]), {"input_prompt": row["input_prompt"]}) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         broken[str(manifest)] = f"no JSON list with input_prompt and output_image ({error})"
         return
     found: dict[str, Member] = {member.name: member for tar in tars for member in members(tar, broken)}
     for name, fields in prompts:
-        yield Sample(name, partial(_load, found.get(name), manifest.parent / name, fields))
+        yield Sample(name, partial(_load, found.get(name), manifest.parent, name, fields))
 
 
-def _load(member: Member | None, unpacked: Path, fields: Mapping[str, Any]) -> tuple[bytes, Mapping[str, Any]]:
-    if member is not None:
-        return member.read(), fields
-    return (unpacked.read_bytes() if unpacked.is_file() else b""), fields
+def _load(member: Member | None, home: Path, name: str, fields: Mapping[str, Any]) -> tuple[bytes, Mapping[str, Any]]:
+    return (read_within(home, home / name) if member is None else member.read()), fields

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ MANIFEST = "text_to_image.json"
 
 @dataclass(frozen=True)
 class Member:
-    """Where a member's bytes lie, so that they can be read after the walk has gone on."""
+    """Where a member's bytes lie, so that they can be read after the walk has gone on; no offset where it has none."""
 
     path: Path
     name: str
-    offset: int
+    offset: int | None
     size: int
 
     def read(self) -> bytes:
+        if self.offset is None:
+            raise OSError(f"{self.name} is a link or a device")
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -55,12 +57,17 @@ def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
 
 def members(path: Path, broken: dict[str, str]) -> Iterator[Member]:
     """The files of a tar that are not hidden, up to where it breaks off, which is noted in `broken`."""
+    held: dict[str, Member] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name = member.name.removeprefix("./")
-                if member.isfile() and not name.rpartition("/")[2].startswith("."):
-                    yield Member(path, name, member.offset_data, member.size)
+            for entry in tar:
+                name = entry.name.removeprefix("./")
+                member = Member(path, name, entry.offset_data if entry.isfile() else None, entry.size)
+                if entry.islnk():  # to a file that stands before it
+                    member = replace(held.get(entry.linkname.removeprefix("./"), member), name=name)
+                held[name] = member
+                if not entry.isdir() and not name.rpartition("/")[2].startswith("."):
+                    yield member
             # tarfile takes a header that is cut or damaged for the end; a whole tar ends with blocks of zeros.
             if Member(path, "", tar.offset, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end mark")
@@ -82,6 +89,6 @@ def json_fields(raw: bytes) -> dict[str, Any]:
     """A JSON object, or nothing."""
     try:
         record = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
