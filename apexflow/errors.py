@@ -58,6 +58,8 @@ def writing(path: Path) -> Iterator[None]:
     """Within, a file that cannot be written is a UserError that names it."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"cannot write {path}: a file lies where a folder should ({error.filename})") from error
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): check the folder and the free space") from error
 

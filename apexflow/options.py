@@ -15,6 +15,7 @@ Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffuser
 Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. Default: what the model was made for.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
 Size = Annotated[int | None, typer.Option(min=1, max=8192, help="Side in pixels. Default: the model's own.")]
+MOST_SEED = 2**63 - 1  # larger ones would be those of smaller ones again
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str] | None,

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-console = Console(stderr=True, highlight=False, markup=False)  # a path may hold brackets
+# A path may hold brackets; a line that is wrapped cannot be searched for.
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 Item = TypeVar("Item")
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 

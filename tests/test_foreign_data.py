@@ -185,3 +185,19 @@ def test_shared_pictures_are_found_unpacked_and_in_tars_of_the_folder_itself(tmp
     (path / "image").rename(tmp_path / "gone")
     tar(path / "again.tar", members | {"./image/._0.png": b"note"})
     assert [record.caption for record in read_captioned(path, Skipped())] == list(COLORS)
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "latin-1"])
+def test_text_that_is_not_utf_8_is_counted_not_guessed(coding: str, tmp_path: Path) -> None:
+    caption = "a café\na red star\n"
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "pairs"
+    prompts.write_bytes(caption.encode(coding))
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture("red"))
+    (folder / "a.txt").write_bytes(caption.encode(coding))
+    pack = tar(tmp_path / "set.tar", {name: (folder / name).read_bytes() for name in ("a.png", "a.txt")})
+    for source, good in ((prompts, ["a red star"] * (coding == "latin-1")), (folder, []), (pack, [])):
+        skipped = Skipped()
+        assert [record.caption for record in read_captioned(source, skipped)] == good
+        assert all("not UTF-8 text" in reason for reason in skipped.reasons.values())
+        assert len(skipped.reasons) == skipped.seen - len(good) > 0

@@ -289,6 +289,21 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(recipe_file: Path, 
     assert [m["step"] for m in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("steps=5", "made 6 steps already"), ("optimizer.learning_rate=0.5", "learning_rate 0.5 instead of")],
+)
+def test_a_run_with_no_step_left_keeps_the_settings_that_made_it(
+    recipe_file: Path, tmp_path: Path, change: str, words: str
+) -> None:
+    train(load_recipe(recipe_file))
+    kept = (tmp_path / "run" / "recipe.json").read_text()
+    with pytest.raises(UserError, match=words):
+        train(load_recipe(recipe_file, [change]), resume=True)
+    assert (tmp_path / "run" / "recipe.json").read_text() == kept
+    train(load_recipe(recipe_file, ["keep=1"]), resume=True)  # changes no step: what is left of the run is made
+
+
 def test_old_checkpoints_are_dropped(recipe_file: Path, tmp_path: Path) -> None:
     train(load_recipe(recipe_file, ["keep=2"]))
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-0000004", "step-0000006"]

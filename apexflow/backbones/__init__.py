@@ -171,6 +171,8 @@ def resolve(path_or_id: str) -> Path:
     The network is touched only for a hub id, that is a name of the form owner/name which is no local path. UserError for
     what is none of these, or both the first and the second.
     """
+    if not path_or_id:
+        raise UserError("the name of the model is empty: give a diffusers folder, a hub id or a built-in name")
     if path_or_id in built_in():
         check_built_in(path_or_id, "the model that ships with apexflow")
         return BUILT_IN / path_or_id

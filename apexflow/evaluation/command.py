@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on
-from apexflow.options import Device, Json, show
+from apexflow.options import MOST_SEED, Device, Json, show
 
 if TYPE_CHECKING:
     from apexflow.data.workers import Share
@@ -45,7 +45,7 @@ def evaluate(
     size: Annotated[
         int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.", rich_help_panel=DRAW)
     ] = None,
-    seed: Annotated[int, typer.Option(help="First random seed.", rich_help_panel=DRAW)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="First random seed.", rich_help_panel=DRAW)] = 0,
     seeds: Annotated[
         int, typer.Option(min=1, help="How many seeds, each over the whole suite.", rich_help_panel=DRAW)
     ] = 1,

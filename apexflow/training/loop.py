@@ -100,6 +100,8 @@ def start(recipe: Recipe, resume: bool) -> Run:
     saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0]
     if resume and saved:
         restore(run, Path(saved[-1]))
+    elif resume:
+        console.print(f"{folder} holds no checkpoint: the run begins at its first step")
     with together():
         if leads():
             with writing(folder):

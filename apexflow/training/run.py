@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from apexflow.training.engine import Engine
 from apexflow.training.roles import Roles
 
 CHECKPOINTS = "checkpoints"
+# Settings that change what is made of the trained weights, or how steps are shared and kept, but no step itself.
+FINISHING = {"steps", "minutes", "preview", "sampling_steps", "sampling_guidance", "suite", "checkpoint_every", "keep"}
+FINISHING |= {"device", "parallel", "micro_batch", "bad_steps"}
 # What is made in the folder before the recipe is written there.
 BEFORE_A_RUN = {"cache", ".cache.lock", ".cache-finishing.lock", "base", ".partial-base"}
 
@@ -133,8 +136,22 @@ def restore(run: Run, path: Path) -> None:
     run.step, run.bad, run.seconds = (state[key] for key in ("step", "bad", "seconds"))
     console.print(f"resumed {path}")
     before = state["recipe"] | {"output": run.recipe.output}  # a folder may be moved
-    if said := changed(before, run.recipe.to_dict()):
+    said = changed(before, run.recipe.to_dict())
+    _check_left(run, said)
+    if said:
         console.print(f"other settings than at the last step: {', '.join(said)}")
+
+
+def _check_left(run: Run, said: Sequence[str]) -> None:
+    """UserError where settings are changed and no step is left to make with them: they would be told as those of the run."""
+    if run.step > run.recipe.steps:
+        raise UserError(f"{run.folder} has made {run.step} steps already: give steps={run.step} or more")
+    trained = [one for one in said if one.partition(" ")[0].partition(".")[0] not in FINISHING]
+    if trained and run.step == run.recipe.steps:
+        raise UserError(
+            f"{run.folder} has made all of its {run.step} steps, and {trained[0]} would change none: give more steps, or "
+            "the settings that it had"
+        )
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> list[str]:

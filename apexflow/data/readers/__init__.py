@@ -14,6 +14,24 @@ from apexflow.errors import UserError
 TEXT = "utf-8-sig"  # some editors begin a file of UTF-8 with a mark
 
 
+def text_of(raw: bytes) -> str:
+    """A text in UTF-8. ValueError for bytes that are none: in another coding they would be read as rubbish."""
+    if b"\0" in raw:  # UTF-16 passes for UTF-8 where it is plain
+        raise ValueError("not UTF-8 text")
+    try:
+        return raw.decode(TEXT)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a text file that are not blank, with their numbers, in bytes for `text_of`."""
+    with path.open(encoding=TEXT, errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line.encode(errors="surrogateescape")
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of set.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import PICTURES, Sample
-from apexflow.data.readers import TEXT, files_of, read_within
+from apexflow.data.readers import files_of, lines_of, read_within, text_of
 from apexflow.data.readers.tars import MANIFEST
 
 METADATA = "metadata.jsonl"
@@ -30,7 +30,7 @@ def pairs(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
 
 def _pair(picture: Path) -> tuple[bytes, Mapping[str, Any]]:
     text = picture.with_suffix(".txt")
-    fields = {"txt": text.read_text(encoding=TEXT, errors="replace")} if text.is_file() else {}
+    fields = {"txt": text_of(text.read_bytes())} if text.is_file() else {}
     return picture.read_bytes(), fields
 
 
@@ -43,14 +43,12 @@ def rows(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     """One JSON object a line: `file_name` beside the file, and the caption under any of the usual names."""
     home = Path(os.path.commonpath([path.parent for path in files]))
     for path in files:
-        with path.open(encoding=TEXT, errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Sample(f"{path}:{number}", partial(_row, home, path, line))
+        for number, line in lines_of(path):
+            yield Sample(f"{path}:{number}", partial(_row, home, path, line))
 
 
-def _row(home: Path, path: Path, line: str) -> tuple[bytes, Mapping[str, Any]]:
-    row = json.loads(line)
+def _row(home: Path, path: Path, line: bytes) -> tuple[bytes, Mapping[str, Any]]:
+    row = json.loads(text_of(line))
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise ValueError("no JSON object with file_name")
     return read_within(home, path.parent / row["file_name"]), row

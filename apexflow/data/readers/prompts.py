@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import Sample
-from apexflow.data.readers import TEXT
+from apexflow.data.readers import lines_of, text_of
 
 
 def claim(path: Path) -> list[Path]:
@@ -20,14 +20,13 @@ def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     """One record a line; blank lines are none."""
     for path in files:
         as_json = path.suffix.lower() == ".jsonl"
-        with path.open(encoding=TEXT, errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Sample(f"{path.name}:{number}", partial(_load, line, as_json))
+        for number, line in lines_of(path):
+            yield Sample(f"{path.name}:{number}", partial(_load, line, as_json))
 
 
-def _load(line: str, as_json: bool) -> tuple[None, Mapping[str, Any]]:
-    content = json.loads(line) if as_json else line
+def _load(line: bytes, as_json: bool) -> tuple[None, Mapping[str, Any]]:
+    text = text_of(line)
+    content = json.loads(text) if as_json else text
     if isinstance(content, str):
         return None, {"txt": content}
     if not isinstance(content, dict):

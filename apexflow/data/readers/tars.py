@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import PICTURES, Sample
-from apexflow.data.readers import TEXT, files_of
+from apexflow.data.readers import files_of, text_of
 
 # The list beside ShareGPT-4o-Image's tars; its twin, text_and_image_to_image.json, is for editing.
 MANIFEST = "text_to_image.json"
@@ -79,7 +79,7 @@ def _sample(path: Path, key: str, parts: dict[str, Member]) -> Sample:
     def load() -> tuple[bytes, Mapping[str, Any]]:
         picture = next((parts[suffix].read() for suffix in PICTURES if suffix in parts), b"")
         fields = json_fields(parts[".json"].read()) if ".json" in parts else {}
-        text = {"txt": parts[".txt"].read().decode(TEXT, errors="replace")} if ".txt" in parts else {}
+        text = {"txt": text_of(parts[".txt"].read())} if ".txt" in parts else {}
         return picture, fields | text
 
     return Sample(f"{path.name}:{key}", load, path.parent)
