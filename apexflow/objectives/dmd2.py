@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from apexflow.objectives import Batch, Further, Losses, Networks
-from apexflow.objectives.cm import teach
+from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.sampler import shift_times, time_grid
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from apexflow.objectives import Batch, Losses, Networks
-from apexflow.objectives.cm import solve
+from apexflow.objectives.huber import mean_huber
+from apexflow.objectives.teacher import solve
 from apexflow.randomness import RowRandom
 from apexflow.sampler import shift_times
 from apexflow.transport import Transport, expand
@@ -25,11 +26,6 @@ from apexflow.transport import Transport, expand
 def draw_index(random: RowRandom, points: int, skip: int) -> Tensor:
     """n of Eq. (16), uniform in 0..N - k: the earlier point of each row, (B,)."""
     return (random.uniform() * (points - skip + 1)).long().clamp_max(points - skip)
-
-
-def mean_huber(error: Tensor, c: float) -> Tensor:
-    """Pseudo-Huber by element, `sqrt(e^2 + c^2) - c`, averaged over each row."""
-    return ((error.float().square() + c**2).sqrt() - c).flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
