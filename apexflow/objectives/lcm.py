@@ -1,9 +1,9 @@
 """Latent consistency models (Luo et al., 2023): consistency distillation of a guided teacher, k points of the grid at a time.
 
 The paper tells the network the guidance omega in [2, 14]; our backbones have no such input, so one scale is trained in. Its
-grid is that of the teacher's 1,000 timesteps, which are even in t, and so is ours: t = n / 1000, whatever grid the model is sampled
-on, unless `shift` says otherwise. What the equations say, their order and their distances from each other were checked; that their
-row begins at (8) is from memory, the paper's own text not being at hand.
+grid is that of the teacher's 1,000 timesteps, which are even in t, and so is ours: t = n / 1000, whatever grid the model is
+sampled on, unless `shift` says otherwise. What the equations say, their order and their distances from each other were checked;
+that their row begins at (8) is from memory, the paper's own text not being at hand.
 """
 
 from __future__ import annotations
