@@ -45,6 +45,16 @@ def test_seconds_a_step_leave_out_pauses() -> None:
     assert seconds_a_step(lines[:1]) == 5.0
 
 
+def test_seconds_a_step_count_the_long_turns_of_methods_whose_networks_take_turns() -> None:
+    """One student's step of ten seconds, three judge's of one; the pause of a judge's step is left out."""
+    student, judge = ({"grad_norm": 1.0}, 10.0), ({"grad_norm_judge": 1.0}, 1.0)
+    lines, now = [{"seconds": 0.0}], 0.0
+    for norms, seconds in [student, judge, judge, judge] * 3 + [student, judge, judge, ({"grad_norm_judge": 1.0}, 9.0)]:
+        now += seconds
+        lines.append({"seconds": now} | norms)
+    assert seconds_a_step(lines) == pytest.approx((10 + 3 * 1) / 4)
+
+
 def test_a_result_is_made_once(tmp_path: Path) -> None:
     made: list[int] = []
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean, median_high
 from typing import Any
 
 from torch import Tensor
@@ -54,8 +55,20 @@ def most_kept(run: Run) -> int:
 
 
 def seconds_a_step(lines: Sequence[dict[str, Any]]) -> float:
-    """Mean over steps of a run's metrics, pauses of the machine left out (beyond three times the median)."""
-    times = sorted(later["seconds"] - earlier["seconds"] for earlier, later in pairwise(lines))
-    times = [time for time in times if time > 0] or [lines[0]["seconds"]]
-    kept = [time for time in times if time <= 3 * times[len(times) // 2]]
-    return sum(kept) / len(kept)
+    """Mean over steps of a run's metrics, pauses of the machine left out.
+
+    A pause is known among the steps that moved the same networks: where these take turns, some take many times as long as others.
+    """
+    turns: dict[frozenset[str], list[float]] = {}
+    for earlier, later in pairwise(lines):
+        if (time := later["seconds"] - earlier["seconds"]) > 0:
+            turns.setdefault(frozenset(key for key in later if key.startswith("grad_norm")), []).append(time)
+    if not turns:
+        return lines[0]["seconds"]
+    return sum(len(times) * _undisturbed(times) for times in turns.values()) / sum(map(len, turns.values()))
+
+
+def _undisturbed(times: Sequence[float]) -> float:
+    """The mean without what is beyond three times the median."""
+    bound = 3 * median_high(times)
+    return mean(time for time in times if time <= bound)
