@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/ and the model cards from the JSON files under results/, so that no number is typed by hand.
+"""Write the tables of README.md, docs/ and the model cards from the JSON files under results/: no number is typed by hand.
 
     python benchmarks/tables.py            # rewrite the marked sections
     python benchmarks/tables.py --check    # exit 1 if a section differs from its JSON
@@ -44,7 +44,7 @@ def scores(result: dict[str, Any]) -> str:
         rest = [f"{row[key]:.3f}" for key in ("strict", "held_out", "diversity")]
         rows.append([name, str(row["evaluations"]), *values, overall, *rest, str(row["seeds"])])
     origins = dict.fromkeys(source(row, "scores.json") for row in result["scores"].values())
-    origins = [f"<details><summary>commands, commits, device</summary>", *origins, "</details>"]
+    origins = ["<details><summary>commands, commits, device</summary>", *origins, "</details>"]
     return "\n\n".join([table(rows), *origins])
 
 
@@ -154,7 +154,7 @@ def comparison(result: dict[str, Any]) -> str:
     told += f"{counted(plan['seeds'], 'seed')} of the noise."
     titles = {"images": "Equal images", "time": "Equal wall time"}
     tables = [
-        f"{title}:\n\n{table(budget_table(rows, budget, plan['nfe']))}"
+        f"{title}:\n\n{table(budget_table(rows, budget, plan['nfe'], result.get('true_pictures')))}"
         for budget, title in titles.items()
         if any(budget in row.get("budgets", {}) for name, row in rows.items() if name != TEACHER)
     ]
