@@ -53,6 +53,10 @@ class Transport:
         determinant = self.determinant(t)
         return expand(self.gamma_hat(t) / determinant, x_t) * x_t - expand(self.gamma(t) / determinant, x_t) * F
 
+    def move(self, F: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Eq. (20): the point at time `s` that a prediction `F` at `x_t` leads to; for linear transport `x_t - (t - s) F`."""
+        return self.interpolate(self.endpoint(F, x_t, t), self.noise(F, x_t, t), s)
+
     def determinant(self, t: Tensor) -> Tensor:
         """`alpha gamma_hat - alpha_hat gamma` of Eq. (3): constant in t for linear and trigonometric transport."""
         return self.alpha(t) * self.gamma_hat(t) - self.alpha_hat(t) * self.gamma(t)

@@ -157,7 +157,7 @@ def comparison(result: dict[str, Any]) -> str:
     told += f"{counted(plan['seeds'], 'seed')} of the noise."
     titles = {"images": "Equal images", "time": "Equal wall time"}
     tables = [
-        f"{title}:\n\n{table(budget_table(rows, budget, plan['nfe']))}"
+        f"{title}:\n\n{table(budget_table(rows, budget, plan['nfe'], result.get('true_pictures')))}"
         for budget, title in titles.items()
         if any(budget in row.get("budgets", {}) for name, row in rows.items() if name != TEACHER)
     ]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from apexflow.comparison import results as comparison
+from apexflow.comparison import scores
 from apexflow.comparison import train as training
 from apexflow.comparison.averages import over_runs
 from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison_recipe, guided
@@ -88,6 +89,23 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: Calls) -> None:
     assert run_comparison(plan)["rows"] == rows and len(calls) == before  # nothing is done twice
     with pytest.raises(UserError, match="other images"):
         run_comparison(replace(plan, images=16))
+
+
+def test_true_pictures_say_what_their_number_alone_makes_of_fd(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are scored, none of them among those that all are measured against; no row where the data have too few."""
+    monkeypatch.setattr(scores, "MOST_TRUE", 40)
+    small = replace(plan, methods=(BASIS,), rates=(1e-4,), nfe=(1,))
+    results = run_comparison(small)
+    found = results["true_pictures"]
+    assert found == {"pictures": 8, "distance": pytest.approx(scores.true_pictures(small, 8)["distance"])}
+    assert 0 < found["distance"] < results["rows"]["teacher"]["budgets"]["images"]["nfe"]["1"]["distance"]
+    assert scores.true_pictures(small, 9) == {}
+    shown = budget_table(results["rows"], "images", [1], found)
+    assert shown[1][0] == "true pictures" and shown[1][2] == f"{found['distance']:.3f}"
+    assert len({len(row) for row in shown}) == 1 and [cell for cell in shown[1] if cell] == [shown[1][0], shown[1][2]]
+    assert all(row[0] != "true pictures" for row in budget_table(results["rows"], "time", [1], found))
+    for name in ("results.md", "report.html"):
+        assert "true pictures" in (plan.output / name).read_text()
 
 
 def test_a_comparison_that_is_cut_off_anywhere_goes_on_without_repeating_a_run(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from apexflow.comparison.chart import lines_chart
-from apexflow.comparison.cost import held, saved_for_backward, seconds_a_step
+from apexflow.comparison.cost import held, most_kept, seconds_a_step
 from apexflow.comparison.results import own_command
 from apexflow.comparison.scores import pooled
 from apexflow.comparison.train import once
@@ -23,20 +23,36 @@ def test_memory_counts_weights_moments_and_what_backward_keeps(recipe_file: Path
     full = held(start(load_recipe(recipe_file, ["method=flow_matching"]), resume=False))
     weights = sum(p.numel() * 4 for p in start_again(recipe_file).roles.trained.values())
     assert full == weights * (1 + 1 + 3)  # student, average; gradient and two moments
-    x = torch.randn(10, 10, requires_grad=True)
-    with saved_for_backward() as saved:
-        (x.exp() * 2).exp()
-    assert sum(saved.values()) == 2 * 400  # both results of exp, once each
 
 
 def start_again(recipe_file: Path) -> Any:
     return start(load_recipe(recipe_file, ["method=flow_matching"]), resume=True)
 
 
+def test_memory_counts_one_micro_batch_at_a_time(recipe_file: Path, tmp_path: Path) -> None:
+    """What a step keeps is what its largest micro-batch keeps, neither all of them nor some of several."""
+
+    def kept(batch: int, micro_batch: int) -> int:
+        sizes = [f"batch={batch}", f"micro_batch={micro_batch}", f"output={tmp_path}/{batch}-{micro_batch}"]
+        return most_kept(start(load_recipe(recipe_file, ["method=flow_matching", *sizes]), resume=False))
+
+    assert kept(5, 2) == kept(4, 2) == kept(2, 2) < kept(4, 4)
+
+
 def test_seconds_a_step_leave_out_pauses() -> None:
     lines = [{"seconds": second} for second in (5.0, 6.0, 7.0, 60.0, 61.0)]
     assert seconds_a_step(lines) == pytest.approx(1.0)
     assert seconds_a_step(lines[:1]) == 5.0
+
+
+def test_seconds_a_step_count_the_long_turns_of_methods_whose_networks_take_turns() -> None:
+    """One student's step of ten seconds, three judge's of one; the pause of a judge's step is left out."""
+    student, judge = ({"grad_norm": 1.0}, 10.0), ({"grad_norm_judge": 1.0}, 1.0)
+    lines, now = [{"seconds": 0.0}], 0.0
+    for norms, seconds in [student, judge, judge, judge] * 3 + [student, judge, judge, ({"grad_norm_judge": 1.0}, 9.0)]:
+        now += seconds
+        lines.append({"seconds": now} | norms)
+    assert seconds_a_step(lines) == pytest.approx((10 + 3 * 1) / 4)
 
 
 def test_a_result_is_made_once(tmp_path: Path) -> None:

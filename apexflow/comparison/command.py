@@ -35,7 +35,7 @@ def compare_command(
     )
     with going_on(lambda: f"what is finished is kept in {output}: the same command goes on"):
         results = run_comparison(plan)
-    rows = budget_table(results["rows"], "images", list(plan.nfe))
+    rows = budget_table(results["rows"], "images", list(plan.nfe), results.get("true_pictures"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return results, "\n".join([*lines, f"report: {results['report']}"])

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean, median_high
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from apexflow.comparison.plan import Plan
 from apexflow.errors import UserError
 from apexflow.training.loop import start
-from apexflow.training.run import Run
-from apexflow.training.step import accumulate
+from apexflow.training.memory import kept_for_backward
+from apexflow.training.run import Run, answering
+from apexflow.training.step import make_batch, micro_batches
 
 
 def measure(plan: Plan, name: str) -> dict[str, Any]:
@@ -25,11 +25,10 @@ def measure(plan: Plan, name: str) -> dict[str, Any]:
         recipe = plan.recipe_for(name, Path(scratch) / "run", plan.rates[0], 10)
         try:
             run = start(recipe, resume=False)
-            with saved_for_backward() as saved:
-                accumulate(run)
+            kept = most_kept(run)
         except UserError as error:
             raise UserError(f"method {name} cannot be compared on {plan.recipe.model}: {error}") from error
-    return {"bytes": held(run) + sum(saved.values()), "further": sorted(set(run.trainees) - {"student"})}
+    return {"bytes": held(run) + kept, "further": sorted(set(run.trainees) - {"student"})}
 
 
 def held(run: Run) -> int:
@@ -43,24 +42,33 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
-@contextmanager
-def saved_for_backward() -> Iterator[dict[int, int]]:
-    """Within, what autograd keeps for backward: bytes by place in memory, so that nothing counts twice."""
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield saved
+def most_kept(run: Run) -> int:
+    """Bytes that a micro-batch of the next step keeps for backward: those of the one that keeps most."""
+    found = []
+    for part in micro_batches(run.recipe):
+        # Views of weights count, here as in every published table; only the weights themselves do not.
+        with kept_for_backward(()) as kept, answering(run.recipe, run.device):
+            losses = run.objective(run.networks, make_batch(run, part), run.memory)
+            found.append(kept.bytes)
+        del losses  # whose graph is what was counted
+    return max(found)
 
 
 def seconds_a_step(lines: Sequence[dict[str, Any]]) -> float:
-    """Mean over steps of a run's metrics, pauses of the machine left out (beyond three times the median)."""
-    times = sorted(later["seconds"] - earlier["seconds"] for earlier, later in pairwise(lines))
-    times = [time for time in times if time > 0] or [lines[0]["seconds"]]
-    kept = [time for time in times if time <= 3 * times[len(times) // 2]]
-    return sum(kept) / len(kept)
+    """Mean over steps of a run's metrics, pauses of the machine left out.
+
+    A pause is known among the steps that moved the same networks: where these take turns, some take many times as long as others.
+    """
+    turns: dict[frozenset[str], list[float]] = {}
+    for earlier, later in pairwise(lines):
+        if (time := later["seconds"] - earlier["seconds"]) > 0:
+            turns.setdefault(frozenset(key for key in later if key.startswith("grad_norm")), []).append(time)
+    if not turns:
+        return lines[0]["seconds"]
+    return sum(len(times) * _undisturbed(times) for times in turns.values()) / sum(map(len, turns.values()))
+
+
+def _undisturbed(times: Sequence[float]) -> float:
+    """The mean without what is beyond three times the median."""
+    bound = 3 * median_high(times)
+    return mean(time for time in times if time <= bound)

@@ -23,10 +23,11 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     rows, nfe = results["rows"], list(plan.nfe)
     prompts = grid(plan, rows, "prompts", [str(index + 1) for index in range(len(grid_prompts()))])
     steps = grid(plan, rows, "nfe", [f"NFE {number}" for number in nfe])
+    true = results.get("true_pictures")
     body = [
         tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
         section("What was compared", tag("p", tag("code", text(results["command"]))), told(results)),
-        section("Equal images", shown(budget_table(rows, IMAGES, nfe))),
+        section("Equal images", shown(budget_table(rows, IMAGES, nfe, true))),
         section("Equal wall time", shown(budget_table(rows, TIME, nfe))),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
         section("Tasks at one step", shown(task_table(rows))),

@@ -13,7 +13,7 @@ from typing import Any
 from apexflow.comparison.averages import over_runs
 from apexflow.comparison.page import write_page
 from apexflow.comparison.plan import BASIS, BUDGETS, IMAGES, TEACHER, TIME, Plan, needed
-from apexflow.comparison.scores import draw_strips, score_at
+from apexflow.comparison.scores import draw_strips, score_at, true_pictures
 from apexflow.comparison.tables import markdown
 from apexflow.comparison.train import costs, once, stages, sweep, train_to_budgets
 from apexflow.errors import UserError, is_taken, writing
@@ -170,6 +170,9 @@ def _write(plan: Plan, rows: dict[str, Any], first: str, commands: list[str]) ->
     commands = list(dict.fromkeys([*commands, own_command()]))
     results = {"plan": plan.identity(), "teacher": plan.recipe.model, "first": first, "rows": rows}
     results |= {"commands": commands, "command": "; ".join(commands)}
+    scored = rows[TEACHER]["budgets"][IMAGES]["nfe"][str(plan.nfe[0])]["pictures"]
+    floor = once(plan.output / "scores" / "true-pictures.json", partial(true_pictures, plan, scored))
+    results |= {"true_pictures": floor} if floor else {}
     write_json(plan.output / "results.json", results)
     write_text(plan.output / "results.md", markdown(results))
     return results | {"report": str(write_page(plan, results))}

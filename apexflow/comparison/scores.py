@@ -26,7 +26,7 @@ from apexflow.generator import MAX_BATCH, Generator, load
 from apexflow.objectives import objectives, sampler_of
 
 SIDE = 4  # latents are averaged to this many places a side: few enough features for some hundred pictures
-MOST_TRUE = 2000
+MOST_TRUE, TRUE_SEED = 2000, 12
 QUICK_PROMPTS, QUICK_SEED = 120, 1000  # other noise than the comparison's own
 GRID_PROMPTS, GRID_SEED = 8, 11
 KEPT = ("overall", "overall_se", "strict", "tasks", "diversity", "evaluations", "pictures")
@@ -97,8 +97,26 @@ def pooled(latents: Tensor) -> Tensor:
 def true_statistics(cache: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the features of true pictures: the training set's, from its cache."""
     data = CachedSet(Path(cache))
-    count = min(len(data), MOST_TRUE)
-    parts = [pooled(data.latents(list(range(i, min(i + 256, count))))) for i in range(0, count, 256)]
+    return _cached_statistics(data, range(min(len(data), MOST_TRUE)))
+
+
+def true_pictures(plan: Plan, count: int) -> dict[str, Any]:
+    """The distance of `count` other pictures of the training set: what FD says of true pictures, by their small number alone.
+
+    Nothing where the set has too few beside those that everything is measured against.
+    """
+    cache = plan.output / "cache"
+    data = CachedSet(cache)
+    others = np.arange(MOST_TRUE, len(data))
+    if len(others) < count:
+        return {}
+    drawn = np.random.default_rng(TRUE_SEED).choice(others, count, replace=False)
+    mine = _cached_statistics(data, drawn.tolist())
+    return {"pictures": count, "distance": fid_from_statistics(*mine, *true_statistics(str(cache)))}
+
+
+def _cached_statistics(data: CachedSet, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    parts = [pooled(data.latents(list(rows[i : i + 256]))) for i in range(0, len(rows), 256)]
     return statistics(torch.cat(parts).numpy())
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME
 
+TRUE = "true pictures"
 SWEPT = "Mean scores over the numbers of evaluations; seconds. The sweep's best run is the first of the runs, and in both sums."
 
 
@@ -14,7 +15,7 @@ def markdown(results: dict[str, Any]) -> str:
     rows, plan = results["rows"], results["plan"]
     parts = ["# Comparison", told(results)]
     for budget, title in ((IMAGES, "Equal images"), (TIME, "Equal wall time")):
-        parts += [f"## {title}", table(budget_table(rows, budget, plan["nfe"]))]
+        parts += [f"## {title}", table(budget_table(rows, budget, plan["nfe"], results.get("true_pictures")))]
     parts += ["## Tasks at one step, equal images", table(task_table(rows))]
     parts += ["## What the sweep of learning rates and the runs cost", SWEPT, table(sweep_table(rows))]
     return "\n\n".join(parts) + "\n"
@@ -36,8 +37,13 @@ def told(results: dict[str, Any]) -> str:
         f"own sampler, without guidance but what was trained in: {counted(plan['seeds'], 'seed')} of the noise, "
         f"{counted(plan['per_prompt'], 'picture')} a prompt{limit}. FD (distance of "
         "features to true pictures; less is better) and diversity (distance between pictures of a prompt) are at the fewest "
-        f"evaluations. Time and memory of a training step are relative to {BASIS}; diverged: runs of all runs."
+        f"evaluations.{_floor(results)} Time and memory of a training step are relative to {BASIS}; diverged: runs of all runs."
     )
+
+
+def _floor(results: dict[str, Any]) -> str:
+    """What a distance is to be compared with."""
+    return f" By FD no method near {TRUE} can be told from them." if "true_pictures" in results else ""
 
 
 def _lengths(alone: list[str]) -> str:
@@ -74,10 +80,17 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
-def budget_table(rows: dict[str, Any], budget: str, nfe: list[int]) -> list[list[str]]:
-    """A row a method: scores at each number of evaluations, distance and diversity at one step, runs, costs, stability."""
+def budget_table(
+    rows: dict[str, Any], budget: str, nfe: list[int], true: dict[str, Any] | None = None
+) -> list[list[str]]:
+    """A row a method: scores at each number of evaluations, distance and diversity at one step, runs, costs, stability.
+
+    Above them the distance of as many `true` pictures, where results have it.
+    """
     head = ["", *[f"NFE {steps}" for steps in nfe], "FD", "diversity", "runs", "images", "rate", "time", "memory"]
     found = [[*head, "further networks", "diverged"]]
+    if true and budget == IMAGES:
+        found.append([TRUE, *[""] * len(nfe), with_error(true, "distance"), *[""] * 8])
     for name, row in rows.items():
         one = row.get("budgets", {}).get(budget)
         if one is None and name == TEACHER:

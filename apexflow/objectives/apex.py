@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate as resize
 
-from apexflow.conditioning import Condition, guide
+from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks, share_of
+from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import LINEAR, Transport, expand
 
@@ -260,7 +261,7 @@ class APEX:
             if self.path_velocity == "sample":
                 x_lt = networks.transport.interpolate(x, z, lt)
             else:
-                x_lt = move(self._teach(networks, x_t, t, c), x_t, t, lt, networks.transport)
+                x_lt = networks.transport.move(teach(networks, x_t, t, c, self.guidance), x_t, t, lt)
             itself = self.reference == "student"
             network = networks.student if itself else networks.reference
             F_t = F.detach() if itself else network(x_t, t, c)
@@ -331,20 +332,8 @@ class APEX:
     def _real(self, networks: Networks) -> Field:
         """The branch that answers for real data in Eq. (18)."""
         if self.real == "teacher":
-            return lambda x_t, t, c: self._teach(networks, x_t, t, c)
+            return lambda x_t, t, c: teach(networks, x_t, t, c, self.guidance)
         return networks.student if self.real == "student" else networks.reference
-
-    def _teach(self, networks: Networks, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
-        """The frozen teacher's field, guided when a scale other than 1 is asked for."""
-        F = networks.teacher(x_t, t, c)
-        if self.guidance == 1 or networks.null is None:
-            return F
-        return guide(F, networks.teacher(x_t, t, networks.null.expand(len(c))), self.guidance)
 
     def _norm(self, error: Tensor) -> Tensor:
         return multi_scale_l2(error, self.p, self.c, self.reduction)
-
-
-def move(F: Tensor, x_t: Tensor, t: Tensor, s: Tensor, transport: Transport) -> Tensor:
-    """The point at time `s` that a prediction `F` at `x_t` leads to (Eq. 20): for linear transport `x_t - (t - s) F`."""
-    return transport.interpolate(transport.endpoint(F, x_t, t), transport.noise(F, x_t, t), s)

@@ -10,80 +10,19 @@ noise to data at t = sigma / (sigma + 0.5). Other transports use the same times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Condition, guide
 from apexflow.objectives import Batch, Losses, Networks
-from apexflow.objectives.apex import move
+from apexflow.objectives.huber import pseudo_huber
+from apexflow.objectives.teacher import solve
 from apexflow.objectives.times import TimeLaw
-from apexflow.transport import expand
 
 SIGMA_MINIMUM, SIGMA_MAXIMUM, SIGMA_DATA = 0.002, 80.0, 0.5
-
-
-def teach(networks: Networks, x_t: Tensor, t: Tensor, c: Condition, guidance: float = 1.0) -> Tensor:
-    """The frozen teacher's answer without gradient; a `guidance` other than 1 asks it for the null condition as well."""
-    with torch.no_grad():
-        F = networks.teacher(x_t, t, c)
-        if guidance == 1:
-            return F
-        return guide(F, networks.teacher(x_t, t, nothing(networks, len(c), guidance)), guidance)
-
-
-def nothing(networks: Networks, rows: int, guidance: float) -> Condition:
-    """The null condition that `guidance` asks for, once a row; ValueError where there is none."""
-    if networks.null is None:
-        raise ValueError(f"guidance {guidance} needs a null condition: give one, or guidance 1")
-    return networks.null.expand(rows)
-
-
-def direction(
-    networks: Networks,
-    ends: tuple[Tensor, Tensor],
-    t: Tensor,
-    c: Condition,
-    velocity: Literal["sample", "teacher"],
-    guidance: float,
-    guided: Callable[[Tensor, Tensor, Condition], Tensor],
-) -> Tensor:
-    """Where the path from data to noise (`ends`) leads at times `t`, as a prediction: the teacher's answer, or the sample's own.
-
-    With a `guidance` other than 1 the teacher is guided, and the sample's own is what `guided(v, x_t, null condition)` says.
-    """
-    x_t = networks.transport.interpolate(*ends, t)
-    if velocity == "teacher":
-        return teach(networks, x_t, t, c, guidance)
-    v = networks.transport.target(*ends, t)
-    return v if guidance == 1 else guided(v, x_t, nothing(networks, len(c), guidance))
-
-
-def solve(
-    networks: Networks, x_t: Tensor, t: Tensor, s: Tensor, c: Condition, guidance: float = 1.0, order: int = 1
-) -> Tensor:
-    """CM, Eq. (6): the teacher's ODE from `t` to `s`, by DDIM (order 1) or Heun (order 2; DDIM where s is 0)."""
-    transport = networks.transport
-    candidate = move(teach(networks, x_t, t, c, guidance), x_t, t, s, transport)
-    if order == 1:
-        return candidate
-    F = teach(networks, candidate, s, c, guidance)
-    z_hat, x_hat = transport.noise(F, candidate, s), transport.endpoint(F, candidate, s)
-    slope = expand(transport.alpha(s) - transport.alpha(t), x_t) * z_hat
-    slope = slope + expand(transport.gamma(s) - transport.gamma(t), x_t) * x_hat
-    return torch.where(expand(s, x_t) > 0, (candidate + x_t + slope) / 2, candidate)
-
-
-def pseudo_huber(error: Tensor, c: float | None) -> Tensor:
-    """iCT, section 3.3: `sqrt(||e||^2 + (c sqrt d)^2) - c sqrt d` for each row of d elements; None: their mean square."""
-    squared = error.float().flatten(1).square()
-    if c is None:
-        return squared.mean(1)
-    offset = c * math.sqrt(squared.shape[1])
-    return (squared.sum(1) + offset**2).sqrt() - offset
 
 
 def noise_levels(intervals: int, rho: float = 7.0) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks
-from apexflow.objectives.apex import move
-from apexflow.objectives.cm import noise_levels, pseudo_huber, solve, teach, time_levels
+from apexflow.objectives.cm import noise_levels, time_levels
+from apexflow.objectives.huber import pseudo_huber
+from apexflow.objectives.teacher import solve, teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
 
@@ -64,11 +65,11 @@ class CTM:
         t, u, s = (networks.round_time(time) for time in self._times(batch))
         z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
         x_t = transport.interpolate(batch.x, z, t)
-        jump = move(networks.student(x_t, t, c, s), x_t, t, s, transport)
+        jump = transport.move(networks.student(x_t, t, c, s), x_t, t, s)
         minus = networks.reference if self.target == "reference" else networks.student
         with torch.no_grad():
             x_u = self._solve(networks, x_t, t, u, c)
-            goal = to_data(minus, move(minus(x_u, u, c, s), x_u, u, s, transport), s, c, transport)
+            goal = to_data(minus, transport.move(minus(x_u, u, c, s), x_u, u, s), s, c, transport)
         # theta-minus carries the jump on to data: the gradient passes through it, its weights held.
         reached = to_data(networks.frozen[self.target], jump, s, c, transport)
         consistency = pseudo_huber(reached - goal, self.huber).sum() / batch.total
@@ -111,4 +112,4 @@ class CTM:
 def to_data(network: Field, x_s: Tensor, s: Tensor, c: Condition, transport: Transport) -> Tensor:
     """`G(x_s, s, 0)`: x_s itself where s is 0."""
     zero = torch.zeros_like(s)
-    return torch.where(expand(s, x_s) > 0, move(network(x_s, s, c, zero), x_s, s, zero, transport), x_s)
+    return torch.where(expand(s, x_s) > 0, transport.move(network(x_s, s, c, zero), x_s, s, zero), x_s)

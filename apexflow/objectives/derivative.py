@@ -35,6 +35,7 @@ def derivative(
         return tangent
     later, earlier = round_time((t + epsilon).clamp_max(1)), round_time((t - epsilon).clamp_min(0))
     above, below = answer(later), answer(earlier)
+    # Two times that a coarse backbone rounds to one give a difference of 0, whatever it is divided by.
     return (above - below) / expand((later - earlier).clamp_min(1e-6), above)
 
 

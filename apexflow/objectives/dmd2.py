@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from apexflow.objectives import Batch, Further, Losses, Networks
-from apexflow.objectives.cm import teach
+from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.sampler import shift_times, time_grid
 
@@ -119,7 +119,7 @@ class DMD2:
 
     def _noised(self, networks: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures with fresh noise: the points, the times, in [0.02, 0.98] as in DMD, and the targets there."""
-        t = networks.round_time(self.times.draw(batch.random).clamp(0.02, 0.98))
+        t = networks.round_time(0.02 + 0.96 * self.times.draw(batch.random))
         z = batch.random.normal(x.shape[1:]).to(x)
         return networks.transport.interpolate(x, z, t), t, networks.transport.target(x, z, t)
 

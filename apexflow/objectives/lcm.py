@@ -1,9 +1,9 @@
 """Latent consistency models (Luo et al., 2023): consistency distillation of a guided teacher, k points of the grid at a time.
 
 The paper tells the network the guidance omega in [2, 14]; our backbones have no such input, so one scale is trained in. Its
-grid is that of the teacher's 1,000 timesteps and so is ours: t = n / 1000, moved by the backbone's `shift`. What the equations
-say, their order and their distances from each other were checked; that their row begins at (8) is from memory, the paper's own
-text not being at hand.
+grid is that of the teacher's 1,000 timesteps, which are even in t, and so is ours: t = n / 1000, whatever grid the model is
+sampled on, unless `shift` says otherwise. What the equations say, their order and their distances from each other were checked;
+that their row begins at (8) is from memory, the paper's own text not being at hand.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from apexflow.objectives import Batch, Losses, Networks
-from apexflow.objectives.cm import solve
+from apexflow.objectives.huber import mean_huber
+from apexflow.objectives.teacher import solve
 from apexflow.randomness import RowRandom
 from apexflow.sampler import shift_times
 from apexflow.transport import Transport, expand
@@ -27,18 +28,14 @@ def draw_index(random: RowRandom, points: int, skip: int) -> Tensor:
     return (random.uniform() * (points - skip + 1)).long().clamp_max(points - skip)
 
 
-def mean_huber(error: Tensor, c: float) -> Tensor:
-    """Pseudo-Huber by element, `sqrt(e^2 + c^2) - c`, averaged over each row."""
-    return ((error.float().square() + c**2).sqrt() - c).flatten(1).mean(1)
-
-
 @dataclass(frozen=True)
 class LCM:
     """Eq. (16): the student at t_n+k against theta-minus at the point of t_n, k before, that the guided teacher leads to.
 
     guidance: scale of the teacher, 1 + omega of Eq. (12); the paper reports omega = 8 (Table 1).
     skip, points: k and N. target: theta-minus is the EMA "reference" (the paper) or the student itself.
-    sigma_data, scaling: of c_skip and c_out. huber: c of `mean_huber`. shift: of the times, as in `TimeLaw`.
+    sigma_data, scaling: of c_skip and c_out. huber: c of `mean_huber`. shift: of the times, as in `TimeLaw`;
+        1 leaves them even in t.
     """
 
     guidance: float = 9.0

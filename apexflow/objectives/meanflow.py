@@ -16,9 +16,8 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition, guide, replace_rows
 from apexflow.objectives import Batch, Losses, Networks
-from apexflow.objectives.apex import move
-from apexflow.objectives.cm import direction, nothing
 from apexflow.objectives.derivative import Kind, derivative, speed
+from apexflow.objectives.teacher import direction, nothing
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
 
@@ -122,6 +121,6 @@ def jump_rate(F: Tensor, rate: Tensor, x: Tensor, z: Tensor, t: Tensor, s: Tenso
     """How the point at `s` changes with t that a prediction `F`, itself changing by `rate`, leads to on a path."""
 
     def jump(time: Tensor, F: Tensor) -> Tensor:
-        return move(F, transport.interpolate(x, z, time), time, s, transport)
+        return transport.move(F, transport.interpolate(x, z, time), time, s)
 
     return torch.func.jvp(jump, (t, F), (torch.ones_like(t), rate.to(F)))[1]

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from apexflow.objectives import Batch, Further, Losses, Networks
-from apexflow.objectives.apex import move
-from apexflow.objectives.cm import solve
-from apexflow.objectives.lcm import draw_index, mean_huber
+from apexflow.objectives.huber import mean_huber
+from apexflow.objectives.lcm import draw_index
+from apexflow.objectives.teacher import solve
 from apexflow.sampler import shift_times
 from apexflow.transport import Transport, expand
 
@@ -95,11 +95,11 @@ class PCM:
         t, s, s_m = (self._time(networks, i) for i in (later, torch.maximum(later - self.skip, edge), edge))
         z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
         x_t = transport.interpolate(batch.x, z, t)
-        f = move(networks.student(x_t, t, c), x_t, t, s_m, transport)
+        f = transport.move(networks.student(x_t, t, c), x_t, t, s_m)
         with torch.no_grad():
             x_s = solve(networks, x_t, t, s, c, self.guidance)  # Eq. (4)
             network = networks.reference if self.target == "reference" else networks.student
-            return f, move(network(x_s, s, c), x_s, s, s_m, transport)
+            return f, transport.move(network(x_s, s, c), x_s, s, s_m)
 
     def _judges_turn(self, networks: Networks, batch: Batch, f: Tensor, target: Tensor, later: Tensor) -> Losses:
         """Eq. (9): theta-minus' ends are the real ones, the student's the fakes."""

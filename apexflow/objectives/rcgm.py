@@ -20,9 +20,8 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks
-from apexflow.objectives.apex import move
-from apexflow.objectives.cm import direction
 from apexflow.objectives.derivative import speed
+from apexflow.objectives.teacher import direction
 from apexflow.transport import expand
 
 JUMP, ANY, SHORT = range(3)
@@ -130,10 +129,10 @@ class RCGM:
         """How far F leads astray of the short step and the N jumps, per unit of h; F - v where s is within h."""
         transport, minus = networks.transport, self._minus(networks)
         start = networks.round_time((t - self.stride).maximum(s))
-        x, time = move(v, x_t, t, start, transport), start
+        x, time = transport.move(v, x_t, t, start), start
         for index in range(1, self.order + 1):
             following = networks.round_time(start + (s - start) * (index / self.order))
-            x, time = move(minus(x, time, c, following), x, time, following, transport), following
-        astray = x - move(F, x_t, t, s, transport)
+            x, time = transport.move(minus(x, time, c, following), x, time, following), following
+        astray = x - transport.move(F, x_t, t, s)
         long = expand(t - s, F) > self.stride
         return torch.where(long, astray / expand((t - start).clamp_min(1e-6) * speed(t, transport), F), F - v)

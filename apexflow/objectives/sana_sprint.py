@@ -2,7 +2,8 @@
 
 The two take turns, as in the released training. Its laws of times are those of its sCM, for data of deviation 0.5; ours are
 shifted by ln 2 as in `scm.py`. Left out: the dense time embedding and QK norm that the paper fine-tunes its teacher for, an
-embedded guidance scale (one is trained in), and the weights of sCM, 1 / tan(theta) and the adaptive one.
+embedded guidance scale (one is trained in), and the weights of sCM, 1 / tan(theta) and the adaptive one: without them the judge
+weighs more than in the released training, by about the root of the number of dimensions (`docs/paper.md`).
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks
-from apexflow.objectives.cm import teach
 from apexflow.objectives.derivative import Kind, derivative
+from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks
-from apexflow.objectives.cm import teach
+from apexflow.objectives.derivative import derivative
+from apexflow.objectives.teacher import teach
 from apexflow.transport import expand
 
 
@@ -103,14 +104,10 @@ class UCGM:
             return transport.endpoint(answer, transport.interpolate(*stars, s), s)
 
         if self.lam == 1:
-            later = networks.round_time((t + self.epsilon).clamp_max(1))
-            earlier = networks.round_time((t - self.epsilon).clamp_min(0))
-            difference = endpoint(later) - endpoint(earlier)
+            rate = derivative(endpoint, t, "difference", self.epsilon, networks.round_time)
         else:
-            later, earlier = t, networks.round_time(self.lam * t)
-            difference = endpoint(t, F) - endpoint(earlier)
-        # Two times that a coarse backbone rounds to one give a difference of 0, and so no target to move to.
-        rate = difference / expand((later - earlier).clamp_min(1e-6), F)
+            earlier = networks.round_time(self.lam * t)
+            rate = (endpoint(t, F) - endpoint(earlier)) / expand((t - earlier).clamp_min(1e-6), F)
         rate = rate if self.clip is None else rate.clamp(-self.clip, self.clip)
         return F - expand(4 * transport.a(t) / t.sin(), F) * rate
 

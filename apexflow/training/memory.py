@@ -99,12 +99,13 @@ class Kept:
 
 @contextmanager
 def kept_for_backward(networks: Iterable[nn.Module]) -> Iterator[Kept]:
-    """Within, whatever autograd saves is noted in the `Kept` that this yields."""
+    """Within, whatever autograd saves is noted in the `Kept` that this yields, but parameters and views of the networks'."""
     kept = Kept({key for network in networks for key in _storages(network.parameters())})
 
     def note(tensor: Tensor) -> Saved:
         saved = Saved(tensor)
-        kept.saved.append(weakref.ref(saved))
+        if not isinstance(tensor, nn.Parameter):
+            kept.saved.append(weakref.ref(saved))
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved.tensor):

@@ -55,8 +55,7 @@ def accumulate(run: Run) -> dict[str, float]:
     Afterwards every gradient is that of the global batch, in all processes.
     """
     recipe = run.recipe
-    rows = own_rows(recipe.batch)
-    parts = rows.split(recipe.micro_batch or len(rows))
+    parts = micro_batches(recipe)
     terms: dict[str, float] = {}
     for number, part in enumerate(parts):
         with together():
@@ -73,6 +72,12 @@ def accumulate(run: Run) -> dict[str, float]:
             if role != "student":
                 sum_gradients([p for p in trainee.parameters.values() if not isinstance(p, DTensor)])
     return terms
+
+
+def micro_batches(recipe: Recipe) -> tuple[Tensor, ...]:
+    """This process's rows of a global batch, as many at once as the recipe says."""
+    rows = own_rows(recipe.batch)
+    return rows.split(recipe.micro_batch or len(rows))
 
 
 def clip(trainee: Trainee, most: float) -> float:

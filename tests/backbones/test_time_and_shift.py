@@ -93,7 +93,7 @@ def run_objective(backbone, round_time):
     x = torch.randn(4, *backbone.latent_shape((32, 64)))
     rows = torch.arange(4)
     c = backbone.encode_prompts(["a red cube"] * 4)
-    apex.APEX(endpoint_weight=0.0)(networks, Batch(x, c, RowRandom(0, 0, rows.tolist()), rows, 4), {})
+    apex.APEX(endpoint_weight=0.0, guidance=1.0)(networks, Batch(x, c, RowRandom(0, 0, rows.tolist()), rows, 4), {})
 
 
 # -- Epsilon models ----------------------------------------------------------------------------------------------------

@@ -66,6 +66,13 @@ def test_dmd2_has_nothing_to_learn_where_the_distributions_agree() -> None:
     assert student.mean.grad is not None and student.mean.grad.abs() < 1e-6
 
 
+def test_dmd2_compares_pictures_at_times_spread_over_the_whole_of_their_range() -> None:
+    """No heap of rows at either end."""
+    x = torch.zeros(500, 1)
+    _, t, _ = DMD2()._noised(networks(OnePicture(MEAN), MEAN, Judge()), make_batch(x=x), x)
+    assert 0.02 <= t.min() < 0.04 and 0.96 < t.max() <= 0.98 and len(t.unique()) == 500
+
+
 def test_dmd2s_gan_moves_pictures_to_where_the_judge_says_real() -> None:
     student, judge = OnePicture(MEAN), Judge()
     objective = DMD2(guidance=1, gan=1.0)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch
-from apexflow.objectives.apex import move
 from apexflow.objectives.ctm import CTM
 from apexflow.objectives.derivative import derivative, speed
 from apexflow.objectives.flow_matching import FlowMatching
@@ -53,9 +52,9 @@ def two_times(times: list[float]) -> Batch:
 
 def test_the_flow_map_is_exact_and_has_the_velocity_as_its_limit() -> None:
     x_t, t = torch.randn(6, 1).double(), torch.linspace(0.3, 1, 6).double()
-    whole = move(AnyStep()(x_t, t, None, 0 * t), x_t, t, 0 * t, LINEAR)  # type: ignore[arg-type]
-    half = move(AnyStep()(x_t, t, None, t / 2), x_t, t, t / 2, LINEAR)  # type: ignore[arg-type]
-    rest = move(AnyStep()(half, t / 2, None, 0 * t), half, t / 2, 0 * t, LINEAR)  # type: ignore[arg-type]
+    whole = LINEAR.move(AnyStep()(x_t, t, None, 0 * t), x_t, t, 0 * t)  # type: ignore[arg-type]
+    half = LINEAR.move(AnyStep()(x_t, t, None, t / 2), x_t, t, t / 2)  # type: ignore[arg-type]
+    rest = LINEAR.move(AnyStep()(half, t / 2, None, 0 * t), half, t / 2, 0 * t)  # type: ignore[arg-type]
     torch.testing.assert_close(whole, rest)
     torch.testing.assert_close(AnyStep()(x_t, t, None, t), gaussian_velocity(MEAN, STD)(x_t, t))  # type: ignore[arg-type]
 
@@ -172,7 +171,7 @@ def test_meanflows_difference_approaches_its_jvp_to_second_order(transport: Tran
 def test_speed_is_how_the_point_moves_by_the_prediction(transport: Transport) -> None:
     t, F, x_t = torch.linspace(0.2, 0.9, 5).double(), torch.randn(5, 2).double(), torch.randn(5, 2).double()
     h = 1e-5
-    steps = [(move(part, x_t, t, t - h, transport) - move(0 * F, x_t, t, t - h, transport)) / -h for part in (F,)]
+    steps = [(transport.move(part, x_t, t, t - h) - transport.move(0 * F, x_t, t, t - h)) / -h for part in (F,)]
     torch.testing.assert_close(steps[0], expand(speed(t, transport), F) * F, rtol=1e-3, atol=1e-3)
 
 
@@ -223,7 +222,7 @@ def test_rcgm_asks_theta_minus_along_its_own_path() -> None:
     torch.testing.assert_close(minus[0].t, torch.maximum(asked.t - 0.01, asked.s))
     for one, following in pairwise(minus):
         assert one.s is not None and torch.equal(one.s, following.t)
-        torch.testing.assert_close(following.x_t, move(one.F, one.x_t, one.t, one.s, LINEAR))
+        torch.testing.assert_close(following.x_t, LINEAR.move(one.F, one.x_t, one.t, one.s))
     assert minus[-1].s is not None
     torch.testing.assert_close(minus[-1].s, asked.s)
 

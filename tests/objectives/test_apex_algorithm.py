@@ -170,7 +170,7 @@ class Separate:
 @pytest.mark.parametrize("pairing", ["rows", "printed"])
 def test_the_shift_loss_gives_no_gradient_through_the_shifted_branch(pairing: Any) -> None:
     plain, shifted = make_roles(), make_roles()
-    objective = APEX(path_weight=0, pairing=pairing)
+    objective = APEX(path_weight=0, pairing=pairing, guidance=1)
 
     def step(real: Field) -> tuple[list[Tensor | None], list[Tensor | None]]:
         plain.student.zero_grad(), shifted.student.zero_grad()

@@ -27,7 +27,6 @@ from apexflow.objectives.apex import (
     coefficient_difference,
     dual_loss,
     endpoint_difference,
-    move,
     multi_scale_l2,
     primal_loss,
     residual,
@@ -87,7 +86,7 @@ def test_a_straight_field_has_no_secant_at_any_lambda(transport: Transport, lam:
     x, z, t = draw(10, 3), draw(10, 3, seed=1), ten_times(0.1, 1)
     F_t, F_lt = transport.target(x, z, t), transport.target(x, z, lam * t)
     x_t = transport.interpolate(x, z, t)
-    x_lt = move(F_t, x_t, t, lam * t, transport)
+    x_lt = transport.move(F_t, x_t, t, lam * t)
     torch.testing.assert_close(x_lt, transport.interpolate(x, z, lam * t))
     target = secant_target(F_t, F_lt, x_t, x_lt, t, lam * t, transport)
     torch.testing.assert_close(target, F_t, rtol=0, atol=1e-9)
@@ -95,7 +94,7 @@ def test_a_straight_field_has_no_secant_at_any_lambda(transport: Transport, lam:
 
 def test_a_linear_move_is_an_euler_step() -> None:
     F, x_t, t, s = draw(10, 3), draw(10, 3, seed=1), ten_times(0.5, 1), ten_times(0, 0.5)
-    torch.testing.assert_close(move(F, x_t, t, s, LINEAR), x_t - (t - s)[:, None] * F)
+    torch.testing.assert_close(LINEAR.move(F, x_t, t, s), x_t - (t - s)[:, None] * F)
 
 
 @ALL

@@ -11,8 +11,9 @@ from exact_fields import (
     networks,
 )
 
-from apexflow.objectives.cm import CM, noise_levels, pseudo_huber, solve, teach, time_levels
-from apexflow.objectives.lcm import mean_huber
+from apexflow.objectives.cm import CM, noise_levels, time_levels
+from apexflow.objectives.huber import mean_huber, pseudo_huber
+from apexflow.objectives.teacher import solve, teach
 from apexflow.transport import expand
 
 

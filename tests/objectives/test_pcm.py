@@ -9,7 +9,6 @@ from exact_fields import (
     EVERY_TRANSPORT,
 )
 
-from apexflow.objectives.apex import move
 from apexflow.objectives.lcm import LCM
 from apexflow.objectives.pcm import PCM, renoise
 from apexflow.sampler import shift_times, time_grid
@@ -60,7 +59,7 @@ def test_pcms_edges_belong_to_the_phase_above() -> None:
 def test_moving_to_where_one_stands_changes_nothing(transport: Transport) -> None:
     """PCM's boundary condition, Eq. (3) at s_m."""
     F, x_t, t = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0.0, 0.25, 0.9])
-    torch.testing.assert_close(move(F, x_t, t, t, transport), x_t, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(transport.move(F, x_t, t, t), x_t, rtol=1e-3, atol=1e-3)
 
 
 @EVERY_TRANSPORT
@@ -84,7 +83,7 @@ def test_pcms_judge_sees_both_ends_within_their_phase(turn: int) -> None:
     losses = PCM()(roles.networks(), batch, {})
     student, minus = roles.calls("student")[0], roles.calls("reference")[0]
     edge = (student.t * 4 - 1e-5).floor() / 4
-    f, target = (move(call.F, call.x_t, call.t, edge, LINEAR) for call in (student, minus))
+    f, target = (LINEAR.move(call.F, call.x_t, call.t, edge) for call in (student, minus))
     asked = roles.calls("teacher")[2:]  # the first two are the solver's, guided
     for seen, end in zip(asked, (f,) if turn == 0 else (target, f), strict=True):
         assert bool((edge <= seen.t).all()) and bool((seen.t <= edge + 0.25 + 1e-6).all())

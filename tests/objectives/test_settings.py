@@ -14,6 +14,7 @@ from exact_fields import (
 )
 
 from apexflow.objectives import objectives, sampler_of
+from apexflow.objectives.apex import APEX
 from apexflow.objectives.cm import CM
 from apexflow.objectives.ctm import CTM
 from apexflow.objectives.lcm import LCM
@@ -114,7 +115,9 @@ def test_needs_follow_the_options(objective: Any, needs: tuple[str, ...]) -> Non
 
 
 @pytest.mark.parametrize(
-    "objective", [CM(guidance=3), SCM(guidance=3), UCGM(guidance=3), LCM(), PCM(adversarial=0)], ids=repr
+    "objective",
+    [APEX(path_weight=0, share=1), CM(guidance=3), SCM(guidance=3), UCGM(guidance=3), LCM(), PCM(adversarial=0)],
+    ids=repr,
 )
 def test_a_guided_teacher_needs_a_null_condition(objective: Any) -> None:
     roles = make_roles()

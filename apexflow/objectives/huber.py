@@ -1,0 +1,21 @@
+"""Pseudo-Huber distances: squares of small errors, lengths of large ones."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def pseudo_huber(error: Tensor, c: float | None) -> Tensor:
+    """iCT, section 3.3: `sqrt(||e||^2 + (c sqrt d)^2) - c sqrt d` for each row of d elements; None: their mean square."""
+    squared = error.float().flatten(1).square()
+    if c is None:
+        return squared.mean(1)
+    offset = c * math.sqrt(squared.shape[1])
+    return (squared.sum(1) + offset**2).sqrt() - offset
+
+
+def mean_huber(error: Tensor, c: float) -> Tensor:
+    """Pseudo-Huber by element, `sqrt(e^2 + c^2) - c`, averaged over each row."""
+    return ((error.float().square() + c**2).sqrt() - c).flatten(1).mean(1)
