@@ -44,16 +44,19 @@ class Settings:
 class Backbone(Protocol):
     """A loaded text-to-image model. Pictures are (B, 3, H, W) in [-1, 1]; latents have about unit variance.
 
-    text_encoder: one module, or a ModuleDict of several. lora_targets: module names or their last parts, as peft takes
-    them. without_gradient: first parts of the names of parameters that no loss can reach (their output is dropped),
-    which DDP must be told of. shift_defaults: (a, b) of Eq. (16). normalizes_text: whether the network RMS-normalises
-    the text first, so that scaling it by a positive factor changes nothing (see `check_shift`). time_shift: s of
-    `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side. flow_scheduler: whether the stock pipeline
-    hands its network's answer to the scheduler as z - x on linear transport. depth: the key of the transformer's config
-    that counts its like blocks, if it has such. bfloat16: whether weights that are not stored in bfloat16 draw well in it.
+    pipeline: the stock class; network_part: the folder of the denoiser. text_encoder: one module, or a ModuleDict of
+    several. lora_targets: module names or their last parts, as peft takes them. without_gradient: first parts of the
+    names of parameters that no loss can reach (their output is dropped), which DDP must be told of. shift_defaults: (a,
+    b) of Eq. (16). normalizes_text: whether the network RMS-normalises the text first, so that scaling it by a positive
+    factor changes nothing (see `check_shift`). time_shift: s of `t' = s t / (1 + (s - 1) t)` for pictures of
+    `default_size` pixels a side. flow_scheduler: whether the stock pipeline hands its network's answer to the scheduler
+    as z - x on linear transport. depth: the key of the transformer's config that counts its like blocks, if it has such.
+    bfloat16: whether weights that are not stored in bfloat16 draw well in it.
     """
 
     family: ClassVar[str]
+    pipeline: str
+    network_part: ClassVar[str]
     transport: Transport
     transformer: nn.Module
     text_encoder: nn.Module
@@ -114,6 +117,14 @@ class Backbone(Protocol):
 
     def round_time(self, t: Tensor) -> Tensor:
         """Times as the network really sees them."""
+        ...
+
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """Keyword arguments of the stock pipeline's call that guide it, and have it read prompts, as `settings` say."""
+        ...
+
+    def stock_places(self, times: Tensor) -> dict[str, Any]:
+        """How a stock pipeline that keeps its own scheduler is told where to ask, given a grid (steps + 1,)."""
         ...
 
     def save(self, folder: Path, settings: Settings) -> None:

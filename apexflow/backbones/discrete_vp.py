@@ -7,6 +7,7 @@ linear transport is `x_lin = x_vp / (alpha + gamma)` at `t = alpha / (alpha + ga
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,12 @@ class DiscreteVP:
         above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
         below = above - 1
         return below + (wanted - table[below]) / (table[above] - table[below])
+
+    def places(self, scheduler: Any, times: Tensor) -> dict[str, Any]:
+        """The `timesteps` of a stock pipeline's call that stand for a grid (steps + 1,), where its scheduler takes them."""
+        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+            return {}
+        return {"timesteps": self.index(times[:-1]).round().int().tolist()}
 
     def velocity(self, epsilon: Epsilon, x_t: Tensor, t: Tensor) -> Tensor:
         """F(x_t, t) in the dtype of `x_t` (B, ...), from `epsilon(x_vp, index)`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,6 @@ class Family(Encoders):
     pipeline: str  # the class that `model_index.json` names
     defaults: ClassVar[Settings] = Settings(instruction=False)
     network_part: ClassVar[str] = "transformer"
-    patch: ClassVar[int] = 2  # latent pixels to a side of a token
     transport: Transport = LINEAR
     lora_targets: Sequence[str]
     without_gradient: Sequence[str] = ()
@@ -78,6 +78,17 @@ class Family(Encoders):
         """Latents (B, C, h, w) to pictures (B, 3, H, W), clamped to [-1, 1], in float32."""
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return self.vae.decode(latents.to(next(self.vae.parameters()))).sample.float().clamp(-1, 1)
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels to a side of a token."""
+        return 2
+
+    @property
+    def embedded_guidance(self) -> float | None:
+        """The scale that a network is fed which takes one as an input."""
+        scale = self.settings.embedded_guidance
+        return self.defaults.embedded_guidance if scale is None else scale
 
     @property
     def factor(self) -> int:
@@ -135,6 +146,23 @@ class Family(Encoders):
     def index(self) -> dict[str, Any]:
         """What `model_index.json` says beside the parts."""
         return {}
+
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """Keyword arguments of the stock pipeline's call that guide it, and have it read prompts, as `settings` say."""
+        limit = stock_parameters(self.pipeline).get("max_sequence_length")
+        said = limit is not None and limit.default != settings.max_tokens
+        return {"guidance_scale": settings.guidance} | ({"max_sequence_length": settings.max_tokens} if said else {})
+
+    def stock_places(self, times: Tensor) -> dict[str, Any]:
+        """How a stock pipeline that keeps its own scheduler is told where to ask, given a grid (steps + 1,)."""
+        return {}
+
+
+def stock_parameters(pipeline: str) -> Mapping[str, inspect.Parameter]:
+    """What the call of a stock pipeline takes."""
+    import diffusers
+
+    return inspect.signature(getattr(diffusers, pipeline).__call__).parameters
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -37,8 +37,6 @@ class Flux(Family):
 
     def __init__(self, parts: dict[str, Any], settings: Settings) -> None:
         super().__init__(parts, settings)
-        scale = settings.embedded_guidance
-        self.embedded_guidance = self.defaults.embedded_guidance if scale is None else scale
         # The output layer is called proj_out too: name those of the single blocks in full.
         single = (f"single_transformer_blocks.{i}.proj_out" for i in range(self.config.num_single_layers))
         self.lora_targets = (*ATTENTION, *FEED_FORWARD, *single)
@@ -89,6 +87,12 @@ class Flux(Family):
         limit = self.settings.max_tokens
         embeds = t5_states(self.encoder("text_encoder_2"), self.tokenizers["tokenizer_2"], texts, limit)
         return Condition(embeds, pooled=pooled)
+
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """The scale goes into the network."""
+        options, scale = super().stock_options(settings), settings.embedded_guidance
+        del options["guidance_scale"]
+        return options if scale is None else options | {"guidance_scale": scale}
 
     @property
     def channels(self) -> int:

@@ -44,6 +44,10 @@ class Lumina2(Family):
         }
         return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """By default the guided answer is cut to the length of the other one."""
+        return super().stock_options(settings) | ({"cfg_normalization": False} if settings.guidance != 1 else {})
+
     @property
     def text_width(self) -> tuple[int, int | None]:
         return self.config.cap_feat_dim, None

@@ -68,11 +68,11 @@ def build_miniature(words: Sequence[str], seed: int = 0, width: int = 192, depth
         scaling_factor=1.0,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    parts: list[Any] = [transformer, vae, text_encoder]
-    for part in parts:
-        part.eval()
+    networks: dict[str, Any] = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+    for network in networks.values():
+        network.eval()
     settings = Settings(steps=50, guidance=2.5, instruction=False, max_tokens=32, size=64)
-    return Sana(transformer, vae, text_encoder, tokenizer, scheduler, settings)
+    return Sana(networks | {"tokenizer": tokenizer, "scheduler": scheduler}, settings)
 
 
 def word_tokenizer(words: Sequence[str]) -> Any:

@@ -54,7 +54,7 @@ def load_part(
         return guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
     check_part(path, kind, device)
     if device.type == "meta":
-        model = guarded(path, lambda: _described(path, kind))
+        model = guarded(path, lambda: _described(path, kind)).to(dtype)
     elif hollow:
         model = guarded(path, lambda: _described(path, kind, buffers=True))
         model.weights_from = path

@@ -61,6 +61,14 @@ class PixArt(Family):
     def text_width(self) -> tuple[int, int | None]:
         return self.config.caption_channels, None
 
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """The pipeline would take other words and another size."""
+        return super().stock_options(settings) | {"clean_caption": False, "use_resolution_binning": False}
+
+    def stock_places(self, times: Tensor) -> dict[str, Any]:
+        """Left alone, the pipeline takes its one step at the clean end."""
+        return self.schedule.places(self.scheduler, times)
+
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 4, h, w), answered in the dtype of x_t."""
         dtype = compute_dtype(network)

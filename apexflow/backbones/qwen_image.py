@@ -43,6 +43,12 @@ class QwenImage(Family):
         last = f"transformer_blocks.{self.config.num_layers - 1}"
         self.without_gradient = (f"{last}.attn.to_add_out.", f"{last}.txt_mlp.")
 
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """Without a negative prompt the scale is not heard."""
+        options, guided = super().stock_options(settings), settings.guidance != 1
+        scale = {"true_cfg_scale": options.pop("guidance_scale")}
+        return options | scale | ({"negative_prompt": " "} if guided else {})
+
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> QwenImage:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""

@@ -27,25 +27,25 @@ class SanaSprint(Sana):
     flow_scheduler = False
     bfloat16 = True
 
-    def __init__(
-        self,
-        transformer: Any,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        scheduler: Any,
-        settings: Settings,
-    ) -> None:
-        super().__init__(transformer, vae, text_encoder, tokenizer, scheduler, settings)
-        scale = settings.embedded_guidance
-        self.embedded_guidance = self.defaults.embedded_guidance if scale is None else scale
+    def __init__(self, parts: dict[str, Any], settings: Settings) -> None:
+        super().__init__(parts, settings)
         # Sends the middle of an even two-step grid to the stock pipeline's intermediate angle of 1.3.
         self.time_shift = math.tan(1.3)
+
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """The scale goes into the network."""
+        options, scale = super().stock_options(settings), settings.embedded_guidance
+        del options["guidance_scale"]
+        return options if scale is None else options | {"guidance_scale": scale}
+
+    def stock_places(self, times: Tensor) -> dict[str, Any]:
+        """The pipeline begins at pure noise by itself, and its middle of two steps is ours; another number wants it unset."""
+        return {} if len(times) == 3 else {"intermediate_timesteps": None}
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, C, h, w), answered in the dtype of x_t."""
         dtype = compute_dtype(network)
-        config = self.transformer.config
+        config = self.config
         guidance = None
         if config.guidance_embeds:
             scale = float(self.embedded_guidance or 0) * config.guidance_embeds_scale

@@ -30,7 +30,6 @@ class StableDiffusionXL(Family):
     pipeline = "StableDiffusionXLPipeline"
     network_part: ClassVar[str] = "unet"
     flow_scheduler = False
-    patch: ClassVar[int] = 1
     defaults: ClassVar[Settings] = Settings(
         steps=50, guidance=5.0, instruction=False, max_tokens=77, embedded_guidance=8.0
     )
@@ -46,8 +45,6 @@ class StableDiffusionXL(Family):
         self.zero_null = zero_null
         self.schedule = DiscreteVP.of(self.scheduler)
         self.time_shift = self.schedule.time_shift
-        scale = settings.embedded_guidance
-        self.embedded_guidance = self.defaults.embedded_guidance if scale is None else scale
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> StableDiffusionXL:
@@ -115,6 +112,19 @@ class StableDiffusionXL(Family):
             kept = torch.tensor([not is_null(text) for text in texts], device=embeds.device)
             embeds, pooled = embeds * kept[:, None, None], pooled * kept[:, None]
         return Condition(embeds, pooled=pooled)
+
+    @property
+    def patch(self) -> int:
+        return 1
+
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """A U-Net that takes the scale as an input is not guided otherwise."""
+        embedded = self.config.time_cond_proj_dim is not None
+        return super().stock_options(settings) | ({"guidance_scale": self.embedded_guidance} if embedded else {})
+
+    def stock_places(self, times: Tensor) -> dict[str, Any]:
+        """Left alone, the pipeline takes its one step at the clean end."""
+        return self.schedule.places(self.scheduler, times)
 
     def index(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.zero_null}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class ZImage(Family):
         parts = load_parts(folder, kinds, device, dtype, hollow)
         turbo = parts["scheduler"].config.get("shift") == TURBO_SHIFT
         return cls(parts, read_settings(folder, TURBO if turbo else cls.defaults))
+
+    def stock_options(self, settings: Settings) -> dict[str, Any]:
+        """The pipeline adds its scale times the difference to the conditional answer."""
+        return super().stock_options(settings) | {"guidance_scale": settings.guidance - 1}
 
     @property
     def text_width(self) -> tuple[int, int | None]:

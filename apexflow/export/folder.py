@@ -121,16 +121,12 @@ def _scheduler(backbone: Backbone, asked: Scheduler | None) -> Scheduler:
     return asked or ("stock" if backbone.flow_scheduler else "original")
 
 
-def _part(backbone: Backbone) -> str:
-    return getattr(backbone, "network_part", "transformer")
-
-
 def _whole(found: Source, partial: Path) -> None:
     """A copy of what is read of the model's folder, with the LoRA added where there is one that is not in it yet."""
     model, pairs = found.model, None
     if found.lora is not None and not found.merged:
         pairs = read_lora(found.lora)
-        check_lora(found.lora, pairs, model / _part(found.backbone))
+        check_lora(found.lora, pairs, model / found.backbone.network_part)
     parts = [name for name in components(model) if (model / name).is_dir()]
     for name in parts:
         if list((model / name).glob("*.safetensors")):
@@ -141,7 +137,7 @@ def _whole(found: Source, partial: Path) -> None:
     for file in (path for pattern in (INDEX, *OWN, "LICENSE*") for path in model.glob(pattern)):
         shutil.copyfile(file, partial / file.name)
     if pairs is not None:
-        merge_into(partial / _part(found.backbone), pairs)
+        merge_into(partial / found.backbone.network_part, pairs)
     (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")
 
 
@@ -153,7 +149,7 @@ def _lora(found: Source, partial: Path) -> None:
     pipeline = read_index(found.model)["_class_name"]
     if not hasattr(getattr(diffusers, pipeline), "load_lora_weights"):
         raise UserError(f"{pipeline} of diffusers loads no LoRA: pass --merge")
-    check_lora(found.lora, read_lora(found.lora), found.model / _part(found.backbone))
+    check_lora(found.lora, read_lora(found.lora), found.model / found.backbone.network_part)
     partial.mkdir(parents=True)
     shutil.copyfile(found.lora, partial / FILE)
     (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")

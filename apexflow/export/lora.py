@@ -26,7 +26,7 @@ def is_loadable(backbone: Backbone) -> bool:
 def _pipeline(backbone: Backbone) -> Any:
     import diffusers
 
-    return getattr(diffusers, backbone.pipeline)  # type: ignore[attr-defined]
+    return getattr(diffusers, backbone.pipeline)
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def save_lora(roles: LoraRoles, folder: Path, dtype: torch.dtype = torch.float32
     """
     backbone = roles.backbone
     pipeline = _pipeline(backbone)
-    part: str = getattr(backbone, "network_part", "transformer")
+    part = backbone.network_part
     if not is_loadable(backbone):
         raise UserError(f"{pipeline.__name__} of diffusers loads no LoRA: export the merged model instead")
     config = backbone.transformer.peft_config["ema"].to_dict()  # type: ignore[index,operator,union-attr]

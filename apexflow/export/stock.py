@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -50,59 +49,12 @@ def call_options(backbone: Backbone, settings: Settings, stock: bool) -> dict[st
     """Keyword arguments of the stock pipeline's call that sample as `settings` say; `stock`: by the stock scheduler.
 
     Height and width are given since most pipelines have a size of their own, whatever the model was tuned at. A pipeline that
-    keeps its own scheduler is told where to begin: left alone, SDXL's takes its one step at the clean end.
+    keeps its own scheduler is told where to ask.
     """
     side = settings.size or backbone.default_size
     options: dict[str, Any] = {"num_inference_steps": settings.steps, "height": side, "width": side}
     if stock:
         options["sigmas"] = stock_scheduler_config(settings, backbone.time_shift)["sigmas"]
     elif not backbone.flow_scheduler:
-        options |= _places(backbone, settings)
-    return options | _guidance(backbone, settings) | _text(backbone, settings)
-
-
-def _places(backbone: Any, settings: Settings) -> dict[str, Any]:
-    """Where on its own schedule a pipeline without a flow scheduler is to ask: indices of the DDPM's table.
-
-    SANA-Sprint's begins at pure noise by itself, and its middle of two steps is ours; another number wants it unset.
-    """
-    if backbone.family == "sana-sprint":
-        return {} if settings.steps == 2 else {"intermediate_timesteps": None}
-    if "timesteps" not in signature(backbone.scheduler.set_timesteps).parameters:
-        return {}
-    return {"timesteps": backbone.schedule.index(_times(settings, backbone.time_shift)[:-1]).round().int().tolist()}
-
-
-def _guidance(backbone: Any, settings: Settings) -> dict[str, Any]:
-    """How a family's pipeline is told the scale of F(null) + scale (F(c) - F(null)), 1 being none."""
-    family, guided = backbone.family, settings.guidance != 1
-    if family == "qwen-image":  # without a negative prompt the scale is not heard
-        return {"true_cfg_scale": settings.guidance} | ({"negative_prompt": " "} if guided else {})
-    if family == "lumina2":  # by default the guided answer is cut to the length of the other one
-        return {"guidance_scale": settings.guidance} | ({"cfg_normalization": False} if guided else {})
-    if family == "z-image":
-        return {"guidance_scale": settings.guidance - 1}
-    if family in ("flux", "sana-sprint"):  # the scale goes into the network
-        scale = settings.embedded_guidance
-        return {} if scale is None else {"guidance_scale": scale}
-    if family == "sdxl" and backbone.config.time_cond_proj_dim is not None:  # LCM's too
-        return {"guidance_scale": backbone.embedded_guidance}
-    return {"guidance_scale": settings.guidance}
-
-
-def _text(backbone: Any, settings: Settings) -> dict[str, Any]:
-    """What makes the pipeline read a prompt as we do, and draw at the size that it is told."""
-    import diffusers
-
-    family: str = backbone.family
-    options: dict[str, Any] = {}
-    limit = signature(getattr(diffusers, backbone.pipeline).__call__).parameters.get("max_sequence_length")
-    if limit is not None and limit.default != settings.max_tokens:
-        options["max_sequence_length"] = settings.max_tokens
-    if family.startswith("sana") and not settings.instruction:
-        options["complex_human_instruction"] = None
-    if family == "pixart":
-        options["clean_caption"] = False
-    if family == "pixart" or family.startswith("sana"):
-        options["use_resolution_binning"] = False
-    return options
+        options |= backbone.stock_places(_times(settings, backbone.time_shift))
+    return options | backbone.stock_options(settings)
