@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
-from apexflow.objectives import Networks, further_of
+from apexflow.objectives import Networks
 from apexflow.training.config import Recipe
 from apexflow.training.depth import SHALLOW, at_depth, by_depth, layers_of, one_block
 from apexflow.training.further import Furthers, copies, make_furthers
@@ -41,7 +41,7 @@ class Sizes:
     further: int = 0
 
 
-def sizes_of(roles: Any, furthers: Furthers | None = None) -> Sizes:
+def sizes_of(roles: Roles, furthers: Furthers | None = None) -> Sizes:
     """The networks of a run, by what happens to their tensors. Each storage counts once."""
     trained, average = _storages(roles.trained.values()), _storages(roles.average.values())
     further = _storages(p for one in (furthers or Furthers()).trained.values() for p in one.values())
@@ -68,7 +68,7 @@ def network_sizes(
         return [sizes_of(made.roles, made.furthers).further]
 
     sizes = Sizes(*by_depth(alone, backbone, teacher))
-    if not further_of(recipe.build_objective()):
+    if not recipe.build_objective().further:
         return sizes
     return replace(sizes, further=by_depth(further, backbone, teacher)[0])
 
@@ -143,7 +143,7 @@ def activations(
     kept += _count_captions(backbone, captions, tokens) if captions else 0
     if not again:
         return Activations(kept, 0)
-    trained = [backbone, *([teacher] if teacher and copies(further_of(recipe.build_objective())) else [])]
+    trained = [backbone, *([teacher] if teacher and copies(recipe.build_objective().further) else [])]
     rows = max(made.rows for made in graphs)
     return Activations(kept, max(_one_block(one, plain, rows, shape, tokens) for one in trained))
 
@@ -184,7 +184,7 @@ class OnShapes:
 
 def on_shapes(backbone: Backbone, recipe: Recipe, tokens: int, teacher: Backbone | None = None) -> OnShapes:
     """The networks that a recipe asks, around a backbone, and a teacher of its own, on the meta device."""
-    declared = further_of(recipe.build_objective())
+    declared = recipe.build_objective().further
     width, pooled = backbone.text_width
     with torch.device("meta"), counting(backbone, tokens):
         needs = ("teacher",) if declared else ()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Losses, Networks, further_of
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.randomness import RowRandom
 
 
@@ -23,13 +23,13 @@ class Pass:
     graph: bool
 
 
-def count_passes(objective: Any, rows: int, total: int | None = None) -> list[Pass]:
+def count_passes(objective: Objective, rows: int, total: int | None = None) -> list[Pass]:
     """The passes of the first micro-batch of `rows` out of a global batch of `total`, in order."""
     return trace_passes(objective, rows, total)[0]
 
 
 def trace_passes(
-    objective: Any, rows: int, total: int | None = None, shape: Sequence[int] = (2, 4, 4)
+    objective: Objective, rows: int, total: int | None = None, shape: Sequence[int] = (2, 4, 4)
 ) -> tuple[list[Pass], Losses]:
     """The passes, and the losses with their graph.
 
@@ -48,7 +48,7 @@ def trace_passes(
 
     null = Condition(torch.zeros(1, 1, 2))
     student, reference, teacher = role("student", trained=True), role("reference"), role("teacher")
-    further = {network.name: role(network.name, trained=True) for network in further_of(objective)}
+    further = {network.name: role(network.name, trained=True) for network in objective.further}
     held = {name: role(f"{name}, held") for name in ("student", "reference", "teacher", *further)}
     networks = Networks(student, reference, teacher, null, further=further, frozen=held)
     numbers = torch.arange(rows)
