@@ -25,9 +25,10 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     prompts = grid(plan, rows, "prompts", [str(index + 1) for index in range(len(grid_prompts()))])
     steps = grid(plan, rows, "nfe", [f"NFE {number}" for number in nfe])
     true = results.get("true_pictures")
+    command = tag("p", tag("code", text(results["command"])))
     body = [
         tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
-        section("What was compared", tag("p", tag("code", text(results["command"]))) + _papers(plan, rows), told(results)),
+        section("What was compared", command + _papers(plan, rows), told(results)),
         section("Equal images", shown(budget_table(rows, IMAGES, nfe, true))),
         section("Equal wall time", shown(budget_table(rows, TIME, nfe))),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
@@ -21,14 +21,12 @@ from torch.overrides import TorchFunctionMode
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
-from apexflow.objectives import Networks
+from apexflow.objectives import Field, Networks
 from apexflow.training.config import Recipe
 from apexflow.training.depth import SHALLOW, at_depth, by_depth, layers_of, one_block
 from apexflow.training.further import Furthers, copies, make_furthers
 from apexflow.training.passes import Pass
 from apexflow.training.roles import Roles, checkpointed, make_roles
-
-HELD = ", held"  # how a `Pass` names a role whose weights are out of the graph
 
 
 @dataclass(frozen=True)
@@ -174,12 +172,10 @@ class OnShapes:
         judges = [one for one in self.furthers.fields.values() if isinstance(one, nn.Module)]
         return [*self.roles.everything, *judges]
 
-    def field(self, role: str) -> Callable[..., Tensor]:
-        """Who answers a `Pass`."""
-        name = role.removesuffix(HELD)
-        if name != role:
-            return self.networks.frozen[name]
-        return self.networks.further[name] if name in self.networks.further else getattr(self.networks, name)
+    def field(self, one: Pass) -> Field:
+        """Who answers a pass."""
+        named = self.networks.frozen if one.held else self.networks.further
+        return named[one.role] if one.role in named else getattr(self.networks, one.role)
 
 
 def on_shapes(backbone: Backbone, recipe: Recipe, tokens: int, teacher: Backbone | None = None) -> OnShapes:
@@ -211,7 +207,7 @@ def _count(
 
     def ask(one: Pass) -> Tensor:
         x_t, t, c = example_inputs(backbone, one.rows, shape, tokens)
-        return made.field(one.role)(x_t.requires_grad_(one.role.endswith(HELD)), t, c)
+        return made.field(one)(x_t.requires_grad_(one.held), t, c)
 
     with mode, kept_for_backward(made.modules) as kept, half, counting(backbone, tokens):
         alive = [ask(one) for one in graphs]

@@ -16,11 +16,15 @@ from apexflow.randomness import RowRandom
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of a role on some rows; `graph`: whether activations are kept for backward."""
+    """One call of a role on some rows.
+
+    graph: whether activations are kept for backward. held: whether the role's weights are out of it.
+    """
 
     role: str
     rows: int
     graph: bool
+    held: bool = False
 
 
 def count_passes(objective: Objective, rows: int, total: int | None = None) -> list[Pass]:
@@ -39,9 +43,9 @@ def trace_passes(
     made: list[Pass] = []
     weight = torch.ones(1, requires_grad=True)
 
-    def role(name: str, trained: bool = False) -> Callable[..., Tensor]:
+    def role(name: str, trained: bool = False, held: bool = False) -> Callable[..., Tensor]:
         def answer(x_t: Tensor, *_: Any) -> Tensor:
-            made.append(Pass(name, len(x_t), torch.is_grad_enabled() and (trained or x_t.requires_grad)))
+            made.append(Pass(name, len(x_t), torch.is_grad_enabled() and (trained or x_t.requires_grad), held))
             return x_t + (weight if trained else weight.detach())
 
         return answer
@@ -49,8 +53,8 @@ def trace_passes(
     null = Condition(torch.zeros(1, 1, 2))
     student, reference, teacher = role("student", trained=True), role("reference"), role("teacher")
     further = {network.name: role(network.name, trained=True) for network in objective.further}
-    held = {name: role(f"{name}, held") for name in ("student", "reference", "teacher", *further)}
-    networks = Networks(student, reference, teacher, null, further=further, frozen=held)
+    frozen = {name: role(name, held=True) for name in ("student", "reference", "teacher", *further)}
+    networks = Networks(student, reference, teacher, null, further=further, frozen=frozen)
     numbers = torch.arange(rows)
     random = RowRandom(0, 0, numbers.tolist())
     c = Condition(torch.ones(rows, 1, 2))
