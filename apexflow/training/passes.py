@@ -27,15 +27,15 @@ class Pass:
     held: bool = False
 
 
-def count_passes(objective: Objective, rows: int, total: int | None = None) -> list[Pass]:
-    """The passes of the first micro-batch of `rows` out of a global batch of `total`, in order."""
-    return trace_passes(objective, rows, total)[0]
+def count_passes(objective: Objective, rows: int) -> list[Pass]:
+    """The passes of a batch of `rows`, in order."""
+    return trace_passes(objective, rows, rows)[0]
 
 
 def trace_passes(
-    objective: Objective, rows: int, total: int | None = None, shape: Sequence[int] = (2, 4, 4)
+    objective: Objective, rows: int, total: int, shape: Sequence[int] = (2, 4, 4)
 ) -> tuple[list[Pass], Losses]:
-    """The passes, and the losses with their graph.
+    """The passes of the first micro-batch of `rows` out of a global batch of `total`, and the losses with their graph.
 
     The networks are stand-ins of one parameter that keep nothing for backward, so this costs nothing at any model size,
     and what autograd saves within is the losses' own, for latents of `shape` (C, h, w).
@@ -58,7 +58,7 @@ def trace_passes(
     numbers = torch.arange(rows)
     random = RowRandom(0, 0, numbers.tolist())
     c = Condition(torch.ones(rows, 1, 2))
-    losses = objective(networks, Batch(random.normal(shape), c, random, numbers, total or rows, 0.5), {})
+    losses = objective(networks, Batch(random.normal(shape), c, random, numbers, total, 0.5), {})
     return made, losses
 
 
