@@ -76,20 +76,6 @@ def _fits(c: Tensor, value: float | Tensor) -> bool:
     return not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] == c.shape[-1]
 
 
-def concatenate(conditions: Sequence[Condition]) -> Condition:
-    """Join conditions along the batch, padding the shorter texts with masked zeros; all or none must be pooled."""
-    if len({c.pooled is None for c in conditions}) > 1:
-        raise ValueError("conditions with and without a pooled embedding cannot be joined")
-    length = max(c.embeds.shape[1] for c in conditions)
-    masked = any(c.mask is not None or c.embeds.shape[1] != length for c in conditions)
-    embeds = torch.cat([pad_tokens(c.embeds, length) for c in conditions])
-    mask = torch.cat([pad_tokens(_mask(c), length) for c in conditions]) if masked else None
-    pooled = None
-    if all(c.pooled is not None for c in conditions):
-        pooled = torch.cat([c.pooled for c in conditions if c.pooled is not None])
-    return Condition(embeds, mask, pooled)
-
-
 def replace_rows(c: Condition, where: Tensor, other: Condition) -> Condition:
     """`c` with the rows that the boolean `where` (B,) marks replaced by the one-row condition `other`, mask and pooled too."""
     if not bool(where.any()):

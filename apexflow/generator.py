@@ -22,6 +22,7 @@ from apexflow.randomness import RowRandom
 from apexflow.sampler import sample, shift_times, time_grid
 
 MAX_BATCH = 32
+GAP = 2  # pixels between the pictures of a grid
 
 
 class Generator:
@@ -161,13 +162,13 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]
 
 
-def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int = 1, gap: int = 2) -> Image.Image:
+def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int = 1) -> Image.Image:
     """Pictures of one size laid out in rows."""
     width, height = (side * scale for side in pictures[0].size)
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
     for index, picture in enumerate(pictures):
-        spot = ((index % columns) * (width + gap), (index // columns) * (height + gap))
+        spot = ((index % columns) * (width + GAP), (index // columns) * (height + GAP))
         sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else picture, spot)
     return sheet
 

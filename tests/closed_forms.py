@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.conditioning import Condition, Velocity
-from apexflow.objectives import Batch, Field, Further, Networks, further_of
+from apexflow.objectives import Batch, Field, Further, Networks, Objective
 from apexflow.randomness import RowRandom
 from apexflow.training.fields import held
 from apexflow.transport import LINEAR, Transport, expand
@@ -183,12 +183,12 @@ class Roles:
 SHAPE, WIDTH = (1, 4, 4), 3
 
 
-def make_roles(objective: Any = None) -> Roles:
+def make_roles(objective: Objective | None = None) -> Roles:
     """Three different linear fields for data of SHAPE and conditions of WIDTH, and what else an objective declares."""
     size = int(np.prod(SHAPE))
-    kind = JumpField if "second_time" in getattr(objective, "needs", ()) else LinearField
+    kind = JumpField if objective is not None and "second_time" in objective.needs else LinearField
     roles = Roles(*[kind(size, WIDTH, seed) for seed in (1, 2, 3)])
-    for declared in further_of(objective):
+    for declared in objective.further if objective is not None else ():
         roles.add(declared)
     return roles
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,7 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: Calls) -> None:
     for text in (markdown, page):
         assert "scm" in text and "flow_matching" in text and "teacher" in text
         assert "8 images a run" in text and "best of 2 learning rates" in text and "2 seeds" in text
+    assert all(escape(objectives()[name].citation) in page for name in METHODS)
     assert page.count("<svg") >= 2 + 4 and page.count("<img") == 2 and "http" not in page.replace("http-equiv", "")
     assert (out / "grid-prompts.png").is_file() and (out / "grid-nfe.png").is_file()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from apexflow.comparison.chart import lines_chart
-from apexflow.comparison.cost import held, most_kept, seconds_a_step
+from apexflow.comparison.cost import lasting, most_kept, seconds_a_step
 from apexflow.comparison.results import own_command
 from apexflow.comparison.scores import pooled
 from apexflow.comparison.train import once
@@ -20,7 +20,7 @@ from apexflow.training.loop import start
 
 
 def test_memory_counts_weights_moments_and_what_backward_keeps(recipe_file: Path) -> None:
-    full = held(start(load_recipe(recipe_file, ["method=flow_matching"]), resume=False))
+    full = lasting(start(load_recipe(recipe_file, ["method=flow_matching"]), resume=False))
     weights = sum(p.numel() * 4 for p in start_again(recipe_file).roles.trained.values())
     assert full == weights * (1 + 1 + 3)  # student, average; gradient and two moments
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Condition, concatenate, guide, pad_tokens
+from apexflow.conditioning import Condition, guide, pad_tokens
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -89,27 +89,6 @@ def test_expand_repeats_the_one_row() -> None:
     c = full()[:1].expand(3)
     assert len(c) == 3 and c.mask is not None and c.mask.shape == (3, 3)
     assert torch.equal(c.embeds[2], c.embeds[0])
-
-
-def test_concatenate_pads_the_shorter_text_with_masked_zeros() -> None:
-    long, short = Condition(draw(2, 4, 5)), Condition(draw(1, 2, 5, seed=1))
-    joined = concatenate([long, short])
-    assert joined.mask is not None and joined.mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert torch.equal(joined.embeds[:2], long.embeds) and torch.equal(joined.embeds[2, :2], short.embeds[0])
-    assert not joined.embeds[2, 2:].any()
-
-
-def test_concatenate_keeps_masks_and_pooled_parts() -> None:
-    c = full()
-    joined = concatenate([c, c])
-    assert joined.mask is not None and c.mask is not None and joined.pooled is not None and c.pooled is not None
-    assert torch.equal(joined.mask, torch.cat([c.mask, c.mask]))
-    assert torch.equal(joined.pooled, torch.cat([c.pooled, c.pooled]))
-
-
-def test_texts_of_one_length_need_no_mask() -> None:
-    c = Condition(draw(2, 4, 5))
-    assert concatenate([c, c]).mask is None
 
 
 def test_padding_never_cuts() -> None:

@@ -28,10 +28,10 @@ def measure(plan: Plan, name: str) -> dict[str, Any]:
             kept = most_kept(run)
         except UserError as error:
             raise UserError(f"method {name} cannot be compared on {plan.recipe.model}: {error}") from error
-    return {"bytes": held(run) + kept, "further": sorted(set(run.trainees) - {"student"})}
+    return {"bytes": lasting(run) + kept, "further": sorted(set(run.trainees) - {"student"})}
 
 
-def held(run: Run) -> int:
+def lasting(run: Run) -> int:
     """Bytes of all weights, and of gradients and both moments of what is trained."""
     trained = list(run.trained.values())
     everything = [p for network in run.roles.everything for p in network.parameters()]

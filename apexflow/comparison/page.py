@@ -12,6 +12,7 @@ from apexflow.comparison.plan import IMAGES, TEACHER, TIME, Plan
 from apexflow.comparison.scores import grid_prompts, strips
 from apexflow.comparison.tables import SWEPT, budget_table, sweep_table, task_table, told
 from apexflow.comparison.train import run_folder
+from apexflow.objectives import objectives
 from apexflow.report import page, write
 from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import section, tag, text
@@ -24,9 +25,10 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     prompts = grid(plan, rows, "prompts", [str(index + 1) for index in range(len(grid_prompts()))])
     steps = grid(plan, rows, "nfe", [f"NFE {number}" for number in nfe])
     true = results.get("true_pictures")
+    command = tag("p", tag("code", text(results["command"])))
     body = [
         tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
-        section("What was compared", tag("p", tag("code", text(results["command"]))), told(results)),
+        section("What was compared", command + _papers(plan, rows), told(results)),
         section("Equal images", shown(budget_table(rows, IMAGES, nfe, true))),
         section("Equal wall time", shown(budget_table(rows, TIME, nfe))),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
@@ -47,6 +49,12 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
         ),
     ]
     return write(plan.output / "report.html", page("apexflow comparison", "".join(body)))
+
+
+def _papers(plan: Plan, rows: dict[str, Any]) -> str:
+    """The paper of each method, once where several rows are readings of it."""
+    methods = dict.fromkeys(plan.entry(name)[0] for name in rows if name != TEACHER)
+    return tag("p", text(". ".join(f"{name}: {objectives()[name].citation}" for name in methods)))
 
 
 def shown(rows: list[list[str]]) -> str:

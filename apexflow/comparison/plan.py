@@ -10,7 +10,7 @@ from typing import Any
 
 from apexflow.data.cache import is_cache
 from apexflow.errors import UserError
-from apexflow.objectives import follows_progress, objectives
+from apexflow.objectives import Objective, objectives
 from apexflow.training.config import Data, Preview, Recipe, parse, suggest
 
 NEVER = 10**9
@@ -103,7 +103,7 @@ class Plan:
     def nested(self, name: str, steps: Collection[int]) -> bool:
         """Whether a run to the most of these steps is, on its way, a run to each of the fewer: nothing follows its length."""
         method, given = self.entry(name)
-        timed = follows_progress(parse(objectives()[method], given, name))
+        timed = parse(objectives()[method], given, name).scheduled
         warmed = len({min(WARMUP, count) for count in steps}) == 1
         return warmed and not timed and self.recipe.optimizer.schedule == "constant"
 
@@ -146,7 +146,7 @@ def comparison_recipe() -> Recipe:
     )
 
 
-def guided(objective: Any, scale: float) -> dict[str, Any]:
+def guided(objective: Objective, scale: float) -> dict[str, Any]:
     """The fields that train guidance of `scale` into a method, nested ones in full; {} where it knows none."""
     found: dict[str, Any] = {}
     for one in fields(objective):

@@ -23,7 +23,7 @@ from apexflow.evaluation.files import open_picture
 from apexflow.evaluation.runner import Settings, evaluate, over_seeds
 from apexflow.evaluation.suite import SUFFIXES
 from apexflow.generator import MAX_BATCH, Generator, load
-from apexflow.objectives import objectives, sampler_of
+from apexflow.objectives import objectives
 
 SIDE = 4  # latents are averaged to this many places a side: few enough features for some hundred pictures
 MOST_TRUE, TRUE_SEED = 2000, 12
@@ -73,7 +73,7 @@ def score(
 
 def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
     """What a method recommends to sample with in so many steps; nothing for the teacher."""
-    sampler = {} if name == TEACHER else sampler_of(objectives()[plan.entry(name)[0]], steps)
+    sampler = {} if name == TEACHER else objectives()[plan.entry(name)[0]].sampling(steps)
     return {key: type(getattr(Settings(), key))(value) for key, value in sampler.items()}
 
 

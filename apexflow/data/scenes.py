@@ -118,17 +118,16 @@ def draw_shape(
     canvas.polygon([(cx + rx * px, cy + ry * py) for px, py in outline(shape)], fill=fill)
 
 
-def render(things: tuple[Thing, ...], size: int = SIZE) -> Image.Image:
-    """Draw the things, antialiased, as an RGB image of `size` x `size` pixels."""
-    scale = size * SUPERSAMPLING / SIZE
-    image = Image.new("RGB", (size * SUPERSAMPLING, size * SUPERSAMPLING), GROUND)
+def render(things: tuple[Thing, ...]) -> Image.Image:
+    """Draw the things, antialiased, as an RGB image of SIZE x SIZE pixels."""
+    image = Image.new("RGB", (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING), GROUND)
     canvas = ImageDraw.Draw(image)
     for thing in things:
         half = thing.size / 2
-        left, top = scale * (thing.x - half), scale * (thing.y - half)
-        box = (left, top, left + scale * thing.size, top + scale * thing.size)
+        left, top = SUPERSAMPLING * (thing.x - half), SUPERSAMPLING * (thing.y - half)
+        box = (left, top, left + SUPERSAMPLING * thing.size, top + SUPERSAMPLING * thing.size)
         draw_shape(canvas, thing.shape, box, COLORS[thing.color], GROUND)
-    return image.resize((size, size), Image.Resampling.BOX)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def article(words: str) -> str:

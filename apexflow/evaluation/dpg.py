@@ -197,16 +197,16 @@ def item_id(image: str | Path) -> str:
     return Path(image).name.split(".")[0]
 
 
-def crops(image: Image.Image, pic_num: int = 4, resolution: int | None = None) -> list[Image.Image]:
+def crops(image: Image.Image, pic_num: int = 4) -> list[Image.Image]:
     """The samples of one grid image: the whole (pic_num 1) or top left, top right, bottom left, bottom right (4).
 
-    resolution: side of one sample in pixels, by default what the image's width says. UserError unless the image is
-    exactly that grid: the official script would silently cut across the samples.
+    A sample is as wide as the image's width says. UserError unless the image is exactly that grid: the official script would
+    silently cut across the samples.
     """
     if pic_num not in (1, 4):
         raise UserError(f"a DPG image holds 1 or 4 samples, not {pic_num}")
     across = 1 if pic_num == 1 else 2
-    side = resolution or image.width // across
+    side = image.width // across
     if image.size != (side * across, side * across):
         raise UserError(
             f"a DPG image is {image.width}x{image.height} pixels: {pic_num} samples of {side} pixels need "

@@ -17,11 +17,6 @@ from apexflow.errors import UserError
 Array = NDArray[np.float64]
 
 
-def fid_from_features(a: ArrayLike, b: ArrayLike) -> float:
-    """FID of two feature sets (N, D) and (M, D), at least two rows each; means and np.cov in float64."""
-    return fid_from_statistics(*statistics(a), *statistics(b))
-
-
 def statistics(features: ArrayLike) -> tuple[Array, Array]:
     """Mean (D,) and unbiased covariance (D, D) of features (N, D), in float64."""
     rows = np.asarray(features, dtype=np.float64)

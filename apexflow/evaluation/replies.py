@@ -91,12 +91,11 @@ def collect(
     *,
     attempts: int = 3,
     workers: int = 8,
-    on_done: Callable[[str], None] | None = None,
 ) -> Collected:
     """Asks what the store does not hold yet, `workers` requests at a time and no more messages in memory than that.
 
     accept(reply) says whether a reply can be parsed; one that cannot is stored too and asked again, up to `attempts`
-    times (identical requests, as the official judges do). on_done(key) is called in this thread as each request ends.
+    times (identical requests, as the official judges do).
     Ctrl-C leaves at once, whatever the judge does; what it answered is in the store.
     """
     collected = Collected()
@@ -110,10 +109,7 @@ def collect(
         if not running:
             return collected
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            key = running.pop(future)
-            collected.add(key, future)
-            if on_done:
-                on_done(key)
+            collected.add(running.pop(future), future)
 
 
 def _now(task: Callable[[], str]) -> Future[str]:

@@ -55,11 +55,6 @@ PROTOCOLS: Mapping[str, Protocol] = {
         options={"temperature": 0, "max_tokens": 500, "chat_template_kwargs": {"enable_thinking": False}},
     ),
 }
-GROUPS = {  # the official files, each holding the categories that its --category option validates together
-    "culture": ("Culture",),
-    "space-time": ("Time", "Space"),
-    "science": ("Biology", "Physics", "Chemistry"),
-}
 
 _LEGACY = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)", re.IGNORECASE)
 # A lone closing tag goes, what stands before it stays; a thought that was never closed stays, too.
@@ -106,24 +101,22 @@ def wiscore(consistency: float, realism: float, aesthetic_quality: float) -> flo
     return (0.7 * consistency + 0.2 * realism + 0.1 * aesthetic_quality) / 2
 
 
-def aggregate(rows: Iterable[Mapping[str, Any]], protocol: str, category: str = "all") -> dict[str, Any]:
-    """Means by category and, for all six, the weighted overall.
+def aggregate(rows: Iterable[Mapping[str, Any]], protocol: str) -> dict[str, Any]:
+    """Means by category, and the weighted overall of all six.
 
-    rows: {prompt_id, consistency, realism, aesthetic_quality} (legacy) or {prompt_id, score} (verified). category: all,
-    one of the six names, or an official file (culture, space-time, science).
+    rows: {prompt_id, consistency, realism, aesthetic_quality} (legacy) or {prompt_id, score} (verified).
 
-    Returns overall (None unless category is all and every id is there), categories {name: mean or None}, missing and
+    Returns overall (None unless every id is there), categories {name: mean or None}, missing and
     dropped (prompt ids), complete. As officially, a row without numbers (verified: without 0 or 1) is dropped from its
     mean but its id counts as present, and duplicates are all averaged.
     """
     ranges = _protocol(protocol).categories
-    chosen = _categories(category)
-    values: dict[str, list[float]] = {name: [] for name in chosen}
+    values: dict[str, list[float]] = {name: [] for name in ranges}
     present: set[int] = set()
     dropped: list[int] = []
     for row in rows:
         identity = _prompt_id(row)
-        name = next((name for name in chosen if ranges[name][0] <= identity <= ranges[name][1]), None)
+        name = next((name for name in ranges if ranges[name][0] <= identity <= ranges[name][1]), None)
         if name is None:
             continue
         present.add(identity)
@@ -132,12 +125,11 @@ def aggregate(rows: Iterable[Mapping[str, Any]], protocol: str, category: str = 
             dropped.append(identity)
         else:
             values[name].append(value)
-    wanted = {identity for name in chosen for identity in range(ranges[name][0], ranges[name][1] + 1)}
+    wanted = {identity for name in ranges for identity in range(ranges[name][0], ranges[name][1] + 1)}
     means = {name: sum(found) / len(found) if found else None for name, found in values.items()}
     missing = sorted(wanted - present)
-    whole = category.lower() == "all" and not missing
     return {
-        "overall": _weighted(means, ranges) if whole else None,
+        "overall": None if missing else _weighted(means, ranges),
         "categories": means,
         "missing": missing,
         "dropped": dropped,
@@ -148,13 +140,6 @@ def aggregate(rows: Iterable[Mapping[str, Any]], protocol: str, category: str = 
 def _weighted(means: Mapping[str, float | None], ranges: Mapping[str, tuple[int, int, float]]) -> float | None:
     terms = [mean * ranges[name][2] for name, mean in means.items() if mean is not None]
     return sum(terms) if len(terms) == len(means) else None
-
-
-def _categories(category: str) -> tuple[str, ...]:
-    by_key = {"all": CATEGORIES, **{name.lower(): (name,) for name in CATEGORIES}, **GROUPS}
-    if category.lower() not in by_key:
-        raise UserError(f"WISE category {category!r} is unknown: take one of {', '.join(by_key)}")
-    return by_key[category.lower()]
 
 
 def _prompt_id(row: Mapping[str, Any]) -> int:

@@ -30,7 +30,7 @@ def _pipeline(backbone: Backbone) -> Any:
 
 
 @torch.no_grad()
-def save_lora(roles: LoraRoles, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_lora(roles: LoraRoles, folder: Path) -> Path:
     """Write the averaged adapter to `folder/pytorch_lora_weights.safetensors`, whole or not at all; its path.
 
     Keys are `transformer.<module>.lora_A.weight` (rank, in) and `.lora_B.weight` (out, rank), `unet.` for SDXL, written
@@ -47,7 +47,7 @@ def save_lora(roles: LoraRoles, folder: Path, dtype: torch.dtype = torch.float32
     scale = config["lora_alpha"] / config["r"]
     metadata = config | {"lora_alpha": config["r"], "target_modules": sorted(config["target_modules"])}
     tensors = {
-        key: (value * scale if ".lora_B." in key else value).to("cpu", dtype).contiguous()
+        key: (value * scale if ".lora_B." in key else value).to("cpu", torch.float32).contiguous()
         for key, value in roles.average.items()
         if ".lora_" in key  # a second time is none: at s = 0, where stock pipelines ask, it adds nothing
     }

@@ -5,9 +5,10 @@ Objectives are pure: no optimizer, no logging, no device handling. What they may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -120,49 +121,60 @@ class Further:
     betas: tuple[float, float] | None = None
 
 
-def further_of(objective: Any) -> tuple[Further, ...]:
-    """The further networks that a method declares in its attribute `further`; most have none."""
-    return getattr(objective, "further", ())
+@dataclass(frozen=True)
+class Objective(ABC):
+    """A training method: a frozen dataclass whose fields are its settings. What is not said below is as in most methods.
 
-
-def sampler_of(objective: Any, steps: int) -> dict[str, float]:
-    """How a method's paper samples in so many steps: by its `sampler`, or by what its `longer` has from that number on."""
-    reached = [least for least in getattr(objective, "longer", {}) if least <= steps]
-    return objective.longer[max(reached)] if reached else objective.sampler
-
-
-def keeps_sampling(objective: Any) -> bool:
-    """Whether a method leaves a model that wants as many steps as before; most make one for few."""
-    return getattr(objective, "keeps_sampling", False)
-
-
-def follows_progress(objective: Any) -> bool:
-    """Whether a method's loss depends on `batch.progress`, as its attribute `scheduled` says; most do not look at it."""
-    return getattr(objective, "scheduled", False)
-
-
-class Objective(Protocol):
-    """A training method. `needs` names the roles it calls beside the student, "reference" (EMA) and "teacher", and says
-    "second_time" where it asks with a second time.
-
-    One that shifts conditions (Eq. 16) also has `condition_shift`, its (a, b) or None where it has no use for them, and
-    `for_family(defaults, given)`, itself with the family's pair for those of a and b that a recipe has not `given`.
-    One whose loss depends on `batch.progress` says so by `scheduled`: the way to a later end is then another from the first
-    step on.
+    sampler: how the method's paper samples; longer: the same from a number of steps on, where that is otherwise.
+    keeps_sampling: whether it leaves a model that wants as many steps as before; most make one for few.
     """
 
-    @property
-    def needs(self) -> tuple[str, ...]: ...
+    citation: ClassVar[str]
+    sampler: ClassVar[dict[str, float]]
+    longer: ClassVar[dict[int, dict[str, float]]] = {}
+    keeps_sampling: ClassVar[bool] = False
 
     @property
-    def citation(self) -> str: ...
+    def needs(self) -> tuple[str, ...]:
+        """The roles called beside the student, "reference" (EMA) and "teacher"; "second_time" where one is asked with it."""
+        return ()
 
+    @property
+    def further(self) -> tuple[Further, ...]:
+        """The networks trained beside the student."""
+        return ()
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether `batch.x` is read; else prompts alone train it."""
+        return True
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the loss depends on `batch.progress`: the way to a later end is then another from the first step on."""
+        return False
+
+    @property
+    def condition_shift(self) -> tuple[float, float] | None:
+        """The (a, b) by which conditions are shifted (Eq. 16), where they are."""
+        return None
+
+    def for_family(self, defaults: tuple[float, float], given: Collection[str]) -> Objective:
+        """The same with a model family's (a, b) in place of those that a recipe has not `given`."""
+        return self
+
+    @classmethod
+    def sampling(cls, steps: int) -> dict[str, float]:
+        """How the method's paper samples in so many steps."""
+        reached = [least for least in cls.longer if least <= steps]
+        return cls.longer[max(reached)] if reached else cls.sampler
+
+    @abstractmethod
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Losses of one micro-batch. `memory` keeps tensors between steps and is saved with the checkpoint."""
-        ...
 
 
-def objectives() -> dict[str, Any]:
+def objectives() -> dict[str, type[Objective]]:
     """The table of methods by the name that a recipe gives: one line each."""
     from apexflow.objectives.apex import APEX
     from apexflow.objectives.cm import CM

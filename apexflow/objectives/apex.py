@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate as resize
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Field, Losses, Networks, share_of
+from apexflow.objectives import Batch, Field, Losses, Networks, Objective, share_of
 from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import LINEAR, Transport, expand
@@ -108,7 +108,7 @@ def shifting_error(F: Tensor, delta: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class APEX:
+class APEX(Objective):
     """Algorithm 1. The fields in the first block are the paper's; the rest are readings of what it leaves open.
 
     pairing: "rows" re-noises the student's fresh one-step picture of the same row, and moves that row's prediction at t = 1;

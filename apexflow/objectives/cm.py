@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.huber import pseudo_huber
 from apexflow.objectives.teacher import solve
 from apexflow.objectives.times import TimeLaw
@@ -39,7 +39,7 @@ def time_levels(sigma: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CM:
+class CM(Objective):
     """One network asked at neighbouring times of one path must name the same endpoint.
 
     mode: the earlier point comes from the teacher's ODE ("distillation") or from the same data and noise ("training").

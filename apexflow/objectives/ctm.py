@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Field, Losses, Networks
+from apexflow.objectives import Batch, Field, Losses, Networks, Objective
 from apexflow.objectives.cm import noise_levels, time_levels
 from apexflow.objectives.huber import pseudo_huber
 from apexflow.objectives.teacher import solve, teach
@@ -28,7 +28,7 @@ from apexflow.transport import Transport, expand
 
 
 @dataclass(frozen=True)
-class CTM:
+class CTM(Objective):
     """Soft consistency between a jump from t to s and one that the teacher leads to u < t first, both taken on to data.
 
     intervals: of the grid of noise levels (18 on CIFAR-10). pieces: steps of the teacher's solver (order 2) from t to u.

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from apexflow.objectives import Batch, Further, Losses, Networks
+from apexflow.objectives import Batch, Further, Losses, Networks, Objective
 from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.sampler import shift_times, time_grid
 
 
 @dataclass(frozen=True)
-class DMD2:
+class DMD2(Objective):
     """Distribution matching and GAN losses of the student, the critic's velocity and the judge's losses.
 
     steps: what the student is made for. With several, it is asked where its own sampler brings it (backward simulation).

@@ -8,17 +8,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.times import TimeLaw
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective):
     """Eq. (2): mean squared error against `z - x` (or the target of another transport) at times drawn from `times`."""
 
     times: TimeLaw = field(default_factory=TimeLaw)
 
-    needs: ClassVar[tuple[str, ...]] = ()
     keeps_sampling: ClassVar[bool] = True
     citation: ClassVar[str] = "Lipman et al., Flow Matching for Generative Modeling, 2022"
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0, "order": 1}

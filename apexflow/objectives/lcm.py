@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.huber import mean_huber
 from apexflow.objectives.teacher import solve
 from apexflow.randomness import RowRandom
@@ -29,7 +29,7 @@ def draw_index(random: RowRandom, points: int, skip: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LCM:
+class LCM(Objective):
     """Eq. (16): the student at t_n+k against theta-minus at the point of t_n, k before, that the guided teacher leads to.
 
     guidance: scale of the teacher, 1 + omega of Eq. (12); the paper reports omega = 8 (Table 1).

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition, guide, replace_rows
-from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.derivative import Kind, derivative, speed
 from apexflow.objectives.teacher import direction, nothing
 from apexflow.objectives.times import TimeLaw
@@ -23,7 +23,7 @@ from apexflow.transport import Transport, expand
 
 
 @dataclass(frozen=True)
-class MeanFlow:
+class MeanFlow(Objective):
     """Algorithm 1: `|| u - sg(u_tgt) ||^2` by the adaptive weight `1 / (|| . ||^2 + c)^p`.
 
     share: part of the rows whose two times differ (25 %); with equal times the method is flow matching.

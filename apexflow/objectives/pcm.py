@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from apexflow.objectives import Batch, Further, Losses, Networks
+from apexflow.objectives import Batch, Further, Losses, Networks, Objective
 from apexflow.objectives.huber import mean_huber
 from apexflow.objectives.lcm import draw_index
 from apexflow.objectives.teacher import solve
@@ -26,7 +26,7 @@ from apexflow.transport import Transport, expand
 
 
 @dataclass(frozen=True)
-class PCM:
+class PCM(Objective):
     """Eq. (5): the student at t_n+k against theta-minus at t_n, both moved to the edge s_m of their phase.
 
     phases: M; the paper finds 4 enough. guidance: w of Eq. (6) in the teacher's solver, 1 for none (the paper's "Ours*");

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Field, Losses, Networks
+from apexflow.objectives import Batch, Field, Losses, Networks, Objective
 from apexflow.objectives.derivative import speed
 from apexflow.objectives.teacher import direction
 from apexflow.transport import expand
@@ -44,7 +44,7 @@ def length_weight(t: Tensor, s: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RCGM:
+class RCGM(Objective):
     """`F - clip((t - s) F / h - (jumps of theta-minus from t - h to s) / h - v)` is the target of F(x_t, t, c, s).
 
     order: N, how many jumps lead from t - h to s. stride: h. clip: of the correction, elementwise. c: of `short_tailed`.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from apexflow.objectives import Batch, Further, Losses, Networks
+from apexflow.objectives import Batch, Further, Losses, Networks, Objective
 from apexflow.objectives.scm import SCM
 from apexflow.objectives.times import TimeLaw
 
@@ -28,7 +28,7 @@ def released_scm() -> SCM:
 
 
 @dataclass(frozen=True)
-class SanaSprint:
+class SanaSprint(Objective):
     """L = L_sCM + weight * L_adv at the student's turn, the judge's hinge loss at its own.
 
     scm: sCM's fields. weight: lambda (0.5). share: part of the rows whose picture for the judge is made of pure noise, at

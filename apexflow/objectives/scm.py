@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.derivative import Kind, derivative
 from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
@@ -44,7 +44,7 @@ def angular_prediction(F: Tensor, x_t: Tensor, t: Tensor, transport: Transport) 
 
 
 @dataclass(frozen=True)
-class SCM:
+class SCM(Objective):
     """Eq. (8): the endpoint must not change along the path, enforced through its derivative by the angle.
 
     mode: the path's direction is the teacher's field ("distillation") or the sample's own ("training").

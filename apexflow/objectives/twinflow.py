@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.rcgm import ANY_STEP, JUMP, RCGM, SHORT, short_tailed
 
 FAKE = SHORT + 1
 
 
 @dataclass(frozen=True)
-class TwinFlow:
+class TwinFlow(Objective):
     """L_base of RCGM on three kinds of rows, L_adv on fakes, and `rectify` times L_rectify on the jumps to data.
 
     base: RCGM's fields, of which `jumps` has no use here. clip: of the difference of the twins' velocities.

@@ -15,14 +15,14 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Losses, Networks
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.derivative import derivative
 from apexflow.objectives.teacher import teach
 from apexflow.transport import expand
 
 
 @dataclass(frozen=True)
-class UCGM:
+class UCGM(Objective):
     """Algorithm 1. Defaults are Table 5's for few steps (XL/2 on ImageNet-256).
 
     lam: lambda, the consistency ratio. zeta: the enhancement ratio; 0: targets are the sample's own.

@@ -77,15 +77,15 @@ def _spoken(name: str, values: Sequence[float]) -> str:
     return f"{name} over steps: from {first} to {last}, lowest {low}, highest {high}"
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most `most` points: the lowest and highest of each of most/2 stretches, in order.
+def thinned(points: Points) -> Points:
+    """At most MOST_POINTS points: the lowest and highest of each of half as many stretches, in order.
 
     A stretch without a finite value leaves one non-finite point, where the line breaks.
     """
-    if len(points) <= most:
+    if len(points) <= MOST_POINTS:
         return points
     kept: Points = []
-    for stretch in _stretches(points, most // 2):
+    for stretch in _stretches(points, MOST_POINTS // 2):
         inside = [point for point in stretch if is_plottable(point[1])]
         if not inside:
             kept.append((stretch[0][0], math.nan))
@@ -100,13 +100,13 @@ def _stretches(points: Points, count: int) -> list[Points]:
     return [points[a:b] for a, b in pairwise(edges) if b > a]
 
 
-def smoothed(finite: Points, log: bool, most: int = MOST_POINTS // 2) -> Points:
-    """A centred running mean (geometric on a log axis) of finite points, at most `most` of them; [] where too short."""
+def smoothed(finite: Points, log: bool) -> Points:
+    """A centred running mean (geometric on a log axis) of finite points, at half of MOST_POINTS; [] where too short."""
     reach = len(finite) // SMOOTHING
     if reach < 1:
         return []
     values = [math.log(value) if log else value for _, value in finite]
-    count = min(most, len(finite))
+    count = min(MOST_POINTS // 2, len(finite))
     places = [round(i * (len(finite) - 1) / (count - 1)) for i in range(count)]
     means = [_window_mean(values, place, reach) for place in places]
     return [(finite[place][0], math.exp(mean) if log else mean) for place, mean in zip(places, means, strict=True)]

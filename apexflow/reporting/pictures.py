@@ -15,6 +15,7 @@ from apexflow.reporting.markup import tag, text
 
 WIDEST = 1200  # pixels; wider pictures are scaled down
 MOST_PREVIEWS = 12
+GAP = 2  # pixels between the pictures of a sheet
 TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what pillow raises on damaged files
 Item = TypeVar("Item")
@@ -43,20 +44,20 @@ def _as_png(picture: Image.Image) -> tuple[Image.Image, bytes, str]:
     return small, buffer.getvalue(), TYPES["PNG"]
 
 
-def labelled_sheet(rows: Mapping[str, Sequence[Image.Image]], heads: Sequence[str], gap: int = 2) -> Image.Image:
+def labelled_sheet(rows: Mapping[str, Sequence[Image.Image]], heads: Sequence[str]) -> Image.Image:
     """Pictures of one size, a named row each, under the names of their columns."""
     width, height = next(iter(rows.values()))[0].size
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left, top = 8 + max(int(measure.textlength(name)) for name in rows), 16
-    sheet = Image.new("RGB", (left + len(heads) * (width + gap), top + len(rows) * (height + gap)), "white")
+    sheet = Image.new("RGB", (left + len(heads) * (width + GAP), top + len(rows) * (height + GAP)), "white")
     drawing = ImageDraw.Draw(sheet)
     for column, head in enumerate(heads):
-        drawing.text((left + column * (width + gap), 2), head, fill="black")
+        drawing.text((left + column * (width + GAP), 2), head, fill="black")
     for row, (name, pictures) in enumerate(rows.items()):
-        y = top + row * (height + gap)
+        y = top + row * (height + GAP)
         drawing.text((2, y + height // 2 - 6), name, fill="black")
         for column, picture in enumerate(pictures):
-            sheet.paste(picture, (left + column * (width + gap), y))
+            sheet.paste(picture, (left + column * (width + GAP), y))
     return sheet
 
 
@@ -65,14 +66,14 @@ def figure(picture: str, caption: str, kind: str = "grid") -> str:
     return tag("figure", picture + tag("figcaption", text(caption)), class_=kind)
 
 
-def previews(folder: Path, most: int = MOST_PREVIEWS) -> list[tuple[int, str]]:
-    """(step, <img>) of a run's `previews/step-N.png` in order, at most `most`, evenly spaced from first to last.
+def previews(folder: Path) -> list[tuple[int, str]]:
+    """(step, <img>) of a run's `previews/step-N.png` in order, at most MOST_PREVIEWS, evenly spaced from first to last.
 
     A damaged file (a crash while it was written) is left out.
     """
     named = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("step-*.png"))
     found = sorted((int(match[1]), path) for match, path in named if match)
-    shown = ((step, _preview(step, path)) for step, path in spaced(found, most))
+    shown = ((step, _preview(step, path)) for step, path in spaced(found, MOST_PREVIEWS))
     return [(step, picture) for step, picture in shown if picture]
 
 

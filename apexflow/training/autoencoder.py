@@ -44,10 +44,10 @@ def fit_autoencoder(
     return float(error)
 
 
-def reconstruction_loss(vae: Any, x: Tensor, generator: torch.Generator, noise: float = 0.2) -> tuple[Tensor, Tensor]:
+def reconstruction_loss(vae: Any, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Loss and mean squared error of decoding noisy latents of pictures `x` (B, 3, H, W)."""
     z = vae.encode(x).latent
-    y = vae.decode(z + noise * torch.randn(z.shape, generator=generator)).sample
+    y = vae.decode(z + 0.2 * torch.randn(z.shape, generator=generator)).sample
     error = (y - x).square().mean()
     return (y - x).abs().mean() + error + 0.01 * (z.square().mean() - 1) ** 2, error.detach()
 

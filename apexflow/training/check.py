@@ -14,7 +14,7 @@ from apexflow.backbones import Backbone
 from apexflow.data.cache import CachedSet
 from apexflow.data.readers import recognise
 from apexflow.errors import UserError
-from apexflow.objectives import further_of
+from apexflow.objectives import Objective
 from apexflow.training import storage
 from apexflow.training.config import Recipe
 from apexflow.training.depth import SHALLOW, at_depth, layers_of
@@ -50,7 +50,7 @@ def check_data(recipe: Recipe, finished: Path | None) -> None:
 
 def check_pictures(recipe: Recipe, pictures: bool) -> None:
     """UserError when the data are prompts alone and the method reads pictures."""
-    if not pictures and getattr(recipe.build_objective(), "needs_pictures", True):
+    if not pictures and recipe.build_objective().needs_pictures:
         raise UserError(
             f"{recipe.data.source or recipe.data.cache} holds prompts alone, and {recipe.method} with these settings starts "
             "from pictures: draw them with `apexflow synthesize`, or use a method that starts from noise alone "
@@ -68,7 +68,7 @@ def check_batch(recipe: Recipe, rows: int) -> None:
         )
 
 
-def check_networks(recipe: Recipe, backbone: Backbone, objective: Any) -> None:
+def check_networks(recipe: Recipe, backbone: Backbone, objective: Objective) -> None:
     """UserError where this model cannot be tuned as the recipe says: its roles are made on shapes."""
     if recipe.tuning.storage == "nf4":
         storage.four_bit_functions()
@@ -82,7 +82,7 @@ def check_networks(recipe: Recipe, backbone: Backbone, objective: Any) -> None:
     alone = replace(recipe, tuning=replace(recipe.tuning, text_encoder=False))
     with torch.device("meta"):
         make_roles(shallow, alone, objective.needs)
-    for one in further_of(objective):
+    for one in objective.further:
         if one.kind != "field":
             blocks_at(backbone.transformer, one.depths)
 

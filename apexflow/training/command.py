@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from apexflow.errors import UserError, going_on, is_out_of_memory
 from apexflow.options import Json, Overrides, show, speaks
+
+if TYPE_CHECKING:
+    from apexflow.training.config import Recipe
 
 
 def train(
@@ -63,7 +66,7 @@ def plan(
     show(result, as_json, plan_table(found, advice, memory))
 
 
-def _no_room(recipe: Any) -> str:
+def _no_room(recipe: Recipe) -> str:
     """What to do about a run that is out of memory, from its plan."""
     from apexflow.training.distributed import own_device
     from apexflow.training.engine import memory_of

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from apexflow.errors import UserError, check_built_in
-from apexflow.objectives import objectives
+from apexflow.objectives import Objective, objectives
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -23,6 +26,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Parsed = TypeVar("Parsed", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Recipe:
                 "teacher does not go with model=miniature, whose encoders are made anew: name a finished model"
             )
 
-    def build_objective(self) -> Any:
+    def build_objective(self) -> Objective:
         """The method's dataclass, filled from `objective`; UserError names a method or key that does not exist."""
         table = objectives()
         if self.method not in table:
@@ -207,7 +211,7 @@ def _scalar(value: str) -> Any:
             return value
 
 
-def parse(kind: Any, raw: dict[str, Any], where: str) -> Any:
+def parse(kind: type[Parsed], raw: dict[str, Any], where: str) -> Parsed:
     """A dataclass from a mapping; unknown keys, wrong types and wrong ranges are one-line UserErrors."""
     _refuse_unknown(kind, raw, where)
     try:
@@ -247,7 +251,7 @@ def _refuse_unknown(kind: Any, raw: Any, where: str) -> None:
             _refuse_unknown(value_type, value, f"{where}: {key}")
 
 
-def suggest(word: str, known: Any) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?` where a known word is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f", did you mean {near[0]!r}?" if near else ""

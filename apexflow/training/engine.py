@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from apexflow.backbones import Backbone
 from apexflow.backbones.parts import bytes_of
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Field, Networks, further_of
+from apexflow.objectives import Batch, Field, Networks
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather
 
@@ -207,7 +207,7 @@ def parallel_kind(recipe: Recipe, models: Sequence[Backbone], memory: int | None
         return "ddp"
     student, pretrained = (bytes_of(model.transformer) for model in (models[0], models[-1]))
     trained = student + (bytes_of(models[0].text_encoder) if recipe.tuning.text_encoder else 0)
-    further = sum(one.kind == "field" for one in further_of(recipe.build_objective()))
+    further = sum(one.kind == "field" for one in recipe.build_objective().further)
     held = student if recipe.tuning.kind == "lora" else 5 * trained + (1 + 4 * further) * pretrained
     return "fsdp" if held > memory / 2 else "ddp"
 

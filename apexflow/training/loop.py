@@ -19,7 +19,7 @@ from apexflow.conditioning import Condition
 from apexflow.errors import Stopped, UserError, is_taken, replacing, writing
 from apexflow.evaluation.runner import Settings, evaluate, write_json
 from apexflow.generator import device_name, load
-from apexflow.objectives import further_of
+from apexflow.objectives import Objective
 from apexflow.progress import Progress, console
 from apexflow.report import write_report
 from apexflow.training.checkpoint import checkpoints
@@ -91,7 +91,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
     backbone, objective = made.backbone, made.objective
     null = null_condition(recipe, backbone, made.data).to(device)
     with together():
-        place, further = _placing(made.parallel, recipe, device), copies(further_of(objective))
+        place, further = _placing(made.parallel, recipe, device), copies(objective.further)
         roles = make_roles(backbone, recipe, objective.needs, place, made.teacher, further)
     engine = _engine(made.parallel, backbone, roles, recipe, null)
     trainees = {"student": Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))}
@@ -144,10 +144,10 @@ def _engine(kind: str, backbone: Backbone, roles: Roles, recipe: Recipe, null: C
 
 
 def _further(
-    recipe: Recipe, objective: Any, backbone: Backbone, roles: Roles, engine: Engine, null: Condition
+    recipe: Recipe, objective: Objective, backbone: Backbone, roles: Roles, engine: Engine, null: Condition
 ) -> dict[str, Trainee]:
     """The networks that the method declares beside the student, each with its own optimizer, made known to the engine."""
-    declared = further_of(objective)
+    declared = objective.further
     with answering(recipe, null.embeds.device):
         furthers = make_furthers(declared, backbone, roles, roles.networks(null), null, recipe.seed)
     engine.add(furthers.fields, furthers.frozen)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
@@ -21,14 +21,12 @@ from torch.overrides import TorchFunctionMode
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
-from apexflow.objectives import Networks, further_of
+from apexflow.objectives import Field, Networks
 from apexflow.training.config import Recipe
 from apexflow.training.depth import SHALLOW, at_depth, by_depth, layers_of, one_block
 from apexflow.training.further import Furthers, copies, make_furthers
 from apexflow.training.passes import Pass
 from apexflow.training.roles import Roles, checkpointed, make_roles
-
-HELD = ", held"  # how a `Pass` names a role whose weights are out of the graph
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Sizes:
     further: int = 0
 
 
-def sizes_of(roles: Any, furthers: Furthers | None = None) -> Sizes:
+def sizes_of(roles: Roles, furthers: Furthers | None = None) -> Sizes:
     """The networks of a run, by what happens to their tensors. Each storage counts once."""
     trained, average = _storages(roles.trained.values()), _storages(roles.average.values())
     further = _storages(p for one in (furthers or Furthers()).trained.values() for p in one.values())
@@ -68,7 +66,7 @@ def network_sizes(
         return [sizes_of(made.roles, made.furthers).further]
 
     sizes = Sizes(*by_depth(alone, backbone, teacher))
-    if not further_of(recipe.build_objective()):
+    if not recipe.build_objective().further:
         return sizes
     return replace(sizes, further=by_depth(further, backbone, teacher)[0])
 
@@ -143,7 +141,7 @@ def activations(
     kept += _count_captions(backbone, captions, tokens) if captions else 0
     if not again:
         return Activations(kept, 0)
-    trained = [backbone, *([teacher] if teacher and copies(further_of(recipe.build_objective())) else [])]
+    trained = [backbone, *([teacher] if teacher and copies(recipe.build_objective().further) else [])]
     rows = max(made.rows for made in graphs)
     return Activations(kept, max(_one_block(one, plain, rows, shape, tokens) for one in trained))
 
@@ -174,17 +172,15 @@ class OnShapes:
         judges = [one for one in self.furthers.fields.values() if isinstance(one, nn.Module)]
         return [*self.roles.everything, *judges]
 
-    def field(self, role: str) -> Callable[..., Tensor]:
-        """Who answers a `Pass`."""
-        name = role.removesuffix(HELD)
-        if name != role:
-            return self.networks.frozen[name]
-        return self.networks.further[name] if name in self.networks.further else getattr(self.networks, name)
+    def field(self, one: Pass) -> Field:
+        """Who answers a pass."""
+        named = self.networks.frozen if one.held else self.networks.further
+        return named[one.role] if one.role in named else getattr(self.networks, one.role)
 
 
 def on_shapes(backbone: Backbone, recipe: Recipe, tokens: int, teacher: Backbone | None = None) -> OnShapes:
     """The networks that a recipe asks, around a backbone, and a teacher of its own, on the meta device."""
-    declared = further_of(recipe.build_objective())
+    declared = recipe.build_objective().further
     width, pooled = backbone.text_width
     with torch.device("meta"), counting(backbone, tokens):
         needs = ("teacher",) if declared else ()
@@ -211,7 +207,7 @@ def _count(
 
     def ask(one: Pass) -> Tensor:
         x_t, t, c = example_inputs(backbone, one.rows, shape, tokens)
-        return made.field(one.role)(x_t.requires_grad_(one.role.endswith(HELD)), t, c)
+        return made.field(one)(x_t.requires_grad_(one.held), t, c)
 
     with mode, kept_for_backward(made.modules) as kept, half, counting(backbone, tokens):
         alive = [ask(one) for one in graphs]

@@ -10,28 +10,32 @@ import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Losses, Networks, further_of
+from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.randomness import RowRandom
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of a role on some rows; `graph`: whether activations are kept for backward."""
+    """One call of a role on some rows.
+
+    graph: whether activations are kept for backward. held: whether the role's weights are out of it.
+    """
 
     role: str
     rows: int
     graph: bool
+    held: bool = False
 
 
-def count_passes(objective: Any, rows: int, total: int | None = None) -> list[Pass]:
-    """The passes of the first micro-batch of `rows` out of a global batch of `total`, in order."""
-    return trace_passes(objective, rows, total)[0]
+def count_passes(objective: Objective, rows: int) -> list[Pass]:
+    """The passes of a batch of `rows`, in order."""
+    return trace_passes(objective, rows, rows)[0]
 
 
 def trace_passes(
-    objective: Any, rows: int, total: int | None = None, shape: Sequence[int] = (2, 4, 4)
+    objective: Objective, rows: int, total: int, shape: Sequence[int] = (2, 4, 4)
 ) -> tuple[list[Pass], Losses]:
-    """The passes, and the losses with their graph.
+    """The passes of the first micro-batch of `rows` out of a global batch of `total`, and the losses with their graph.
 
     The networks are stand-ins of one parameter that keep nothing for backward, so this costs nothing at any model size,
     and what autograd saves within is the losses' own, for latents of `shape` (C, h, w).
@@ -39,22 +43,22 @@ def trace_passes(
     made: list[Pass] = []
     weight = torch.ones(1, requires_grad=True)
 
-    def role(name: str, trained: bool = False) -> Callable[..., Tensor]:
+    def role(name: str, trained: bool = False, held: bool = False) -> Callable[..., Tensor]:
         def answer(x_t: Tensor, *_: Any) -> Tensor:
-            made.append(Pass(name, len(x_t), torch.is_grad_enabled() and (trained or x_t.requires_grad)))
+            made.append(Pass(name, len(x_t), torch.is_grad_enabled() and (trained or x_t.requires_grad), held))
             return x_t + (weight if trained else weight.detach())
 
         return answer
 
     null = Condition(torch.zeros(1, 1, 2))
     student, reference, teacher = role("student", trained=True), role("reference"), role("teacher")
-    further = {network.name: role(network.name, trained=True) for network in further_of(objective)}
-    held = {name: role(f"{name}, held") for name in ("student", "reference", "teacher", *further)}
-    networks = Networks(student, reference, teacher, null, further=further, frozen=held)
+    further = {network.name: role(network.name, trained=True) for network in objective.further}
+    frozen = {name: role(name, held=True) for name in ("student", "reference", "teacher", *further)}
+    networks = Networks(student, reference, teacher, null, further=further, frozen=frozen)
     numbers = torch.arange(rows)
     random = RowRandom(0, 0, numbers.tolist())
     c = Condition(torch.ones(rows, 1, 2))
-    losses = objective(networks, Batch(random.normal(shape), c, random, numbers, total or rows, 0.5), {})
+    losses = objective(networks, Batch(random.normal(shape), c, random, numbers, total, 0.5), {})
     return made, losses
 
 

@@ -28,7 +28,7 @@ GIB = 2**30
 ALLOWANCE = 2 * GIB
 FRAGMENTS = 0.06
 MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes a trained parameter
-HELD = ("trained weights", "frozen weights", "further networks", "average (EMA)", "gradients", "optimizer")
+LASTING = ("trained weights", "frozen weights", "further networks", "average (EMA)", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     backward = parts | {"gradients": held}
     # An optimizer's intermediates are as large as what it steps.
     intermediates = max(sizes.trained, sizes.further) // shared
-    update = {name: size if name in HELD else 0 for name, size in parts.items()} | {"intermediates": intermediates}
+    update = {name: size if name in LASTING else 0 for name, size in parts.items()} | {"intermediates": intermediates}
     host, saving = (denoiser + named) // shared + encoder, denoiser + encoder if shared > 1 else 0
     return Plan(backward, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
 

@@ -22,6 +22,7 @@ from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
 from apexflow.locking import alone_in
+from apexflow.objectives import Objective
 from apexflow.progress import counted
 from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
 from apexflow.training.config import Data, Recipe
@@ -39,7 +40,7 @@ class Prepared:
     """What a run is made of. `teacher`: the model that the recipe names apart from its own; parallel: see `_load`."""
 
     backbone: Backbone
-    objective: Any
+    objective: Objective
     teacher: Backbone | None
     data: CachedSet
     parallel: str
@@ -169,16 +170,14 @@ def _expected(data: Data, settings: CacheSettings, backbone: Backbone, model: Pa
     return {"autoencoder": autoencoder_fingerprint(model)} | by_text | {k: v for k, v in said.items() if v is not None}
 
 
-def suited_objective(recipe: Recipe, backbone: Backbone) -> Any:
+def suited_objective(recipe: Recipe, backbone: Backbone) -> Objective:
     """The recipe's objective with the family's condition shift where the recipe gives none.
 
     UserError for a shift that the family cannot see.
     """
-    objective = recipe.build_objective()
-    if hasattr(objective, "for_family"):
-        objective = objective.for_family(backbone.shift_defaults, recipe.objective)
-    if (shift := getattr(objective, "condition_shift", None)) is not None:
-        check_shift(backbone, *shift)
+    objective = recipe.build_objective().for_family(backbone.shift_defaults, recipe.objective)
+    if objective.condition_shift is not None:
+        check_shift(backbone, *objective.condition_shift)
     return objective
 
 

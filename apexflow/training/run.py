@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apexflow.backbones import Backbone
 from apexflow.data.cache import CachedSet
 from apexflow.errors import UserError
-from apexflow.objectives import Networks
+from apexflow.objectives import Networks, Objective
 from apexflow.progress import console
 from apexflow.training.checkpoint import (
     Checkpoint,
@@ -70,7 +70,7 @@ class Run:
     folder: Path
     backbone: Backbone
     data: CachedSet
-    objective: Any
+    objective: Objective
     roles: Roles
     engine: Engine
     trainees: dict[str, Trainee]

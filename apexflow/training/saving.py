@@ -10,7 +10,6 @@ from typing import Any
 from apexflow.backbones import Backbone, Settings, second_time
 from apexflow.errors import UserError
 from apexflow.export.lora import is_loadable, save_lora
-from apexflow.objectives import keeps_sampling
 from apexflow.progress import console
 from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Preview, Recipe
@@ -24,7 +23,7 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
     All processes take part, one writes.
     """
     # A student is drawn as its previews were, a teacher as the model that it went on from.
-    default: Settings | Preview = backbone.settings if keeps_sampling(recipe.build_objective()) else recipe.preview
+    default: Settings | Preview = backbone.settings if recipe.build_objective().keeps_sampling else recipe.preview
     settings = replace(
         backbone.settings,
         steps=recipe.sampling_steps or default.steps,

@@ -185,8 +185,8 @@ def test_crops_run_along_the_rows_and_need_the_exact_grid() -> None:
         grid.paste((index, 0, 0), (*corner, corner[0] + 4, corner[1] + 4))
     assert [tile.getpixel((3, 3))[0] for tile in crops(grid)] == [0, 1, 2, 3]
     assert [tile.size for tile in crops(grid, 1)] == [(8, 8)]
-    with pytest.raises(UserError, match="16x16"):
-        crops(grid, 4, resolution=8)
+    with pytest.raises(UserError, match="8x8"):
+        crops(grid.crop((0, 0, 8, 6)))
     with pytest.raises(UserError, match="samples"):
         crops(grid, 2)
 

@@ -8,9 +8,13 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 from apexflow.errors import UserError
-from apexflow.evaluation.fid import RunningStatistics, clean_resize, fid_from_features, fid_from_statistics, sana_resize
+from apexflow.evaluation.fid import RunningStatistics, clean_resize, fid_from_statistics, sana_resize, statistics
 
 RNG = np.random.default_rng(0)
+
+
+def fid_from_features(a: np.ndarray, b: np.ndarray) -> float:
+    return fid_from_statistics(*statistics(a), *statistics(b))
 
 
 def covariance(size: int, rows: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from apexflow.errors import UserError
 from apexflow.evaluation import features
 from apexflow.evaluation.clip import preprocess, tokenize
-from apexflow.evaluation.fid import fid_from_features
+from apexflow.evaluation.fid import fid_from_statistics, statistics
 from apexflow.evaluation.runner import Tools, evaluate, score_folder
 from apexflow.generator import Generator
 
@@ -43,7 +43,9 @@ def test_mjhq(
         for name in ("features", "reference")
         for store in [features.FeatureStore(tmp_path / "e" / name)]
     }
-    assert report["fid"] == pytest.approx(fid_from_features(kept["features"], kept["reference"]), rel=1e-6)
+    assert report["fid"] == pytest.approx(
+        fid_from_statistics(*statistics(kept["features"]), *statistics(kept["reference"])), rel=1e-6
+    )
     mu, sigma = kept["reference"].mean(0, dtype=np.float64), np.cov(kept["reference"].astype(np.float64), rowvar=False)
     np.savez(tmp_path / "reference.npz", mu=mu, sigma=sigma)
     again = Tools(inception=inception_file, reference=tmp_path / "reference.npz", data=data)

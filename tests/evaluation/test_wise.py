@@ -142,13 +142,9 @@ def test_rows_without_numbers_count_as_present_and_duplicates_are_averaged() -> 
     assert (empty["overall"], empty["categories"]["Time"], len(empty["dropped"])) == (None, None, 1000)
 
 
-def test_one_category_checks_its_own_range_only() -> None:
-    result = aggregate(verified(range(521, 641)), "verified", "Space")
-    assert (result["overall"], result["categories"], result["complete"]) == (None, {"Space": 1}, True)
-    assert list(aggregate([], "legacy", "science")["categories"]) == ["Biology", "Physics", "Chemistry"]
-    for arguments in (("verified", "spaces"), ("verify", "all")):
-        with pytest.raises(UserError, match="unknown"):
-            aggregate([], *arguments)
+def test_mistakes_in_rows_and_protocols_are_told() -> None:
+    with pytest.raises(UserError, match="unknown"):
+        aggregate([], "verify")
     with pytest.raises(UserError, match="prompt_id"):
         aggregate([{"score": 1}], "verified")
 
@@ -219,7 +215,7 @@ def test_records_in_order(tmp_path: Path) -> None:
 
 
 def test_a_verified_score_beyond_the_bit_is_dropped() -> None:
-    result = aggregate([*verified(range(1, 401)), {"prompt_id": 1, "score": 2}], "verified", "culture")
+    result = aggregate([*verified(range(1, 1001)), {"prompt_id": 1, "score": 2}], "verified")
     assert (result["categories"]["Culture"], result["dropped"], result["complete"]) == (1, [1], True)
 
 

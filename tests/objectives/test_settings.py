@@ -13,7 +13,7 @@ from exact_fields import (
     STD,
 )
 
-from apexflow.objectives import objectives, sampler_of
+from apexflow.objectives import objectives
 from apexflow.objectives.apex import APEX
 from apexflow.objectives.cm import CM
 from apexflow.objectives.ctm import CTM
@@ -30,7 +30,7 @@ from apexflow.sampler import sample, time_grid
 @pytest.mark.parametrize("method", objectives().values(), ids=objectives().keys())
 def test_every_method_recommends_sampler_settings(method: Any) -> None:
     for steps in (1, 3, 20):
-        settings: Any = sampler_of(method, steps)
+        settings: Any = method.sampling(steps)
         assert {"kappa", "rho"} <= set(settings) <= {"kappa", "rho", "order"}
         ends = sample(gaussian_velocity(MEAN, STD), torch.zeros(2, 1), time_grid(steps).float(), **settings)
         assert ends.isfinite().all()
@@ -39,8 +39,8 @@ def test_every_method_recommends_sampler_settings(method: Any) -> None:
 def test_a_method_may_be_sampled_otherwise_from_a_number_of_steps_on() -> None:
     """RCGM and TwinFlow: fresh noise up to the four steps of the released few-step settings, jumps along the path after."""
     for method in (RCGM, TwinFlow):
-        assert [sampler_of(method, steps)["rho"] for steps in (1, 2, 4, 8, 20)] == [1, 1, 1, 0, 0]
-    assert sampler_of(SCM, 20) == SCM.sampler
+        assert [method.sampling(steps)["rho"] for steps in (1, 2, 4, 8, 20)] == [1, 1, 1, 0, 0]
+    assert SCM.sampling(20) == SCM.sampler
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from apexflow.conditioning import Condition
-from apexflow.objectives import Batch, Networks, further_of, objectives
+from apexflow.objectives import Batch, Networks, objectives
 from apexflow.objectives.apex import APEX
 from apexflow.objectives.cm import CM
 from apexflow.objectives.ctm import CTM
@@ -81,7 +81,7 @@ def test_every_method_but_flow_matching_runs_here() -> None:
 
 def cast(objective: Any, student: nn.Module) -> tuple[Networks, list[nn.Parameter]]:
     """The networks of a run, and all that is trained."""
-    further: Any = {one.name: Bent() if one.kind == "field" else Judge() for one in further_of(objective)}
+    further: Any = {one.name: Bent() if one.kind == "field" else Judge() for one in objective.further}
     frozen = {name: held(network, network.parameters) for name, network in further.items()}
     roles = networks(student, GaussianField([MEAN, MEAN], STD))
     roles = Networks(student, student, roles.teacher, further=further, frozen={**roles.frozen, **frozen})

@@ -1,8 +1,7 @@
 """GenEval's scoring rules, without a detector: boxes in, verdicts and means out.
 
 Source: GenEval (djghosh13/geneval af4902f, MIT), evaluation/evaluate_images.py and summary_scores.py, restated. A box
-is [x1, y1, x2, y2] in pixels, x2 and y2 exclusive; a detection is a box and its score. Both public scoring functions
-take the same five options, under their official names, so one dict of options serves both; each reads those it needs.
+is [x1, y1, x2, y2] in pixels, x2 and y2 exclusive; a detection is a box and its score. Options have their official names.
 """
 
 from __future__ import annotations
@@ -36,12 +35,11 @@ def filter_detections(
     counting_threshold: float = COUNTING_THRESHOLD,
     max_objects: int = MAX_OBJECTS,
     max_overlap: float = MAX_OVERLAP,
-    position_threshold: float = POSITION_THRESHOLD,
 ) -> dict[str, Array]:
     """The detections that count for this prompt, best first (GenEval evaluate_images.py, rules 2 to 5).
 
     detections: {class name: (n, 5) [x1, y1, x2, y2, score]} in the detector's order. Returns {class name: (k, 5)} with
-    1 <= k <= max_objects; a class with nothing left is absent. position_threshold is not read here.
+    1 <= k <= max_objects; a class with nothing left is absent.
     """
     rows = {name: as_rows(found) for name, found in detections.items()}
     kept = kept_indices(
@@ -147,16 +145,12 @@ def evaluate_image(
     metadata: Mapping[str, Any],
     color_of: ColorOf,
     *,
-    threshold: float = THRESHOLD,
-    counting_threshold: float = COUNTING_THRESHOLD,
-    max_objects: int = MAX_OBJECTS,
-    max_overlap: float = MAX_OVERLAP,
     position_threshold: float = POSITION_THRESHOLD,
 ) -> tuple[bool, str]:
     """Whether an image shows what its prompt asks for, and every reason why not, one a line (rules 6 to 8).
 
     kept: what `filter_detections` returned. color_of(class_name, boxes (k, 5)) -> k colour names; it is called only for
-    the first `count` objects of a clause that names a colour. Only position_threshold is read here of the options.
+    the first `count` objects of a clause that names a colour.
     """
     objects = {name: as_rows(rows) for name, rows in kept.items()}
     reasons: list[str] = []
