@@ -18,10 +18,10 @@ from apexflow.errors import (
     is_full_disk,
     is_out_of_memory,
     is_taken,
-    replacing,
     writing,
 )
 from apexflow.evaluation.command import convert_detector, evaluate
+from apexflow.files import replacing
 from apexflow.options import MOST_SEED, Device, Guidance, Json, Model, Size, Steps, show, speaks, tells
 from apexflow.training.command import plan, train
 
@@ -66,6 +66,8 @@ def generate(
     """Draw pictures from prompts."""
     import time
 
+    from PIL import Image
+
     from apexflow.data.captioned import PICTURES
     from apexflow.generator import load, picture_grid
 
@@ -82,7 +84,8 @@ def generate(
     seconds = time.perf_counter() - began
     columns = min(len(pictures), 8) if count == 1 else count
     with replacing(output) as partial:
-        (picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]).save(partial)
+        grid = picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]
+        grid.save(partial, Image.registered_extensions()[output.suffix.lower()])
     result = {
         "output": str(output),
         "pictures": len(pictures),

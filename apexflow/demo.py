@@ -8,7 +8,8 @@ from typing import Any
 
 from apexflow.data.scenes import scenes
 from apexflow.errors import UserError, is_taken
-from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.files import write_json
 from apexflow.generator import Generator, load, picture_grid
 from apexflow.locking import alone_in
 from apexflow.report import write_report

@@ -26,7 +26,8 @@ from provenance import provenance
 from apexflow.comparison.averages import mean_report
 from apexflow.comparison.plan import VARIANTS
 from apexflow.errors import Diverged
-from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.files import write_json
 from apexflow.generator import load
 from apexflow.progress import console
 from apexflow.training.config import Data, Optimizer, Preview, Recipe

@@ -23,7 +23,8 @@ from provenance import provenance
 
 from apexflow.data.scenes import scenes
 from apexflow.errors import Diverged
-from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.files import write_json
 from apexflow.generator import load
 from apexflow.progress import console
 from apexflow.training.config import Data, Optimizer, Preview, Recipe

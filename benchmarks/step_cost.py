@@ -9,7 +9,6 @@ set over what it held before the first step, each case in a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 from apexflow.bench import METHODS, begin, step_seconds
+from apexflow.files import write_json
 from apexflow.training.passes import Pass, cost
 from apexflow.training.run import Run
 from apexflow.training.step import training_step
@@ -122,7 +122,7 @@ def main() -> None:
         print(f"  by passes, with checkpointing: {ratio:.2f} times; rows through the network a row: {passes}")
         print(f"  peak memory over the idle process: {peaks} MiB, ratio {result[kind]['memory_ratio']:.2f}")
     if given.output:
-        given.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(given.output, result)
 
 
 if __name__ == "__main__":

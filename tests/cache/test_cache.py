@@ -152,7 +152,7 @@ def test_a_killed_cache_goes_on_and_ends_the_same(
     command = [sys.executable, "-c", script, "cache", scene_folder, "-o", folder, "--model", tiny_model]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("shard-000001*.partial")) and time.monotonic() < deadline:
+    while not list(folder.glob(".shard-000001*.partial")) and time.monotonic() < deadline:
         assert process.poll() is None, "the cache ended before it could be killed"
         time.sleep(0.05)
     time.sleep(0.2)
