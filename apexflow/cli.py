@@ -22,7 +22,8 @@ from apexflow.errors import (
 )
 from apexflow.evaluation.command import convert_detector, evaluate
 from apexflow.files import replacing
-from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show, speaks, tells
+from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
+from apexflow.torchrun import speaks, tells
 from apexflow.training.command import plan, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

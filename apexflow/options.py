@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -30,25 +28,3 @@ Overrides = Annotated[
 def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:
     printable = text.encode(errors="backslashreplace").decode()  # file names need not be UTF-8
     typer.echo(json.dumps(result) if as_json else printable)
-
-
-def speaks() -> bool:
-    """Whether this is the process that talks to the user: of those that torchrun started, the first."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-def tells() -> bool:
-    """Whether this process tells of its mistake: of those that torchrun started, the first that asks, whatever its rank.
-
-    torchrun's own store counts them. It stops all processes once one has left, so none waits for another.
-    """
-    place = os.environ
-    if place.get("WORLD_SIZE", "1") == "1" or place.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    from torch.distributed import DistError, TCPStore
-
-    try:
-        store = TCPStore(place["MASTER_ADDR"], int(place["MASTER_PORT"]), timeout=timedelta(seconds=10))
-        return store.add(f"apexflow/mistakes/{place.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
-    except (DistError, KeyError, ValueError):
-        return True  # told twice is better than never

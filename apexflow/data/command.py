@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on
-from apexflow.options import Device, Guidance, Json, Model, Seed, Size, Steps, show, speaks
+from apexflow.options import Device, Guidance, Json, Model, Seed, Size, Steps, show
+from apexflow.torchrun import speaks
 
 SkipLimit = Annotated[
     float,
