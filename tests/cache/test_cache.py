@@ -207,7 +207,7 @@ def test_processes_that_finish_together_leave_each_others_files_alone(
     def slow(tensors: dict[str, torch.Tensor], path: Path) -> None:
         """As the first writes the last tensors, the second comes to its end, or to where it waits for the first."""
         save_file(tensors, path)
-        if path.name.startswith("null") and not others:
+        if path.name.startswith(".null") and not others:
             others.append(pool.submit(make_cache, *job, Share(1, 2)))
             while not (others[0].done() or waits.is_set()):
                 time.sleep(0.01)

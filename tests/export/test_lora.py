@@ -131,8 +131,8 @@ def test_a_full_disk_leaves_the_file_before(tmp_path, folder_of, monkeypatch, sa
     path = save_lora(roles, tmp_path)
     whole = path.read_bytes()
 
-    def full(folder, **_):
-        (folder / path.name).write_bytes(whole[:100])
+    def full(folder, weight_name, **_):
+        (folder / weight_name).write_bytes(whole[:100])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(diffusers.SanaPipeline, "save_lora_weights", full)
