@@ -28,7 +28,7 @@ from apexflow.training.run import Run
 from apexflow.training.step import training_step
 
 
-def count_passes(run: Run) -> dict[str, float]:
+def rows_a_row(run: Run) -> dict[str, float]:
     """Rows through the network in one step, over the rows of the batch: with a graph, and without."""
     rows = {"with_gradient": 0, "without_gradient": 0}
     velocity = run.backbone.velocity
@@ -106,7 +106,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             runs = {method: begin(method, kind, given.model, given.batch, folder) for method in METHODS}
-            passes = {name: count_passes(run) for name, run in runs.items()}
+            passes = {name: rows_a_row(run) for name, run in runs.items()}
             seconds = step_seconds(runs, given.steps)
             del runs
             peaks = {method: memory(method, kind, given.model, given.batch, folder) for method in METHODS}
