@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stock import load_stock, one_step
-from stock_runs import PROMPTS, SIZE, largest_difference, noise, our_latents, stock_latents
+from stock import largest_difference, load_stock, one_step
+from stock_runs import PROMPTS, SIZE, noise, our_latents, stock_latents
 from tiny import BUILDERS
 
 from apexflow.backbones import load_backbone
