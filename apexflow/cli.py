@@ -18,11 +18,12 @@ from apexflow.errors import (
     is_full_disk,
     is_out_of_memory,
     is_taken,
-    replacing,
     writing,
 )
 from apexflow.evaluation.command import convert_detector, evaluate
-from apexflow.options import MOST_SEED, Device, Guidance, Json, Model, Size, Steps, show, speaks, tells
+from apexflow.files import replacing
+from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
+from apexflow.torchrun import speaks, tells
 from apexflow.training.command import plan, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -53,18 +54,20 @@ def generate(
     ] = Path("out.png"),
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Same seed, same picture.")] = 0,
+    seed: Seed = 0,
     size: Size = None,
     count: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 1,
-    kappa: Annotated[float, typer.Option(help="Extrapolation ratio of the any-step sampler (Eq. 21).")] = 0.0,
-    rho: Annotated[float, typer.Option(help="Share of fresh noise at each step, 0 to 1.")] = 0.0,
-    order: Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")] = 1,
+    kappa: Kappa = 0.0,
+    rho: Rho = 0.0,
+    order: Order = 1,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing picture.")] = False,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts."""
     import time
+
+    from PIL import Image
 
     from apexflow.data.captioned import PICTURES
     from apexflow.generator import load, picture_grid
@@ -82,7 +85,8 @@ def generate(
     seconds = time.perf_counter() - began
     columns = min(len(pictures), 8) if count == 1 else count
     with replacing(output) as partial:
-        (picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]).save(partial)
+        grid = picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]
+        grid.save(partial, Image.registered_extensions()[output.suffix.lower()])
     result = {
         "output": str(output),
         "pictures": len(pictures),

@@ -8,11 +8,12 @@ from typing import Any
 
 from apexflow.data.scenes import scenes
 from apexflow.errors import UserError, is_taken
-from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.files import write_json
 from apexflow.generator import Generator, load, picture_grid
 from apexflow.locking import alone_in
 from apexflow.report import write_report
-from apexflow.training.config import Data, Optimizer, Preview, Recipe
+from apexflow.training.config import Data, Preview, Recipe, short_recipe
 from apexflow.training.loop import train
 from apexflow.training.run import holds_run
 
@@ -23,20 +24,14 @@ GRID_SEED = 11
 
 def demo_recipe(output: Path, minutes: float) -> Recipe:
     """The student's recipe (`recipes/mini-apex.yaml`), shortened, on freshly drawn scenes."""
-    return Recipe(
-        output=str(output),
-        model="mini-teacher",
+    return short_recipe(
+        str(output),
         objective={"path_weight": 0.0, "share": 1.0},
-        batch=16,
         data=Data(source="scenes", count=4000, seed=2),
-        optimizer=Optimizer(learning_rate=1e-3, warmup=20),
         preview=Preview(every=100),
         steps=100_000,
         minutes=minutes,
-        ema_decay=0.98,
         checkpoint_every=200,
-        sampling_steps=1,
-        sampling_guidance=1.0,
     )
 
 

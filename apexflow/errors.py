@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+CHECK_ROOM = "check the folder and the free space"
 
 
 class UserError(Exception):
@@ -54,29 +57,14 @@ def is_taken(folder: Path) -> bool:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within, a file that cannot be written is a UserError that names it."""
+def writing(path: Path, mend: str = CHECK_ROOM) -> Iterator[None]:
+    """Within, a file that cannot be written is a UserError that names it, and says the `mend`."""
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"cannot write {path}: a file lies where a folder should ({error.filename})") from error
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): check the folder and the free space") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Within, a file is written under the name that is given; at the end it becomes `path`: whole or not at all.
-
-    Processes that write the same file do not meet. UserError names one that cannot be written.
-    """
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with writing(path):
-            yield partial
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
+        raise UserError(f"cannot write {path} ({error}): {mend}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

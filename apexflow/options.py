@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +14,10 @@ Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. Default: 
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
 Size = Annotated[int | None, typer.Option(min=1, max=8192, help="Side in pixels. Default: the model's own.")]
 MOST_SEED = 2**63 - 1  # larger ones would be those of smaller ones again
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Same seed, same pictures.")]
+Kappa = Annotated[float, typer.Option(help="Extrapolation ratio of the any-step sampler (Eq. 21).")]
+Rho = Annotated[float, typer.Option(help="Share of fresh noise at each step, 0 to 1.")]
+Order = Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str] | None,
@@ -26,25 +28,3 @@ Overrides = Annotated[
 def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:
     printable = text.encode(errors="backslashreplace").decode()  # file names need not be UTF-8
     typer.echo(json.dumps(result) if as_json else printable)
-
-
-def speaks() -> bool:
-    """Whether this is the process that talks to the user: of those that torchrun started, the first."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-def tells() -> bool:
-    """Whether this process tells of its mistake: of those that torchrun started, the first that asks, whatever its rank.
-
-    torchrun's own store counts them. It stops all processes once one has left, so none waits for another.
-    """
-    place = os.environ
-    if place.get("WORLD_SIZE", "1") == "1" or place.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    from torch.distributed import DistError, TCPStore
-
-    try:
-        store = TCPStore(place["MASTER_ADDR"], int(place["MASTER_PORT"]), timeout=timedelta(seconds=10))
-        return store.add(f"apexflow/mistakes/{place.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
-    except (DistError, KeyError, ValueError):
-        return True  # told twice is better than never

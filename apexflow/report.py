@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apexflow.errors import UserError, replacing
+from apexflow.errors import UserError
+from apexflow.files import replacing
 from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import duration, is_number, number, section, tag, text
 from apexflow.reporting.style import CSS

@@ -26,10 +26,11 @@ from provenance import provenance
 from apexflow.comparison.averages import mean_report
 from apexflow.comparison.plan import VARIANTS
 from apexflow.errors import Diverged
-from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.files import write_json
 from apexflow.generator import load
 from apexflow.progress import console
-from apexflow.training.config import Data, Optimizer, Preview, Recipe
+from apexflow.training.config import Data, short_recipe
 from apexflow.training.loop import train
 
 WEIGHTS = {
@@ -72,19 +73,14 @@ def run_one(
     objective: dict[str, Any], seed: int, given: argparse.Namespace, scratch: Path, cache: Path
 ) -> dict[str, Any]:
     """Train one row with one seed and score it; a run that diverges is marked, not fatal."""
-    recipe = Recipe(
-        output=str(scratch / "run"),
+    recipe = short_recipe(
+        str(scratch / "run"),
         model=given.model,
         objective=objective,
         data=Data(source="scenes", count=10000, seed=2, cache=str(cache)),
-        optimizer=Optimizer(learning_rate=given.learning_rate, warmup=20),
-        preview=Preview(every=10**6),
+        learning_rate=given.learning_rate,
         steps=given.steps,
         batch=given.batch,
-        ema_decay=0.98,
-        checkpoint_every=10**6,
-        sampling_steps=1,
-        sampling_guidance=1.0,
         seed=seed,
     )
     try:

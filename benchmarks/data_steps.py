@@ -23,10 +23,11 @@ from provenance import provenance
 
 from apexflow.data.scenes import scenes
 from apexflow.errors import Diverged
-from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.files import write_json
 from apexflow.generator import load
 from apexflow.progress import console
-from apexflow.training.config import Data, Optimizer, Preview, Recipe
+from apexflow.training.config import Data, short_recipe
 from apexflow.training.loop import train
 
 HOME = Path("runs/data-steps")
@@ -57,20 +58,14 @@ def run_row(name: str, data: Data, given: argparse.Namespace, cells: dict[str, A
     for steps in given.steps:
         if str(steps) in cells:
             continue
-        recipe = Recipe(
-            output=str(folder),
+        recipe = short_recipe(
+            str(folder),
             model=given.model,
             data=data,
             objective={"path_weight": 0.0} if name == ALONE else {},
-            optimizer=Optimizer(learning_rate=given.learning_rate, warmup=20),
-            preview=Preview(every=10**6, count=1),
+            learning_rate=given.learning_rate,
             steps=steps,
             batch=given.batch,
-            ema_decay=0.98,
-            checkpoint_every=10**6,
-            keep=1,
-            sampling_steps=1,
-            sampling_guidance=1.0,
         )
         try:
             model = train(recipe, resume=folder.is_dir() and any(folder.iterdir()))

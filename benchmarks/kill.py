@@ -6,7 +6,6 @@ python benchmarks/kill.py --processes 2 parallel=fsdp --output results/kill.json
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -25,6 +24,7 @@ from provenance import provenance
 
 from apexflow.backbones.miniature import build_miniature
 from apexflow.data.scenes import vocabulary
+from apexflow.files import write_json
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.journal import read_metrics
 
@@ -128,7 +128,7 @@ def main() -> None:
             print(f"killed at step {killed_at}: {'the same' if trials[-1]['same'] else 'DIFFERENT'}", flush=True)
     result = vars(given) | {"output": None, "trials": trials} | provenance()
     if given.output:
-        given.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(given.output, result)
     sys.exit(not all(trial["same"] for trial in trials))
 
 

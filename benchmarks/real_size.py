@@ -32,6 +32,7 @@ from provenance import provenance
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import presets, write_configs
+from apexflow.files import write_json
 from apexflow.training.config import Data, Recipe, Tuning
 from apexflow.training.distributed import own_device
 from apexflow.training.engine import Engine
@@ -194,7 +195,7 @@ def plan_again(path: Path) -> None:
     result = json.loads(path.read_text())
     for row in result["rows"]:
         row["planned_gib"] = planned_gib(row)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
 
 
 def shapes(model: str, tiny: bool, dtype: torch.dtype) -> Any:
@@ -288,7 +289,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 if given.output:
-                    given.output.write_text(json.dumps({"rows": results} | provenance(), indent=1) + "\n")
+                    write_json(given.output, {"rows": results} | provenance())
     return results
 
 

@@ -33,6 +33,7 @@ from apexflow.backbones import Backbone, load_backbone
 from apexflow.backbones.parts import is_of_transformers
 from apexflow.backbones.presets import presets, write_configs
 from apexflow.bench import Case, bench_table, sampling_speed
+from apexflow.files import write_json
 from apexflow.generator import Generator
 
 
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if given.output:
-            given.output.write_text(json.dumps({"cases": results} | provenance(), indent=1) + "\n")
+            write_json(given.output, {"cases": results} | provenance())
     return results
 
 

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 from apexflow.bench import Case
-from apexflow.evaluation.runner import Settings, evaluate, over_seeds, write_json
+from apexflow.evaluation.runner import Settings, evaluate, over_seeds
 from apexflow.evaluation.table import score_table
+from apexflow.files import write_json
 from apexflow.generator import load
 
 PICTURES = Path("runs/scores")

@@ -29,13 +29,14 @@ from apexflow.data.scenes import draw_scene, render
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.drawing import Drawing
 from apexflow.evaluation.fid import fid_from_statistics
-from apexflow.evaluation.files import save_picture, write_json, write_text
+from apexflow.evaluation.files import save_picture
 from apexflow.evaluation.geneval import Mask2FormerDetector
 from apexflow.evaluation.geneval.convert import detector_config
 from apexflow.evaluation.inception import Inception, prepare
 from apexflow.evaluation.runner import Settings, score_folder
 from apexflow.evaluation.suite import Tools
 from apexflow.evaluation.suites import make_suite
+from apexflow.files import write_json, write_text
 
 FEATURES = 2048
 SIDE = 1024  # of the picture that each network looks at
@@ -70,7 +71,7 @@ def mini_geneval() -> dict[str, Any]:
         drawings: list[Drawing] = suite.drawings(prompts)
         for number, drawing in enumerate(drawings):
             scene = draw_scene(np.random.default_rng(number), tags[number // suite.per_prompt])
-            save_picture(render(scene.things), folder / drawing.path, Path(scratch) / "partial")
+            save_picture(render(scene.things), folder / drawing.path)
         for name, text in suite.notes(prompts).items():
             write_text(folder / name, text)
         return {"pictures": len(drawings)} | timed(lambda: score_folder(folder, Settings()))

@@ -9,7 +9,6 @@ models and numbers: `apexflow bench`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 from apexflow.bench import Case, bench_table, sampling_speed
+from apexflow.files import write_json
 from apexflow.generator import load
 
 BATCH = 10
@@ -35,7 +35,7 @@ def main() -> None:
     result = {"batch": BATCH, "rows": sampling_speed(cases, BATCH)} | provenance()
     print(bench_table(result))
     if given.output:
-        given.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(given.output, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ set over what it held before the first step, each case in a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -23,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 from apexflow.bench import METHODS, begin, step_seconds
+from apexflow.files import write_json
 from apexflow.training.passes import Pass, cost
 from apexflow.training.run import Run
 from apexflow.training.step import training_step
 
 
-def count_passes(run: Run) -> dict[str, float]:
+def rows_a_row(run: Run) -> dict[str, float]:
     """Rows through the network in one step, over the rows of the batch: with a graph, and without."""
     rows = {"with_gradient": 0, "without_gradient": 0}
     velocity = run.backbone.velocity
@@ -106,7 +106,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             runs = {method: begin(method, kind, given.model, given.batch, folder) for method in METHODS}
-            passes = {name: count_passes(run) for name, run in runs.items()}
+            passes = {name: rows_a_row(run) for name, run in runs.items()}
             seconds = step_seconds(runs, given.steps)
             del runs
             peaks = {method: memory(method, kind, given.model, given.batch, folder) for method in METHODS}
@@ -122,7 +122,7 @@ def main() -> None:
         print(f"  by passes, with checkpointing: {ratio:.2f} times; rows through the network a row: {passes}")
         print(f"  peak memory over the idle process: {peaks} MiB, ratio {result[kind]['memory_ratio']:.2f}")
     if given.output:
-        given.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(given.output, result)
 
 
 if __name__ == "__main__":

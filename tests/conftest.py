@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from command_line import Run
 
 from apexflow import cli
 from apexflow.backbones.miniature import build_miniature
-from apexflow.backbones.parts import Later
+from apexflow.backbones.parts import Later, quiet
 from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
 
@@ -43,6 +44,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     backbone = build_miniature(vocabulary(), seed=0, width=32, depth=1)
     backbone.save(folder, backbone.settings)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's stock pipeline: those of tests/backbones/tiny.py, each built and saved once a session."""
+    import tiny
+
+    home, made = tmp_path_factory.mktemp("tiny"), set()
+    quiet()
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            tiny.build(name).save_pretrained(home / name)
+            made.add(name)
+        return home / name
+
     return folder
 
 

@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_the_earlier_picture(
 ) -> None:
     picture = write(tmp_path / "o.png", "mine")
 
-    def full(image: Image.Image, path: Path) -> None:
+    def full(image: Image.Image, path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

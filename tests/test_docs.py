@@ -87,7 +87,7 @@ def test_every_command_that_the_documents_show_is_one() -> None:
 def test_imports_point_down() -> None:
     """transport, conditioning -> sampler -> objectives -> backbones, data -> training, evaluation -> cli."""
     order = [
-        "transport conditioning randomness errors progress options locking",
+        "transport conditioning randomness errors progress options locking files torchrun",
         "sampler",
         "objectives",
         "backbones",

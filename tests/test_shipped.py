@@ -48,12 +48,6 @@ def test_the_student_scores_in_one_step_what_the_table_says() -> None:
     assert report["overall"] > claimed - 0.15
 
 
-def test_one_step_beats_the_teachers_one_step() -> None:
-    quick = Settings(steps=1, guidance=1.0, per_prompt=1, limit=120)
-    scores = {name: evaluate(apexflow.load(name), quick)["overall"] for name in NAMES}
-    assert scores["mini-student"] > scores["mini-teacher"]
-
-
 def test_the_same_seed_gives_the_same_picture_whatever_the_batch() -> None:
     student = apexflow.load("mini-student")
     prompt = "a photo of a red star left of a blue ring"

@@ -9,7 +9,8 @@ from apexflow.backbones.folder import INDEX, OWN, components
 from apexflow.errors import UserError
 
 READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-TWINS = ("*.fp16*", "*.bf16*", "*.fp8*", "*.int8*", "*.int4*", "*.non_ema*")  # the same weights in another precision, or another average
+# The same weights in another precision, or another average.
+TWINS = ("*.fp16*", "*.bf16*", "*.fp8*", "*.int8*", "*.int4*", "*.non_ema*")
 
 
 def download(hub_id: str) -> Path:

@@ -11,10 +11,8 @@ from typing import Any
 from apexflow.data.cache import is_cache
 from apexflow.errors import UserError
 from apexflow.objectives import Objective, objectives
-from apexflow.training.config import Data, Preview, Recipe, parse, suggest
+from apexflow.training.config import WARMUP, Data, Optimizer, Recipe, parse, short_recipe, suggest
 
-NEVER = 10**9
-WARMUP = 20
 # Readings of a method that are compared beside its defaults: method, and fields of its dataclass.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "apex-printed": (
@@ -133,17 +131,9 @@ class Plan:
 
 def comparison_recipe() -> Recipe:
     """What all methods share when no recipe is given: the shipped teacher on drawn scenes, short runs."""
-    return Recipe(
-        output="",
-        data=Data(source="scenes", count=10000, seed=2),
-        preview=Preview(every=NEVER, count=1),
-        batch=16,
-        ema_decay=0.98,
-        checkpoint_every=100,
-        keep=1,
-        sampling_steps=1,
-        sampling_guidance=1.0,
-    )
+    # Rate and warm-up are each run's own: what stands here names the folders of comparisons.
+    data = Data(source="scenes", count=10000, seed=2)
+    return short_recipe("", data=data, optimizer=Optimizer(), checkpoint_every=100)
 
 
 def guided(objective: Objective, scale: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from apexflow.comparison.scores import draw_strips, score_at, true_pictures
 from apexflow.comparison.tables import markdown
 from apexflow.comparison.train import costs, once, stages, sweep, train_to_budgets
 from apexflow.errors import UserError, is_taken, writing
-from apexflow.evaluation.files import read_json, write_json, write_text
+from apexflow.files import read_json, write_json, write_text
 from apexflow.generator import load
 from apexflow.locking import alone_in
 from apexflow.progress import console

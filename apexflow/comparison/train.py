@@ -18,7 +18,7 @@ from apexflow.comparison.plan import BUDGETS, IMAGES, Plan
 from apexflow.comparison.scores import quick_score
 from apexflow.comparison.tables import counted
 from apexflow.errors import Diverged, Stopped, is_taken
-from apexflow.evaluation.files import read_json, write_json
+from apexflow.files import read_json, write_json
 from apexflow.progress import console
 from apexflow.training.config import Recipe
 from apexflow.training.journal import read_metrics

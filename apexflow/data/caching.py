@@ -40,6 +40,7 @@ from apexflow.data.readers import Source, recognise
 from apexflow.data.shards import groups
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
+from apexflow.files import drop_partial
 from apexflow.locking import alone_in, made_once
 from apexflow.progress import Progress
 
@@ -269,8 +270,7 @@ class Job:
             ],
         }
         write_record(self.folder / INDEX, record)  # last: its presence says that the rest is whole
-        for left_over in self.folder.glob("*.partial"):
-            left_over.unlink(missing_ok=True)
+        drop_partial(self.folder)
         return True
 
 

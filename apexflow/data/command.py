@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on
-from apexflow.options import MOST_SEED, Device, Guidance, Json, Model, Size, Steps, show, speaks
+from apexflow.options import Device, Guidance, Json, Model, Seed, Size, Steps, show
+from apexflow.torchrun import speaks
 
 SkipLimit = Annotated[
     float,
@@ -71,7 +72,7 @@ def synthesize(
     model: Model = "mini-teacher",
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Same seed, same pictures.")] = 0,
+    seed: Seed = 0,
     size: Size = None,
     caption: Annotated[
         list[str] | None,

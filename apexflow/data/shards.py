@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -14,7 +13,8 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from apexflow.data.scenes import Scene, render
-from apexflow.errors import UserError, writing
+from apexflow.errors import writing
+from apexflow.files import replacing
 
 Item = TypeVar("Item")
 Record = tuple[str, Image.Image, str, Mapping[str, Any]]  # key, picture, caption, what else is known of it
@@ -41,19 +41,16 @@ def groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def write_shard(path: Path, records: Iterable[Record]) -> None:
     """Write one shard (.png, .txt, .json); UserError when the disk is full, and then no shard of that name appears."""
-    partial = path.with_suffix(".tar.partial")
-    try:
-        with tarfile.open(partial, "w") as tar:
-            for key, picture, caption, facts in records:
-                pixels = io.BytesIO()
-                picture.save(pixels, "PNG")
-                _add(tar, f"{key}.png", pixels.getvalue())
-                _add(tar, f"{key}.txt", caption.encode())
-                _add(tar, f"{key}.json", json.dumps(facts).encode())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}): free some space; the shards before it are whole") from error
+    with (
+        replacing(path, "free some space; the shards before it are whole") as partial,
+        tarfile.open(partial, "w") as tar,
+    ):
+        for key, picture, caption, facts in records:
+            pixels = io.BytesIO()
+            picture.save(pixels, "PNG")
+            _add(tar, f"{key}.png", pixels.getvalue())
+            _add(tar, f"{key}.txt", caption.encode())
+            _add(tar, f"{key}.json", json.dumps(facts).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -21,6 +21,7 @@ from apexflow.data.readers.tars import members
 from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
+from apexflow.files import drop_partial
 from apexflow.generator import MAX_BATCH, Generator, check_sampling
 from apexflow.locking import made_once
 from apexflow.progress import Progress
@@ -100,6 +101,8 @@ def synthesize(
             progress.advance(len(window))
     share.wait_for("drawn by all processes", list(shards), Path.is_file)
     there = {path: _left_out(path, chosen) for path, chosen in shards.items() if path.is_file()}
+    if len(there) == len(shards):
+        drop_partial(folder)
     left_out = [wish for wishes in there.values() for wish in wishes]
     return {
         "folder": str(folder),

@@ -16,6 +16,7 @@ from apexflow.errors import UserError
 from apexflow.generator import pick_device
 from apexflow.locking import alone_in
 from apexflow.progress import Progress
+from apexflow.torchrun import local_rank, rank_and_world
 
 Thing = TypeVar("Thing")
 WAIT = 1.0  # seconds between looks at what the other processes have made
@@ -35,13 +36,7 @@ class Share:
     @classmethod
     def from_environment(cls) -> Share:
         """What torchrun says (RANK, WORLD_SIZE), or everything."""
-        try:
-            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        except ValueError as error:
-            raise UserError(f"RANK and WORLD_SIZE must be whole numbers, as torchrun sets them ({error})") from error
-        if not 0 <= rank < world:
-            raise UserError(f"RANK {rank} does not lie below WORLD_SIZE {world}")
-        return cls(rank, world, "TORCHELASTIC_RUN_ID" in os.environ)
+        return cls(*rank_and_world(), "TORCHELASTIC_RUN_ID" in os.environ)
 
     @property
     def leads(self) -> bool:
@@ -72,7 +67,7 @@ def worker_device(name: str) -> torch.device:
     device = torch.device(pick_device(name))
     if device.type != "cuda" or device.index is not None:
         return device
-    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    index, count = local_rank(), torch.cuda.device_count()
     if index >= count:
         raise UserError(f"this machine has {count} GPUs: start torchrun with --nproc-per-node={count}")
     return torch.device("cuda", index)

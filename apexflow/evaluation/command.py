@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on
-from apexflow.options import MOST_SEED, Device, Json, show
+from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
 
 if TYPE_CHECKING:
     from apexflow.data.workers import Share
     from apexflow.evaluation.suite import Settings, Tools
 
-DRAW, SCORE = "Drawing", "Scoring"
+SCORE = "Scoring"
 OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order")
 
 
@@ -34,27 +34,16 @@ def evaluate(
         int | None, typer.Option(min=1, help="Only this many prompts; the report says incomplete.")
     ] = None,
     per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt. Default: the suite's own.")] = None,
-    model: Annotated[
-        str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id.", rich_help_panel=DRAW)
-    ] = "mini-student",
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of the sampler. Default: what the model was made for.", rich_help_panel=DRAW),
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Default: the model's own.", rich_help_panel=DRAW)] = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.", rich_help_panel=DRAW)
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="First random seed.", rich_help_panel=DRAW)] = 0,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="How many seeds, each over the whole suite.", rich_help_panel=DRAW)
-    ] = 1,
-    kappa: Annotated[float, typer.Option(help="Extrapolation ratio (Eq. 21).", rich_help_panel=DRAW)] = 0.0,
-    rho: Annotated[float, typer.Option(help="Share of fresh noise at each step.", rich_help_panel=DRAW)] = 0.0,
-    order: Annotated[int, typer.Option(help="1, or 2 for Heun's correction.", rich_help_panel=DRAW)] = 1,
-    score: Annotated[
-        bool, typer.Option("--score/--no-score", help="Or only draw, to score later.", rich_help_panel=DRAW)
-    ] = True,
+    model: Model = "mini-student",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds from --seed on, each over the whole suite.")] = 1,
+    kappa: Kappa = 0.0,
+    rho: Rho = 0.0,
+    order: Order = 1,
+    score: Annotated[bool, typer.Option("--score/--no-score", help="Or only draw, to score later.")] = True,
     images: Annotated[
         Path | None,
         typer.Option(help="Score this folder, whoever drew it; no model is loaded.", rich_help_panel=SCORE),

@@ -10,8 +10,9 @@ from PIL import Image
 
 from apexflow.data.pictures import to_tensor
 from apexflow.data.workers import Share
-from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture, write_json, write_text
+from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture
 from apexflow.evaluation.suite import Drawing, Prompt, Settings, Suite
+from apexflow.files import write_json, write_text
 from apexflow.generator import MAX_BATCH, Generator
 from apexflow.progress import Progress
 
@@ -30,7 +31,7 @@ def draw(
 ) -> None:
     """Draw what this process's share lacks into `folder/pictures`, in the suite's official layout."""
     share = share or Share()
-    pictures, partial = folder / "pictures", folder / f".partial-{share.rank}"
+    pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     for name, text in suite.notes(prompts).items():
         if not (pictures / name).is_file():
@@ -44,7 +45,7 @@ def draw(
             for drawing, samples in _draw_group(generator, settings, group, size):
                 if not (folder / EVALUATIONS).is_file():
                     write_json(folder / EVALUATIONS, generator.evaluations)
-                save_picture(_grid(samples), pictures / drawing.path, partial)
+                save_picture(_grid(samples), pictures / drawing.path)
             progress.advance(len(group))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from apexflow.errors import UserError
 from apexflow.evaluation.fid import Array, RunningStatistics
 from apexflow.evaluation.files import Unreadable, open_picture, read_ahead, stamp
 from apexflow.evaluation.inception import Inception, prepare
+from apexflow.files import replacing
 
 CHUNK = 512  # pictures to a file: what an interruption can cost
 BATCH = 32
@@ -36,9 +36,8 @@ class FeatureStore:
         if not features:
             return
         name = hashlib.sha256("\n".join(features).encode()).hexdigest()[:16]
-        partial = self.folder / f".{name}.partial"
-        save_file({"features": torch.stack(list(features.values()))}, partial, {"keys": json.dumps(list(features))})
-        os.replace(partial, self.folder / f"{name}.safetensors")
+        with replacing(self.folder / f"{name}.safetensors") as partial:
+            save_file({"features": torch.stack(list(features.values()))}, partial, {"keys": json.dumps(list(features))})
 
     def keys(self) -> set[str]:
         return {key for path in self._files() for key in _keys(path)}

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from apexflow.data.pictures import open_upright
-from apexflow.errors import UserError, replacing
+from apexflow.errors import UserError
+from apexflow.files import replacing, write_text
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,17 +26,6 @@ JPEG_QUALITY = 75  # what Sana's pictures have; FID sees it
 
 class Unreadable(Exception):
     """A picture that cannot be scored, and why."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(text, "utf-8")
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
@@ -53,20 +43,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is damaged ({error}): delete it, its rows will be made again") from None
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file; UserError says which file of the user's it is (`what`)."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {what} at {path}: {error}") from None
-
-
-def save_picture(picture: Image.Image, path: Path, partial: Path) -> None:
-    """Write a picture under `path`, whole or not at all, by way of `partial` on the same disk."""
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = "PNG" if path.suffix == ".png" else "JPEG"
-    picture.save(partial, format=kind, **({} if kind == "PNG" else {"quality": JPEG_QUALITY}))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        picture.save(partial, format=kind, **({} if kind == "PNG" else {"quality": JPEG_QUALITY}))
 
 
 def is_whole(path: Path) -> bool:

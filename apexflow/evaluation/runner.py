@@ -20,14 +20,15 @@ from apexflow.data.fingerprint import fingerprint
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
 from apexflow.evaluation.drawing import EVALUATIONS, diversity, draw, pending
-from apexflow.evaluation.files import is_whole, read_json, write_json
+from apexflow.evaluation.files import is_whole
 from apexflow.evaluation.scoring import Scored, score
 from apexflow.evaluation.suite import Found, Prompt, Settings, Suite, Tools, prompts_sha256
 from apexflow.evaluation.suites import SUITES, make_suite
+from apexflow.files import read_json, write_json
 from apexflow.generator import Generator, check_sampling
 from apexflow.locking import alone_in
 
-__all__ = ["SUITES", "Settings", "Share", "Tools", "evaluate", "over_seeds", "score_folder", "write_json"]
+__all__ = ["SUITES", "Settings", "Share", "Tools", "evaluate", "over_seeds", "score_folder"]
 
 VERSIONS = ("apexflow", "torch", "transformers", "diffusers", "numpy", "pillow")
 

@@ -24,6 +24,7 @@ from apexflow.export.lora import FILE
 from apexflow.export.merge import check_lora, merge_into, read_lora
 from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import call_options, stock_scheduler_config
+from apexflow.files import new_folder
 
 Scheduler = Literal["stock", "any-step", "original"]
 
@@ -58,9 +59,7 @@ def export(
         raise UserError(f"{source} has no LoRA to merge: leave out --merge")
     backbone = found.backbone
     chosen = _scheduler(backbone, scheduler)
-    partial = output.with_name(f".partial-{output.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(output) as partial:
         if found.lora is None or merge:
             _whole(found, partial)
         else:
@@ -70,11 +69,6 @@ def export(
         kind = "lora" if found.lora and not merge else "model"
         usage = _usage(found, kind, chosen, options, output)
         (partial / "README.md").write_text(usage)
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output} ({error}): check the folder and the free space") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
 
 
@@ -131,7 +125,6 @@ def _whole(found: Source, partial: Path) -> None:
     for name in parts:
         if list((model / name).glob("*.safetensors")):
             weight_shapes(model / name)  # a truncated file must not leave here
-    partial.mkdir(parents=True)
     for name in parts:
         copy_part(model / name, partial / name)
     for file in (path for pattern in (INDEX, *OWN, "LICENSE*") for path in model.glob(pattern)):
@@ -150,7 +143,6 @@ def _lora(found: Source, partial: Path) -> None:
     if not hasattr(getattr(diffusers, pipeline), "load_lora_weights"):
         raise UserError(f"{pipeline} of diffusers loads no LoRA: pass --merge")
     check_lora(found.lora, read_lora(found.lora), found.model / found.backbone.network_part)
-    partial.mkdir(parents=True)
     shutil.copyfile(found.lora, partial / FILE)
     (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")
 

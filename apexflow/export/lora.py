@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from apexflow.errors import UserError
+from apexflow.files import replacing
 
 if TYPE_CHECKING:
     from apexflow.backbones import Backbone
@@ -51,17 +50,8 @@ def save_lora(roles: LoraRoles, folder: Path) -> Path:
         for key, value in roles.average.items()
         if ".lora_" in key  # a second time is none: at s = 0, where stock pipelines ask, it adds nothing
     }
-    folder = Path(folder)
-    partial, final = folder / ".partial-lora", folder / FILE
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        pipeline.save_lora_weights(
-            partial, **{f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": metadata}
-        )
-        (partial / FILE).replace(final)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot save {final} ({error}): free some space and export again") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    final = Path(folder) / FILE
+    named = {f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": metadata}
+    with replacing(final, "free some space and export again") as partial:
+        pipeline.save_lora_weights(partial.parent, weight_name=partial.name, **named)
     return final

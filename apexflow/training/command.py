@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from apexflow.errors import UserError, going_on, is_out_of_memory
-from apexflow.options import Json, Overrides, show, speaks
+from apexflow.options import Json, Overrides, show
+from apexflow.torchrun import rank_and_world, speaks
 
 if TYPE_CHECKING:
     from apexflow.training.config import Recipe
@@ -72,5 +72,5 @@ def _no_room(recipe: Recipe) -> str:
     from apexflow.training.engine import memory_of
     from apexflow.training.plan import out_of_memory, settled
 
-    gpus = int(os.environ.get("WORLD_SIZE", "1"))
+    gpus = rank_and_world()[1]
     return out_of_memory(settled(recipe, gpus, memory_of(own_device(recipe.device))), gpus)

@@ -19,6 +19,8 @@ from apexflow.objectives import Objective, objectives
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+WARMUP = 20  # steps of a short recipe
+NEVER = 10**9
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -149,6 +151,21 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def short_recipe(output: str, learning_rate: float = 1e-3, **own: Any) -> Recipe:
+    """What the demonstration, the comparison and the ablations train: minutes on the miniature, for one step without guidance."""
+    shared: dict[str, Any] = {
+        "batch": 16,
+        "optimizer": Optimizer(learning_rate=learning_rate, warmup=WARMUP),
+        "preview": Preview(every=NEVER, count=1),
+        "ema_decay": 0.98,
+        "checkpoint_every": NEVER,
+        "keep": 1,
+        "sampling_steps": 1,
+        "sampling_guidance": 1.0,
+    }
+    return Recipe(output, **shared | own)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,7 +6,6 @@ torchrun starts the processes. What they tell each other is JSON in byte tensors
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -21,6 +20,7 @@ from apexflow.data.workers import worker_device
 from apexflow.errors import ToldElsewhere, UserError
 from apexflow.locking import alone_in
 from apexflow.progress import console
+from apexflow.torchrun import local_rank, rank_and_world
 
 T = TypeVar("T")
 _control: dist.ProcessGroup | None = None
@@ -56,7 +56,7 @@ def own_device(name: str) -> torch.device:
 def joined(device: torch.device) -> Iterator[None]:
     """Within, the processes that torchrun started work together: NCCL among GPUs, gloo otherwise."""
     global _control
-    if _number("WORLD_SIZE", 1) == 1 or dist.is_initialized():
+    if rank_and_world()[1] == 1 or dist.is_initialized():
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -112,7 +112,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 def in_turn(task: Callable[[], T]) -> T:
     """`task` by the first process, then by one on each other machine, then by the rest, which find what those left on disk."""
-    turn = 0 if rank() == 0 else 1 if _number("LOCAL_RANK", 0) == 0 else 2
+    turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
     results: list[T] = []
     for now in range(3 if world() > 1 else 1):
         with together():
@@ -143,7 +143,3 @@ def summed(terms: dict[str, float]) -> dict[str, float]:
         for name, value in part.items():
             total[name] = total.get(name, 0.0) + value
     return total
-
-
-def _number(variable: str, default: int) -> int:
-    return int(os.environ.get(variable, default))

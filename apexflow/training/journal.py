@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from apexflow.errors import writing
+from apexflow.files import write_text
 
 
 class Journal:
@@ -24,9 +24,7 @@ class Journal:
         self.path = folder / "metrics.jsonl"
         if self.path.is_file():
             kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step(line) <= step]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            os.replace(partial, self.path)
+            write_text(self.path, "".join(kept))
         self._file = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

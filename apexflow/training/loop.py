@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ from torch import nn
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
-from apexflow.errors import Stopped, UserError, is_taken, replacing, writing
-from apexflow.evaluation.runner import Settings, evaluate, write_json
+from apexflow.errors import Stopped, UserError, is_taken, writing
+from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.files import write_json
 from apexflow.generator import device_name, load
 from apexflow.objectives import Objective
 from apexflow.progress import Progress, console
@@ -106,8 +106,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
         if leads():
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / "recipe.json") as partial:
-                partial.write_text(json.dumps(recipe.to_dict(), indent=2))
+            write_json(folder / "recipe.json", recipe.to_dict())
     return run
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
+from apexflow.files import new_folder
 from apexflow.locking import alone_in
 from apexflow.objectives import Objective
 from apexflow.progress import counted
@@ -189,10 +189,8 @@ def captioned_source(recipe: Recipe) -> Path:
     folder = CACHE_HOME / f"scenes-{data.count}-seed{data.seed}"
     with alone_in(folder, wait=True):
         if not folder.is_dir():
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            write_scenes(counted("drawing scenes", scenes(data.count, data.seed), data.count), partial)
-            partial.rename(folder)
+            with new_folder(folder) as partial:
+                write_scenes(counted("drawing scenes", scenes(data.count, data.seed), data.count), partial)
     return folder
 
 
@@ -216,11 +214,8 @@ def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:
         if of_scenes:
             fit_text_encoder(backbone.text_encoder, backbone.tokenizer, recipe.text_encoder_steps, recipe.seed)
         fit_autoencoder(backbone.vae, source, (64, 64), recipe.autoencoder_steps, recipe.seed)
-        partial = folder / ".partial-base"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        backbone.save(partial, backbone.settings)
-        partial.rename(base)
+        with new_folder(base) as partial:
+            backbone.save(partial, backbone.settings)
     return base
 
 

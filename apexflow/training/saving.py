@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.backbones import Backbone, Settings, second_time
-from apexflow.errors import UserError
 from apexflow.export.lora import is_loadable, save_lora
+from apexflow.files import new_folder
 from apexflow.progress import console
 from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Preview, Recipe
@@ -43,17 +43,10 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
 
 
 def _write(backbone: Backbone, settings: Settings, folder: Path) -> None:
-    partial, final = folder / ".partial-model", folder / "model"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    final = folder / "model"
+    with new_folder(final, "free some space and pass --resume; the checkpoint is whole") as partial:
         _save_parts(backbone, partial, settings)
-    except OSError as error:
-        raise UserError(
-            f"cannot save {final} ({error}): free some space and pass --resume; the checkpoint is whole"
-        ) from error
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+        shutil.rmtree(final, ignore_errors=True)
 
 
 def _save_parts(backbone: Backbone, folder: Path, settings: Settings) -> None:

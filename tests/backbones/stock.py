@@ -53,3 +53,8 @@ def one_step(name: str, pipeline: object, prompts: list[str], z: Tensor, size: t
         **OPTIONS[name],
     ).images
     return unpack(answer, *z.shape[-2:]) if packed and output == "latent" else answer
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Relative to the size of `b`: data predicted from pure noise by an epsilon model are some hundred times larger."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1))

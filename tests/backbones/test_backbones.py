@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from stock import load_stock, one_step
+from stock import largest_difference, load_stock, one_step
 from tiny import BUILDERS
 
 from apexflow.backbones import Settings, backbones, load_backbone
@@ -36,11 +36,6 @@ def sampled(backbone, prompts, z):
     """One step of our sampler."""
     c = backbone.encode_prompts(prompts)
     return sample(lambda x_t, t: backbone.velocity(backbone.transformer, x_t, t, c), z, time_grid(1))
-
-
-def largest_difference(a, b):
-    """Relative to the size of `b`: data predicted from pure noise by an epsilon model are some hundred times larger."""
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1))
 
 
 def test_the_table_is_covered(folder_of):

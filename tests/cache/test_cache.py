@@ -152,7 +152,7 @@ def test_a_killed_cache_goes_on_and_ends_the_same(
     command = [sys.executable, "-c", script, "cache", scene_folder, "-o", folder, "--model", tiny_model]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("shard-000001*.partial")) and time.monotonic() < deadline:
+    while not list(folder.glob(".shard-000001*.partial")) and time.monotonic() < deadline:
         assert process.poll() is None, "the cache ended before it could be killed"
         time.sleep(0.05)
     time.sleep(0.2)
@@ -207,7 +207,7 @@ def test_processes_that_finish_together_leave_each_others_files_alone(
     def slow(tensors: dict[str, torch.Tensor], path: Path) -> None:
         """As the first writes the last tensors, the second comes to its end, or to where it waits for the first."""
         save_file(tensors, path)
-        if path.name.startswith("null") and not others:
+        if path.name.startswith(".null") and not others:
             others.append(pool.submit(make_cache, *job, Share(1, 2)))
             while not (others[0].done() or waits.is_set()):
                 time.sleep(0.01)

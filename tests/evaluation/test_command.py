@@ -125,6 +125,7 @@ def test_a_wrong_setting_leaves_the_folder_free(run: Run, tiny_model: Path, tmp_
     common = ("evaluate", "--model", tiny_model, "--limit", 1, "--per-prompt", 1, "--steps", 1, "-o", tmp_path / "e")
     for option, value in (("--size", 50), ("--rho", 2), ("--kappa", -1), ("--order", 3)):
         refused(run(*common, option, value), str(value))
+    refused(run(*common, "--size", 100_000), "--size", "8192")
     assert run(*common)[0] == 0
 
 

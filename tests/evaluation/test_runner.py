@@ -153,9 +153,10 @@ def test_processes_share_the_drawing_and_the_last_one_scores(
         assert len(pictures(tmp_path / "e")) == 24 * len(results)
     assert results[0]["pending"] == 24 and same(results[1], report_of(whole))
     assert alike(tmp_path / "e", whole)
-    monkeypatch.setenv("RANK", "2")
-    with pytest.raises(UserError, match="RANK"):
-        Share.from_environment()
+    for rank, told in (("2", "does not lie below"), ("x", "RANK must be a whole number")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match=told):
+            Share.from_environment()
     with pytest.raises(UserError, match="--output"):
         evaluate(generator, QUICK, share=Share(0, 2))
 

@@ -43,8 +43,3 @@ def our_latents(backbone: Backbone, z: Tensor, times: Tensor, **more: object) ->
     """The same by `apexflow.sampler.sample`."""
     c = backbone.encode_prompts(PROMPTS)
     return sample(lambda x_t, t: backbone.velocity(backbone.transformer, x_t, t, c), z, times, **more)
-
-
-def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Relative to the size of `b` where that is over 1."""
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1))

@@ -13,8 +13,8 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stock import load_stock
-from stock_runs import PROMPTS, largest_difference, noise, our_latents, stock_latents
+from stock import largest_difference, load_stock
+from stock_runs import PROMPTS, noise, our_latents, stock_latents
 from test_lora import tuned
 
 from apexflow.backbones import BUILT_IN, load_backbone

@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stock import load_stock, one_step
-from stock_runs import PROMPTS, SIZE, largest_difference, noise, our_latents, stock_latents
+from stock import largest_difference, load_stock, one_step
+from stock_runs import PROMPTS, SIZE, noise, our_latents, stock_latents
 from tiny import BUILDERS
 
 from apexflow.backbones import load_backbone
@@ -124,8 +124,8 @@ def test_a_full_disk_leaves_the_file_before(tmp_path, folder_of, monkeypatch, sa
     path = save_lora(roles, tmp_path)
     whole = path.read_bytes()
 
-    def full(folder, **_):
-        (folder / path.name).write_bytes(whole[:100])
+    def full(folder, weight_name, **_):
+        (folder / weight_name).write_bytes(whole[:100])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(diffusers.SanaPipeline, "save_lora_weights", full)

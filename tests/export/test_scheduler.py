@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from stock import PACKED, load_stock
-from stock_runs import FAMILIES, largest_difference, noise, our_latents, stock_latents
+from stock import PACKED, largest_difference, load_stock
+from stock_runs import FAMILIES, noise, our_latents, stock_latents
 
 from apexflow.backbones import Settings, load_backbone
 from apexflow.export import AnyStepScheduler, stock_scheduler_config

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from closed_forms import GaussianField, gaussian_velocity, make_batch, make_roles, mixture_velocity, quadrature
-from exact_fields import EVERY_TRANSPORT, MEAN, STD, AnyStep, Given, Instant, Smooth, corners, gradient, networks
+from exact_fields import EVERY_TRANSPORT, MEAN, STD, AnyStep, Instant, Smooth, corners, gradient, networks
+from mixtures import Repeating
 from torch import Tensor, nn
 
 from apexflow.conditioning import Condition
@@ -34,20 +35,10 @@ class SmoothJump(Smooth):
         return F if s is None else F + expand(s.sin(), F) * x_t.tanh()
 
 
-class Alternating(Given):
-    """Hands out the numbers, and on every second call two fifths of them: for methods that draw two times."""
-
-    calls = 0
-
-    def uniform(self, where: Tensor | None = None) -> Tensor:
-        self.calls += 1
-        return self.u if self.calls % 2 else 0.4 * self.u
-
-
 def two_times(times: list[float]) -> Batch:
     """The moments of the Gaussian at each time, each time with another earlier one."""
     batch: Any = corners(times)
-    return replace(batch, random=Alternating(batch.random.z, batch.random.u), rows=batch.rows * 0 + ANY)
+    return replace(batch, random=Repeating(batch.random.z, batch.random.u), rows=batch.rows * 0 + ANY)
 
 
 def test_the_flow_map_is_exact_and_has_the_velocity_as_its_limit() -> None:

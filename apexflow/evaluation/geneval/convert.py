@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from apexflow.errors import UserError
+from apexflow.files import new_folder
 
 OFFICIAL_CHECKPOINT = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 # In transformers' model, absent from mmdet, without effect on the output: the norm of Swin's pooled feature, which the
@@ -59,11 +59,8 @@ def save_detector(state_dict: Mapping[str, Any], folder: str | Path) -> None:
         )
     model.load_state_dict(converted, strict=False)  # strict but for UNUSED, by the check above
     model.config.apexflow_source = "mmdet"
-    folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    partial.rename(folder)
+    with new_folder(Path(folder)) as partial:
+        model.save_pretrained(partial)
 
 
 def detector_config() -> Any:

@@ -29,9 +29,10 @@ from apexflow.evaluation.features import (
     statistics,
 )
 from apexflow.evaluation.fid import Array, fid_from_statistics
-from apexflow.evaluation.files import SUFFIXES, Unreadable, open_picture, read_json
+from apexflow.evaluation.files import SUFFIXES, Unreadable, open_picture
 from apexflow.evaluation.inception import PROTOCOLS, Inception
 from apexflow.evaluation.suite import Drawing, Found, Picture, Prompt, Row, Suite, find_by_stem, needs, one_each
+from apexflow.files import read_json
 from apexflow.progress import Progress
 
 META = "meta_data.json"

@@ -1,0 +1,74 @@
+"""Files and folders that appear whole or not at all, and JSON in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from apexflow.errors import CHECK_ROOM, UserError, writing
+
+SUFFIX = ".partial"  # of what is being written; hidden too, so that no reader takes it for a whole file
+
+
+@contextmanager
+def replacing(path: Path, mend: str = CHECK_ROOM) -> Iterator[Path]:
+    """Within, a file is written under the name that is given; at the end it becomes `path`: whole or not at all.
+
+    Processes that write the same file do not meet. UserError names one that cannot be written, and says the `mend`.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+    try:
+        with writing(path, mend):
+            yield partial
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):  # a file may lie where the folder should
+            partial.unlink()
+
+
+@contextmanager
+def new_folder(path: Path, mend: str = CHECK_ROOM) -> Iterator[Path]:
+    """Within, the folder that is given is filled; at the end it becomes `path`: whole or not at all.
+
+    Its name is always the same, so that what a killed process left is not left for good: one process makes `path` at a time.
+    UserError where it cannot be written, or another `path` is there at the end.
+    """
+    partial = path.with_name(f"{SUFFIX}-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(path, mend):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def drop_partial(folder: Path) -> None:
+    """Delete the files that killed processes left half written in a folder where no other writes."""
+    for left_over in folder.glob(f"*{SUFFIX}"):
+        left_over.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, mend: str = CHECK_ROOM) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path, mend) as partial:
+        partial.write_text(text, "utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file; UserError says which file of the user's it is (`what`)."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {what} at {path}: {error}") from None

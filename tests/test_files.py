@@ -1,0 +1,52 @@
+"""Files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from apexflow.errors import UserError
+from apexflow.files import new_folder, replacing
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, error: Exception) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    told = r"cannot write .*a\.json .*No space left on device.*: free some$"
+    with pytest.raises(UserError, match=told), replacing(path, "free some") as partial:
+        partial.write_text("half")
+        raise error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old" and partial.suffix == ".partial"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    told = "a file lies where a folder should"
+    with pytest.raises(UserError, match=told), replacing(tmp_path / "file" / "below") as partial:
+        partial.write_text("")
+    with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "file" / "below"):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_appears_whole_and_takes_no_other_away(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "model"
+    with pytest.raises(KeyboardInterrupt), new_folder(path) as partial:
+        (partial / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert list((tmp_path / "new").iterdir()) == []
+    for content in ("one", "other"):
+        try:
+            with new_folder(path) as partial:
+                assert list(partial.iterdir()) == []
+                (partial / "a").write_text(content)
+        except UserError as error:
+            assert content == "other" and "cannot write" in str(error)
+    assert (path / "a").read_text() == "one" and list((tmp_path / "new").iterdir()) == [path]
