@@ -33,6 +33,7 @@ def ship(model: Path, name: str) -> Path:
 def card(backbone: object, name: str) -> str:
     """A model card: what it is, how it was made, and the place of its scores."""
     made = backbone.settings.card
+    before = Path(made["recipe"]["model"]).parent.name
     recipe, minutes = yaml.safe_dump(made["recipe"], sort_keys=False), made["seconds"] / 60
     weights = sum(
         p.numel() for part in ("transformer", "vae", "text_encoder") for p in getattr(backbone, part).parameters()
@@ -42,7 +43,7 @@ def card(backbone: object, name: str) -> str:
 A miniature SANA ({weights / 1e6:.1f}M parameters with autoencoder and text encoder, bfloat16) that draws 64-pixel scenes of flat
 shapes from captions. It exists to prove and to test apexflow, and knows nothing else. Apache-2.0.
 
-The recipe below took {made["steps"]} steps and {minutes:.0f} minutes on {made["device"]}, from {made["recipe"]["model"]}.
+The recipe below took {made["steps"]} steps and {minutes:.0f} minutes on {made["device"]}, from what `recipes/{before}.yaml` made.
 Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
 
 <!-- {name} -->

@@ -389,3 +389,13 @@ def test_a_picture_is_read_in_its_exif_orientation(tmp_path: Path, exif: str) ->
     if exif != "damaged":
         bottom = record.image.getpixel((2, 17))
         assert isinstance(bottom, tuple) and bottom[2] > 200 and bottom[0] < 60
+
+
+def test_a_split_names_pictures_anywhere_in_the_set(tmp_path: Path) -> None:
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    (tmp_path / "set" / "images").mkdir()
+    (tmp_path / "set" / "images" / "a.png").write_bytes(picture("red"))
+    (tmp_path / "b.png").write_bytes(picture("red"))
+    rows = ({"file_name": "../images/a.png", "text": "in"}, {"file_name": "../../b.png", "text": "out"})
+    (tmp_path / "set" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [record.caption for record in read_captioned(tmp_path / "set", Skipped())] == ["in"]

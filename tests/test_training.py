@@ -304,6 +304,14 @@ def test_a_run_with_no_step_left_keeps_the_settings_that_made_it(
     train(load_recipe(recipe_file, ["keep=1"]), resume=True)  # changes no step: what is left of the run is made
 
 
+def test_a_run_whose_time_is_up_keeps_the_settings_that_made_it(recipe_file: Path, tmp_path: Path) -> None:
+    train(load_recipe(recipe_file, ["minutes=1e-6"]))
+    with pytest.raises(UserError, match="no step left after the 1 that it made"):
+        train(load_recipe(recipe_file, ["minutes=1e-6", "ema_decay=0.5"]), resume=True)
+    train(load_recipe(recipe_file, ["minutes=1", "ema_decay=0.5"]), resume=True)
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["ema_decay"] == 0.5
+
+
 def test_old_checkpoints_are_dropped(recipe_file: Path, tmp_path: Path) -> None:
     train(load_recipe(recipe_file, ["keep=2"]))
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-0000004", "step-0000006"]

@@ -15,11 +15,13 @@ TWINS = ("*.fp16*", "*.bf16*", "*.fp8*", "*.int8*", "*.int4*", "*.non_ema*")
 
 def download(hub_id: str) -> Path:
     """The snapshot of a hub repository, fetched where it is not there yet; UserError says why where it cannot be."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
-        index = Path(hf_hub_download(hub_id, INDEX))
-        parts = [f"{name}/{ending}" for name in components(index.parent) for ending in READ]
+        folder = Path(snapshot_download(hub_id, allow_patterns=[INDEX]))
+        if not (folder / INDEX).is_file():
+            raise UserError(f"{hub_id!r} is no diffusers checkpoint: the hub has no {INDEX} of it")
+        parts = [f"{name}/{ending}" for name in components(folder) for ending in READ]
         return Path(snapshot_download(hub_id, allow_patterns=[INDEX, *OWN, *parts], ignore_patterns=list(TWINS)))
     except UserError:
         raise
@@ -28,15 +30,13 @@ def download(hub_id: str) -> Path:
 
 
 def _reason(hub_id: str, error: Exception) -> str:
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
         where = f"https://huggingface.co/{hub_id}"
         return f"accept its owners' terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "it knows no such model: check the name, or log in with `hf auth login` if it is private"
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):  # that one means: not cached
-        return f"it is no diffusers checkpoint, as it has no {INDEX}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "no space is left; HF_HOME says where it goes"
     return f"check the name and the network ({type(error).__name__})"

@@ -58,12 +58,23 @@ def load_part(
     elif hollow:
         model = guarded(path, lambda: _described(path, kind, buffers=True))
         model.weights_from = path
-        return model.to(dtype).eval().requires_grad_(False)
+        return _cast(model, dtype).eval().requires_grad_(False)
     else:
         options = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
         model = guarded(path, lambda: _weights(path, kind, options))
     # Not to a dtype once more: in float16 the libraries keep in float32 what overflows (layers of T5).
     return model.to(device).eval().requires_grad_(False)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In place, all that its files hold: what a network computes for itself stays in float32, as in one that is read whole."""
+    saved = model.state_dict().keys()
+    own = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    model.to(dtype)
+    for name, buffer in own.items():
+        module, _, last = name.rpartition(".")
+        model.get_submodule(module).register_buffer(last, buffer, persistent=False)
+    return model
 
 
 def check_part(path: Path, kind: Any, device: torch.device) -> None:

@@ -31,7 +31,7 @@ from apexflow.training.journal import Journal, last_step
 from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
-from apexflow.training.run import CHECKPOINTS, Run, Trainee, answering, holds_run, restore, save
+from apexflow.training.run import CHECKPOINTS, Run, Trainee, answering, ended, holds_run, restore, save
 from apexflow.training.saving import save_model
 from apexflow.training.sharding import Place, all_processes, spread
 from apexflow.training.step import training_step
@@ -59,13 +59,13 @@ def steps(run: Run) -> None:
         interruptible() as stop,
         Progress(f"training {recipe.method}", None if recipe.minutes else recipe.steps, run.step) as progress,
     ):
-        while run.step < recipe.steps and not _time_is_up(run):
+        while not ended(run):
             numbers = training_step(run)
             heard = gather({"seconds": before + time.monotonic() - began, "stop": stop.asked})
             run.seconds, stopped = heard[0]["seconds"], any(each["stop"] for each in heard)
             journal.write(run.step, numbers | {"seconds": run.seconds})
             progress.advance(note=_note(numbers))
-            last = run.step == recipe.steps or _time_is_up(run)
+            last = ended(run)
             if run.step % recipe.checkpoint_every == 0 or last or stopped:
                 save(run)
             if run.step % recipe.preview.every == 0 or last:
@@ -197,10 +197,6 @@ def finish(run: Run) -> Path:
         write_json(run.folder / "scores.json", scores)
     write_report(run.folder, scores)
     return model
-
-
-def _time_is_up(run: Run) -> bool:
-    return run.recipe.minutes is not None and run.seconds > 60 * run.recipe.minutes
 
 
 def _note(numbers: dict[str, float]) -> str:

@@ -142,15 +142,21 @@ def restore(run: Run, path: Path) -> None:
         console.print(f"other settings than at the last step: {', '.join(said)}")
 
 
+def ended(run: Run) -> bool:
+    """Whether all steps of the recipe are made, or its time is up."""
+    minutes = run.recipe.minutes
+    return run.step >= run.recipe.steps or (minutes is not None and run.seconds > 60 * minutes)
+
+
 def _check_left(run: Run, said: Sequence[str]) -> None:
     """UserError where settings are changed and no step is left to make with them: they would be told as those of the run."""
     if run.step > run.recipe.steps:
         raise UserError(f"{run.folder} has made {run.step} steps already: give steps={run.step} or more")
     trained = [one for one in said if one.partition(" ")[0].partition(".")[0] not in FINISHING]
-    if trained and run.step == run.recipe.steps:
+    if trained and ended(run):
         raise UserError(
-            f"{run.folder} has made all of its {run.step} steps, and {trained[0]} would change none: give more steps, or "
-            "the settings that it had"
+            f"{run.folder} has no step left after the {run.step} that it made, and {trained[0]} would change none: give more "
+            "steps (or minutes), or the settings that it had"
         )
 
 

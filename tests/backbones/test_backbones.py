@@ -59,6 +59,14 @@ def test_weights_that_are_read_later_answer_the_same(name, folder_of, backbone_o
     backbone, network = backbone_of(name), load_backbone(str(folder_of(name)), hollow=True).transformer
     names = [name for name, _ in network.named_parameters()]
     assert all(parameter.is_meta for parameter in network.parameters())
+    half = [
+        load_backbone(str(folder_of(name)), dtype=torch.bfloat16, hollow=hollow).transformer for hollow in (True, False)
+    ]
+    tensors = (
+        [*half[0].named_parameters(), *half[0].named_buffers()],
+        [*half[1].named_parameters(), *half[1].named_buffers()],
+    )
+    assert [(name, t.dtype) for name, t in tensors[0]] == [(name, t.dtype) for name, t in tensors[1]]
     network._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     read_shares(network, network.weights_from, names)
     asked = (noise(backbone, 2), torch.tensor([0.9, 0.4]), backbone.encode_prompts(PROMPTS[:2]))

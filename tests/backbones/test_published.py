@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import sentencepiece
 import torch
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from stock import load_stock
 from tiny_text import LETTERS
@@ -132,7 +132,6 @@ def test_a_tokenizer_of_older_files_is_read_and_known_again_when_saved(name, fol
 def hub(cluttered, monkeypatch):
     """A hub that serves one repository, and records what is asked of it."""
     asked: dict[str, object] = {}
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file: str(cluttered / file))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **given: asked.update(given) or str(cluttered))
     return asked
 
@@ -157,7 +156,6 @@ def test_of_a_hub_repository_only_what_is_read_is_fetched(cluttered, hub):
     ("error", "words"),
     [
         (GatedRepoError, "accept its owners' terms at https://huggingface.co/owner/name"),
-        (RemoteEntryNotFoundError, "no diffusers checkpoint"),
         (LocalEntryNotFoundError, "check the name and the network"),
         (TimeoutError, "check the name and the network"),
     ],
@@ -167,6 +165,12 @@ def test_why_a_model_cannot_be_fetched_is_told(error, words, hub, monkeypatch):
         answer = SimpleNamespace(headers={}, request=None)
         raise error("no", **({"response": answer} if issubclass(error, huggingface_hub.errors.HfHubHTTPError) else {}))
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=words):
+        resolve("owner/name")
+
+
+def test_a_hub_repository_without_an_index_is_called_so(cluttered, hub):
+    (cluttered / "model_index.json").unlink()
+    with pytest.raises(UserError, match="'owner/name' is no diffusers checkpoint"):
         resolve("owner/name")

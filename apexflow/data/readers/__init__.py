@@ -37,12 +37,13 @@ class Kind:
     """One kind of set.
 
     claims: the files that make up the set if `path` is of this kind, in reading order, else none.
-    samples: the records of those files; a file that cannot be read to its end is noted in the mapping, with the reason.
+    samples: the records of those files, given the set's own folder; a file that cannot be read to its end is noted in the
+    mapping, with the reason.
     """
 
     name: str
     claims: Callable[[Path], list[Path]]
-    samples: Callable[[list[Path], dict[str, str]], Iterator[Sample]]
+    samples: Callable[[Path, list[Path], dict[str, str]], Iterator[Sample]]
     pictures: bool = True
     many_to_a_file: bool = True
 
@@ -57,14 +58,18 @@ class Source:
 
     def samples(self, broken: dict[str, str]) -> Iterator[Sample]:
         """Records in a fixed order; reading past one without loading it is cheap."""
-        return self.kind.samples(self.files, broken)
+        return self.kind.samples(self.home, self.files, broken)
+
+    @property
+    def home(self) -> Path:
+        """The folder of the set."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     def identity(self) -> str:
         """A short hash of the names and sizes of the files: the same set elsewhere on the disk is the same set."""
         digest = hashlib.sha256()
-        home = self.path if self.path.is_dir() else self.path.parent
         for file in self.files:
-            line = f"{file.relative_to(home).as_posix()}:{file.stat().st_size}\n"
+            line = f"{file.relative_to(self.home).as_posix()}:{file.stat().st_size}\n"
             digest.update(line.encode(errors="surrogatepass"))  # file names need not be UTF-8
         return digest.hexdigest()[:16]
 

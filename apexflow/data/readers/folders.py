@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ def claim_pairs(path: Path) -> list[Path]:
     return [] if described and not any(picture.with_suffix(".txt").is_file() for picture in pictures) else pictures
 
 
-def pairs(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+def pairs(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     for path in files:
         yield Sample(str(path), partial(_pair, path))
 
@@ -39,9 +38,8 @@ def claim_metadata(path: Path) -> list[Path]:
     return sorted([*path.glob(METADATA), *path.glob(f"*/{METADATA}")])
 
 
-def rows(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+def rows(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     """One JSON object a line: `file_name` beside the file, and the caption under any of the usual names."""
-    home = Path(os.path.commonpath([path.parent for path in files]))
     for path in files:
         for number, line in lines_of(path):
             yield Sample(f"{path}:{number}", partial(_row, home, path, line))

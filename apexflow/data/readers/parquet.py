@@ -16,7 +16,7 @@ def claim(path: Path) -> list[Path]:
     return files_of(path, ".parquet")
 
 
-def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     pyarrow = _library()
     for path in files:
         try:

@@ -16,7 +16,7 @@ def claim(path: Path) -> list[Path]:
     return [path] if path.is_file() and path.suffix.lower() in (".txt", ".jsonl") else []
 
 
-def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     """One record a line; blank lines are none."""
     for path in files:
         as_json = path.suffix.lower() == ".jsonl"

@@ -19,7 +19,7 @@ def claim(path: Path) -> list[Path]:
     return [manifest, *sorted(manifest.parent.glob("*.tar"))] if manifest.is_file() else []
 
 
-def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     manifest, *tars = files
     try:
         rows = json.loads(manifest.read_text(encoding=TEXT))
@@ -29,8 +29,8 @@ def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
         return
     found: dict[str, Member] = {member.name: member for tar in tars for member in members(tar, broken)}
     for name, fields in prompts:
-        yield Sample(name, partial(_load, found.get(name), manifest.parent, name, fields))
+        yield Sample(name, partial(_load, found.get(name), home, manifest.parent / name, fields))
 
 
-def _load(member: Member | None, home: Path, name: str, fields: Mapping[str, Any]) -> tuple[bytes, Mapping[str, Any]]:
-    return (read_within(home, home / name) if member is None else member.read()), fields
+def _load(member: Member | None, home: Path, path: Path, fields: Mapping[str, Any]) -> tuple[bytes, Mapping[str, Any]]:
+    return (read_within(home, path) if member is None else member.read()), fields

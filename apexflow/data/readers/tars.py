@@ -38,7 +38,7 @@ def claim(path: Path) -> list[Path]:
     return [] if (path / MANIFEST).is_file() else files_of(path, ".tar")
 
 
-def samples(files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
     """The record at which a tar breaks off is lost with the rest of it: nobody knows what it lacks."""
     for path in files:
         current, parts = "", dict[str, Member]()
