@@ -26,7 +26,8 @@ def download(hub_id: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the hub raises many kinds
-        raise UserError(f"cannot fetch {hub_id!r} from the hub: {_reason(hub_id, error)}") from error
+        told = f"{hub_id!r} is no folder here, and cannot be fetched from the hub"
+        raise UserError(f"{told}: {_reason(hub_id, error)}") from error
 
 
 def _reason(hub_id: str, error: Exception) -> str:
