@@ -33,6 +33,7 @@ from provenance import provenance
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import presets, write_configs
 from apexflow.files import write_json
+from apexflow.training.check import suited_objective
 from apexflow.training.config import Data, Recipe, Tuning
 from apexflow.training.distributed import own_device
 from apexflow.training.engine import Engine
@@ -159,7 +160,7 @@ def begin(case: str, method: str, batch: int, size: int, tokens: int, tiny: bool
             if "pad_token" in name:  # left as the memory was
                 parameter.normal_()
     torch.set_default_dtype(torch.float32)
-    objective = recipe.build_objective()
+    objective = suited_objective(recipe, backbone)
     shape = backbone.latent_shape((size, size))
     roles = make_roles(backbone, recipe, objective.needs)
     null = example_inputs(backbone, 1, shape, tokens)[2].to(device)

@@ -1,19 +1,21 @@
-"""Which condition shift a run uses: the recipe's, else the family's; one that the family cannot see is refused."""
+"""Which condition shift and guidance a run uses: the recipe's, else the model's own; a shift that cannot be seen is refused."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from apexflow.errors import UserError
-from apexflow.objectives import objectives
+from apexflow.objectives import guided, objectives
+from apexflow.training.check import suited_objective
 from apexflow.training.config import Recipe
-from apexflow.training.prepare import suited_objective
 
 
-def family(normalizes: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(family="some", shift_defaults=(-0.7, 0.2), normalizes_text=normalizes)
+def family(normalizes: bool = False, guidance: float = 4.0) -> SimpleNamespace:
+    settings = SimpleNamespace(guidance=guidance)
+    return SimpleNamespace(family="some", shift_defaults=(-0.7, 0.2), normalizes_text=normalizes, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,24 @@ def test_a_shift_without_contrast_stops_a_run_before_it_starts() -> None:
 @pytest.mark.parametrize("method", objectives())
 def test_every_method_goes_with_a_family_that_normalizes_text(method: str) -> None:
     assert suited_objective(Recipe(output="x", method=method), family(normalizes=True)) is not None
+
+
+def test_the_teacher_is_guided_as_it_is_drawn_or_as_the_recipe_says() -> None:
+    assert suited_objective(Recipe(output="x"), family()).guidance == 4.0
+    assert suited_objective(Recipe(output="x"), family(guidance=1.0), family()).guidance == 4.0  # the named teacher's
+    assert suited_objective(Recipe(output="x", objective={"guidance": 1.5}), family()).guidance == 1.5
+
+
+@pytest.mark.parametrize("method", objectives())
+def test_no_guidance_is_put_on_top_of_a_teacher_that_is_drawn_without(method: str) -> None:
+    own = objectives()[method]()
+    suited = suited_objective(Recipe(output="x", method=method), family(guidance=1.0))
+    assert guided(suited, 1.0) == {name: getattr(suited, name) for name in guided(own, 1.0)}
+    if method != "apex":  # else the paper's own scale stays
+        assert suited_objective(Recipe(output="x", method=method), family()) == own
+    given = {
+        name: 3.0 if name == "guidance" else asdict(value) | {"guidance": 3.0}
+        for name, value in guided(own, 3.0).items()
+    }
+    kept = suited_objective(Recipe(output="x", method=method, objective=given), family(guidance=1.0))
+    assert guided(kept, 3.0) == {name: getattr(kept, name) for name in given}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from apexflow.data.cache import is_cache
 from apexflow.errors import UserError
-from apexflow.objectives import Objective, objectives
+from apexflow.objectives import guided, objectives
 from apexflow.training.config import WARMUP, Data, Optimizer, Recipe, parse, short_recipe, suggest
 
 # Readings of a method that are compared beside its defaults: method, and fields of its dataclass.
@@ -94,7 +94,8 @@ class Plan:
     def entry(self, name: str) -> tuple[str, dict[str, Any]]:
         """The method of a name and the fields of its dataclass that the comparison sets."""
         method, given = VARIANTS.get(name, (name, {}))
-        found = guided(objectives()[method](), self.guidance)
+        suited = guided(objectives()[method](), self.guidance)
+        found = {one: asdict(value) if is_dataclass(value) else value for one, value in suited.items()}
         whole = {key: found[key] | value if isinstance(value, dict) else value for key, value in given.items()}
         return method, found | whole
 
@@ -134,18 +135,6 @@ def comparison_recipe() -> Recipe:
     # Rate and warm-up are each run's own: what stands here names the folders of comparisons.
     data = Data(source="scenes", count=10000, seed=2)
     return short_recipe("", data=data, optimizer=Optimizer(), checkpoint_every=100)
-
-
-def guided(objective: Objective, scale: float) -> dict[str, Any]:
-    """The fields that train guidance of `scale` into a method, nested ones in full; {} where it knows none."""
-    found: dict[str, Any] = {}
-    for one in fields(objective):
-        value = getattr(objective, one.name)
-        if one.name == "guidance":
-            found["guidance"] = scale
-        elif is_dataclass(value) and not isinstance(value, type) and any(f.name == "guidance" for f in fields(value)):
-            found[one.name] = asdict(value) | {"guidance": scale}
-    return found
 
 
 def needed(methods: Sequence[str]) -> list[str]:

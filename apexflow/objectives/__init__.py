@@ -6,9 +6,9 @@ Objectives are pure: no optimizer, no logging, no device handling. What they may
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, MutableMapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -159,9 +159,17 @@ class Objective(ABC):
         """The (a, b) by which conditions are shifted (Eq. 16), where they are."""
         return None
 
-    def for_family(self, defaults: tuple[float, float], given: Collection[str]) -> Objective:
-        """The same with a model family's (a, b) in place of those that a recipe has not `given`."""
-        return self
+    def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> Objective:
+        """The same with what suits a model in place of what a recipe has not `given`.
+
+        shift: (a, b) of its family. scale: at which its teacher is drawn. Where that is 1 guidance is in the teacher's
+        weights already (FLUX, SANA-Sprint, Turbo models), and none is put on top.
+        """
+        if scale != 1:
+            return self
+        none = guided(self, 1.0)
+        said = {one for one in none if "guidance" in (given if one == "guidance" else given.get(one, ()))}
+        return replace(self, **{one: value for one, value in none.items() if one not in said})
 
     @classmethod
     def sampling(cls, steps: int) -> dict[str, float]:
@@ -172,6 +180,19 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Losses of one micro-batch. `memory` keeps tensors between steps and is saved with the checkpoint."""
+
+
+def guided(objective: Objective, scale: float) -> dict[str, Any]:
+    """The fields that train guidance of `scale` into a method, those that have settings of their own whole; {} where it
+    knows none."""
+    found: dict[str, Any] = {}
+    for one in fields(objective):
+        value = getattr(objective, one.name)
+        if one.name == "guidance":
+            found["guidance"] = scale
+        elif is_dataclass(value) and not isinstance(value, type) and any(f.name == "guidance" for f in fields(value)):
+            found[one.name] = replace(value, guidance=scale)
+    return found
 
 
 def objectives() -> dict[str, type[Objective]]:

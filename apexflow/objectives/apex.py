@@ -5,9 +5,9 @@ Where the paper leaves a choice, the choice is a field of `APEX`; `docs/paper.md
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -117,7 +117,8 @@ class APEX(Objective):
     path_velocity: what leads from x_t to x_lambda-t: "sample" (z - x, the paper) or "teacher" (the frozen field).
     path_rows: the path objective sees "all" rows (Algorithm 1) or the "others" only, those that nothing is generated from.
     reference: theta-minus of Eq. (10): "reference" (EMA, the paper) or "student" (itself, one forward pass cheaper).
-    guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper).
+    guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper). A run takes the one at which
+        its teacher is drawn, if the recipe says nothing.
     lambda_law: lambda is "uniform" in [0, lambda_max], "ramp" (uniform up to a bound that grows over the run) or "constant".
     exact_below: below this noise level of Eq. (18) the fake's own velocity z_fake - x_fake stands in for the shifted branch,
         which is its mean over all fakes and so does not see what is wrong with just this one. 0: never (the paper). Above 0
@@ -191,12 +192,10 @@ class APEX(Objective):
         """(a, b) of Eq. (16), where the endpoint objective uses them."""
         return (self.a, self.b) if self.endpoint_weight > 0 else None
 
-    def for_family(self, defaults: tuple[float, float], given: Collection[str]) -> APEX:
-        """The same with a model family's (a, b) in place of those that a recipe has not given."""
-        a, b = (
-            own if name in given else other for name, own, other in zip("ab", (self.a, self.b), defaults, strict=True)
-        )
-        return replace(self, a=a, b=b)
+    def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> APEX:
+        """The same with the model's (a, b), and guided as its teacher is drawn, where a recipe has not `given` them."""
+        suited = {"a": shift[0], "b": shift[1], "guidance": scale}
+        return replace(self, **{name: value for name, value in suited.items() if name not in given})
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
         """Algorithm 1, lines 2-22, for one micro-batch."""

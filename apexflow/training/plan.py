@@ -14,6 +14,7 @@ import torch
 from apexflow.backbones import BUILT_IN, Backbone
 from apexflow.backbones.parts import bytes_of
 from apexflow.backbones.presets import load_shapes
+from apexflow.training.check import suited_objective
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import rows_each
 from apexflow.training.engine import parallel_kind
@@ -89,7 +90,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     size = recipe.data.size or backbone.default_size
     shape = backbone.latent_shape((size, size))
     tokens = tokens or backbone.settings.max_tokens
-    objective = recipe.build_objective()
+    objective = suited_objective(recipe, backbone, teacher)
     rows = min(recipe.micro_batch or own, own)
     with kept_for_backward([]) as kept:
         passes, losses = trace_passes(objective, rows, recipe.batch, shape)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from apexflow.backbones import Backbone, check_shift, load_backbone, resolve
+from apexflow.backbones import Backbone, load_backbone, resolve
 from apexflow.backbones.folder import INDEX
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet, check_made_by, is_cache
@@ -24,7 +24,7 @@ from apexflow.files import new_folder
 from apexflow.locking import alone_in
 from apexflow.objectives import Objective
 from apexflow.progress import counted
-from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
+from apexflow.training.check import check_batch, check_data, check_networks, check_teacher, suited_objective
 from apexflow.training.config import Data, Recipe
 from apexflow.training.distributed import world
 from apexflow.training.engine import memory_of, parallel_kind
@@ -64,7 +64,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
     size = CachedSet(finished).size if finished else recipe.data.size
     for one in filter(None, (backbone, teacher)):
         one.draw_at(size or one.default_size)  # what it learns to draw, and so what the saved model draws
-    objective = suited_objective(recipe, backbone)
+    objective = suited_objective(recipe, backbone, teacher)
     if finished is None:
         picture_sizes(backbone, cache_settings(recipe))
     check_networks(recipe, backbone, objective)
@@ -168,17 +168,6 @@ def _expected(data: Data, settings: CacheSettings, backbone: Backbone, model: Pa
     said = {"size": data.size, "buckets": data.buckets or None, "captions": list(data.captions) or None}
     by_text = {"text": True, "text encoder": text_fingerprint(model, backbone.settings)} if settings.text else {}
     return {"autoencoder": autoencoder_fingerprint(model)} | by_text | {k: v for k, v in said.items() if v is not None}
-
-
-def suited_objective(recipe: Recipe, backbone: Backbone) -> Objective:
-    """The recipe's objective with the family's condition shift where the recipe gives none.
-
-    UserError for a shift that the family cannot see.
-    """
-    objective = recipe.build_objective().for_family(backbone.shift_defaults, recipe.objective)
-    if objective.condition_shift is not None:
-        check_shift(backbone, *objective.condition_shift)
-    return objective
 
 
 def captioned_source(recipe: Recipe) -> Path:
