@@ -106,3 +106,9 @@ def _mask(condition: Condition) -> Tensor:
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: `F(null) + scale (F(c) - F(null))`, so scale 1 is no guidance."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def guide_at_length(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """`guide` with each vector (..., D) cut or stretched to the length of the conditional answer's, as some pipelines do."""
+    guided = guide(conditional, unconditional, scale)
+    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

@@ -16,7 +16,7 @@ from apexflow.backbones import Backbone, backbones, load_backbone, resolve
 from apexflow.backbones.folder import read_index
 from apexflow.backbones.parts import LARGE, stored_dtypes, weight_shapes
 from apexflow.backbones.second_time import going_to, second_time_of
-from apexflow.conditioning import Condition, guide
+from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.randomness import RowRandom
 from apexflow.sampler import sample, shift_times, time_grid
@@ -133,7 +133,7 @@ class Generator:
             self.evaluations += 1 if null is None else 2
             with going_to(network, s):
                 F = backbone.velocity(network, x_t, t, c)
-                return F if null is None else guide(F, backbone.velocity(network, x_t, t, null), guidance)
+                return F if null is None else backbone.guide(F, backbone.velocity(network, x_t, t, null), guidance)
 
         fresh = RowRandom.of_pictures(seeds, 1, z.device)  # a picture's own, as its first noise is
         return sample(velocity, z, times, kappa, rho, order, backbone.transport, fresh, jumps)

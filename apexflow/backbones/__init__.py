@@ -90,6 +90,10 @@ class Backbone(Protocol):
         """`F(x_t, t, c)` of the paper, answered by `network`, a module of the transformer's class; t (B,) in [0, 1]."""
         ...
 
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """One answer of two, as the stock pipeline guides; scale 1 is the first."""
+        ...
+
     @property
     def text_width(self) -> tuple[int, int | None]:
         """Width of a condition's embeddings, and of its pooled vector where there is one."""

@@ -15,6 +15,7 @@ from apexflow.backbones import Settings
 from apexflow.backbones.encoders import Encoders
 from apexflow.backbones.parts import save_folder, scheduler_shift
 from apexflow.backbones.text import device_of, unknown_words
+from apexflow.conditioning import guide
 from apexflow.errors import UserError
 from apexflow.transport import LINEAR, Transport
 
@@ -60,6 +61,10 @@ class Family(Encoders):
     def text_width(self) -> tuple[int, int | None]:
         """Width of a condition's embeddings, and of its pooled vector where there is one."""
         return self.config.joint_attention_dim, self.config.get("pooled_projection_dim")
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """One answer of two (B, C, h, w), as the stock pipeline guides: a line through both."""
+        return guide(conditional, unconditional, scale)
 
     def encoder(self, name: str) -> Any:
         """One of several text encoders, by the name of its folder."""

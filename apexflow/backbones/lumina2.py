@@ -14,7 +14,7 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Family
 from apexflow.backbones.parts import compute_dtype, load_parts
 from apexflow.backbones.text import decoder_states, is_null
-from apexflow.conditioning import Condition
+from apexflow.conditioning import Condition, guide_at_length
 
 
 class Lumina2(Family):
@@ -44,10 +44,6 @@ class Lumina2(Family):
         }
         return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
-    def stock_options(self, settings: Settings) -> dict[str, Any]:
-        """By default the guided answer is cut to the length of the other one."""
-        return super().stock_options(settings) | ({"cfg_normalization": False} if settings.guidance != 1 else {})
-
     @property
     def text_width(self) -> tuple[int, int | None]:
         return self.config.cap_feat_dim, None
@@ -64,6 +60,10 @@ class Lumina2(Family):
             return_dict=False,
         )[0]
         return -answer.to(x_t.dtype)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """One answer of two (B, 16, h, w): the line through both, each row of a channel as long as the conditional one's."""
+        return guide_at_length(conditional, unconditional, scale)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Gemma's last hidden states but one, with the stock system text before every prompt but the null prompt."""

@@ -14,7 +14,7 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Family, pack, unpack
 from apexflow.backbones.parts import compute_dtype, load_parts, running_dtype
 from apexflow.backbones.text import is_null, tokenize, unless_full
-from apexflow.conditioning import Condition
+from apexflow.conditioning import Condition, guide_at_length
 
 # Attention and both feed-forwards of every block: the paper's 0.2B at r = 32 and 0.4B at r = 64.
 LORA_TARGETS = (
@@ -80,6 +80,10 @@ class QwenImage(Family):
             return_dict=False,
         )[0]
         return unpack(F, height, width).to(x_t.dtype)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """One answer of two (B, 16, h, w): the line through both, each token as long as the conditional one's."""
+        return unpack(guide_at_length(pack(conditional), pack(unconditional), scale), *conditional.shape[-2:])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Qwen2.5-VL's last hidden states in the stock template, whose opening tokens are dropped after encoding.

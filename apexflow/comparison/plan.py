@@ -94,8 +94,8 @@ class Plan:
     def entry(self, name: str) -> tuple[str, dict[str, Any]]:
         """The method of a name and the fields of its dataclass that the comparison sets."""
         method, given = VARIANTS.get(name, (name, {}))
-        suited = guided(objectives()[method](), self.guidance)
-        found = {one: asdict(value) if is_dataclass(value) else value for one, value in suited.items()}
+        suited: dict[str, Any] = guided(objectives()[method](), self.guidance)
+        found = {one: asdict(value) if is_dataclass(value) else value for one, value in suited.items()}  # type: ignore[arg-type]
         whole = {key: found[key] | value if isinstance(value, dict) else value for key, value in given.items()}
         return method, found | whole
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Condition
+from apexflow.conditioning import Condition, guide
 from apexflow.randomness import RowRandom
 from apexflow.transport import LINEAR, Transport
 
@@ -34,7 +34,8 @@ class Networks:
     `student` builds a graph; `reference` (theta-minus) and `teacher` (frozen, pretrained) are run without gradients.
     `further` are the networks that the method declares, trained too. `frozen` are all of them by name with their weights
     held: gradients pass through to the input, and reach no weight.
-    `null` is the one-row null condition of guidance. `round_time` rounds times to what the backbone really sees, so that
+    `null` is the one-row null condition of guidance, and `guide` makes one answer of those with and without caption, by a
+    scale. `round_time` rounds times to what the backbone really sees, so that
     secants divide by the step that the network saw. `time_shift` is that of the grid on which the model is sampled.
     """
 
@@ -42,6 +43,7 @@ class Networks:
     reference: Field
     teacher: Field
     null: Condition | None = None
+    guide: Callable[[Tensor, Tensor, float], Tensor] = guide
     transport: Transport = LINEAR
     round_time: Callable[[Tensor], Tensor] = exact_time
     time_shift: float = 1.0

@@ -194,7 +194,7 @@ class APEX(Objective):
 
     def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> APEX:
         """The same with the model's (a, b), and guided as its teacher is drawn, where a recipe has not `given` them."""
-        suited = {"a": shift[0], "b": shift[1], "guidance": scale}
+        suited: dict[str, Any] = {"a": shift[0], "b": shift[1], "guidance": scale}
         return replace(self, **{name: value for name, value in suited.items() if name not in given})
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:

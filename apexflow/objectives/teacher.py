@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Condition, guide
+from apexflow.conditioning import Condition
 from apexflow.objectives import Networks
 from apexflow.transport import expand
 
@@ -19,7 +19,7 @@ def teach(networks: Networks, x_t: Tensor, t: Tensor, c: Condition, guidance: fl
         F = networks.teacher(x_t, t, c)
         if guidance == 1:
             return F
-        return guide(F, networks.teacher(x_t, t, nothing(networks, len(c), guidance)), guidance)
+        return networks.guide(F, networks.teacher(x_t, t, nothing(networks, len(c), guidance)), guidance)
 
 
 def nothing(networks: Networks, rows: int, guidance: float) -> Condition:

@@ -76,6 +76,7 @@ class LoraRoles:
             reference=reference,
             teacher=teacher,
             null=null,
+            guide=self.backbone.guide,
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,

@@ -75,6 +75,7 @@ class FullRoles:
             reference=fields["reference"],
             teacher=fields["teacher"],
             null=null,
+            guide=self._like.guide,
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,

@@ -40,7 +40,9 @@ def load_stock(folder: Path) -> object:
 
 
 @torch.no_grad()
-def one_step(name: str, pipeline: object, prompts: list[str], z: Tensor, size: tuple[int, int], output: str) -> Tensor:
+def one_step(
+    name: str, pipeline: object, prompts: list[str], z: Tensor, size: tuple[int, int], output: str, **options: object
+) -> Tensor:
     """Latents like `z` (output "latent") or pictures (B, 3, H, W) in [0, 1] (output "pt") after one step from noise `z`."""
     packed = name in PACKED
     answer = pipeline(
@@ -50,7 +52,7 @@ def one_step(name: str, pipeline: object, prompts: list[str], z: Tensor, size: t
         num_inference_steps=1,
         latents=pack(z) if packed else z.clone(),
         output_type=output,
-        **OPTIONS[name],
+        **OPTIONS[name] | options,
     ).images
     return unpack(answer, *z.shape[-2:]) if packed and output == "latent" else answer
 

@@ -23,6 +23,8 @@ FAMILIES = list(BUILDERS)
 SIZE = (32, 64)
 PROMPTS = ["a red cube", "two green balls on a wooden table", "a cat"]
 
+INSIDE = ("sana_sprint", "flux_schnell", "flux_dev", "sdxl_lcm")  # guidance is in the weights, or an input
+
 families = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -32,10 +34,14 @@ def noise(backbone, rows, seed=0):
 
 
 @torch.no_grad()
-def sampled(backbone, prompts, z):
+def sampled(backbone, prompts, z, guidance=1.0):
     """One step of our sampler."""
-    c = backbone.encode_prompts(prompts)
-    return sample(lambda x_t, t: backbone.velocity(backbone.transformer, x_t, t, c), z, time_grid(1))
+    c, null = backbone.encode_prompts(prompts), backbone.encode_prompts([""]).expand(len(prompts))
+
+    def velocity(x_t, t):
+        return backbone.guide(*(backbone.velocity(backbone.transformer, x_t, t, one) for one in (c, null)), guidance)
+
+    return sample(velocity, z, time_grid(1))
 
 
 def test_the_table_is_covered(folder_of):
@@ -51,6 +57,16 @@ def test_one_step_equals_the_stock_pipeline(name, folder_of, backbone_of):
     expected = one_step(name, load_stock(folder_of(name)), PROMPTS, z, SIZE, "latent")
     assert largest_difference(sampled(backbone, PROMPTS, z), expected) < 1e-5
     assert float((expected - z).abs().max()) > 1e-2  # the network did something
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in INSIDE])
+def test_a_guided_step_equals_the_stock_pipeline(name, folder_of, backbone_of):
+    backbone = backbone_of(name)
+    z = noise(backbone, len(PROMPTS))
+    options = backbone.stock_options(replace(backbone.settings, guidance=3.0))
+    expected = one_step(name, load_stock(folder_of(name)), PROMPTS, z, SIZE, "latent", **options)
+    assert largest_difference(sampled(backbone, PROMPTS, z, 3.0), expected) < 1e-5
+    assert largest_difference(sampled(backbone, PROMPTS, z), expected) > 1e-3
 
 
 @families

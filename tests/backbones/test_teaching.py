@@ -1,4 +1,4 @@
-"""Whether one model can teach another: the same words must be the same condition to both, pooled vectors included."""
+"""One model teaches another: the same words must be the same condition to both, and it is guided as its family is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_text import clip
 
 from apexflow.backbones import load_backbone
 from apexflow.errors import UserError
-from apexflow.training.config import Recipe
+from apexflow.objectives.teacher import teach
+from apexflow.training.config import Recipe, Tuning
 from apexflow.training.prepare import check_teaches
+from apexflow.training.roles import make_roles
 
 
 def test_a_teacher_with_another_clip_is_refused_and_one_with_a_rounded_one_is_not(
@@ -33,3 +36,17 @@ def test_a_teacher_with_another_clip_is_refused_and_one_with_a_rounded_one_is_no
     check(rounded)
     with pytest.raises(UserError, match="other has another text encoder than model"):
         check(other)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", ["qwen_image", "sana"])
+@torch.no_grad()
+def test_a_teacher_is_guided_as_its_pipeline_guides(name: str, kind: str, folder_of: Callable[[str], Path]) -> None:
+    backbone = load_backbone(str(folder_of(name)))
+    null, c = backbone.encode_prompts([""]), backbone.encode_prompts(["a cat", "two dogs"])
+    roles = make_roles(backbone, Recipe(output="", tuning=Tuning(kind, 2)), ("teacher",))
+    x_t, t = torch.randn(2, *backbone.latent_shape((32, 64))), torch.tensor([0.9, 0.4])
+    with_caption, without = (backbone.velocity(backbone.transformer, x_t, t, one) for one in (c, null.expand(2)))
+    found = teach(roles.networks(null), x_t, t, c, 3.0)
+    assert torch.allclose(found, backbone.guide(with_caption, without, 3.0), atol=1e-5)
+    assert torch.allclose(found, without + 3 * (with_caption - without), atol=1e-3) == (name == "sana")

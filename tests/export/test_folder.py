@@ -18,8 +18,6 @@ from stock_runs import PROMPTS, noise, our_latents, stock_latents
 from test_lora import tuned
 
 from apexflow.backbones import BUILT_IN, load_backbone
-from apexflow.backbones.family import pack, unpack
-from apexflow.conditioning import guide
 from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, export, save_lora
 from apexflow.export.lora import FILE
@@ -39,7 +37,7 @@ def student(folder_of, name, tmp_path, **settings):
 
 def call_of(result):
     """The options of a call that are not already those of `stock_latents`."""
-    keep = ("sigmas", "true_cfg_scale", "guidance_scale", "negative_prompt", "cfg_normalization")
+    keep = ("sigmas", "true_cfg_scale", "guidance_scale", "negative_prompt")
     return {name: value for name, value in result["call"].items() if name in keep}
 
 
@@ -77,20 +75,12 @@ def test_a_guided_model_is_guided_in_the_stock_pipeline(name, folder_of, tmp_pat
 
     @torch.no_grad()
     def velocity(x_t, t):
-        F = backbone.velocity(backbone.transformer, x_t, t, c)
-        guided = guide(F, backbone.velocity(backbone.transformer, x_t, t, null), 4.0)
-        return as_long_as(F, guided) if name == "qwen_image" else guided
+        return backbone.guide(*(backbone.velocity(backbone.transformer, x_t, t, one) for one in (c, null)), 4.0)
 
     options = call_of(result) | ({"negative_prompt": [" "] * len(PROMPTS)} if name == "qwen_image" else {})
     latents = stock_latents(name, load_stock(tmp_path / "out"), z, 2, **options)
     assert result["call"].get("negative_prompt") == (" " if name == "qwen_image" else None)
     assert largest_difference(latents, sample(velocity, z, times)) < 1e-4
-
-
-def as_long_as(F, guided):
-    """What Qwen-Image's pipeline does to a guided answer: each token keeps the length of the unguided one."""
-    one, other = pack(F), pack(guided)
-    return unpack(other * one.norm(dim=-1, keepdim=True) / other.norm(dim=-1, keepdim=True), *F.shape[-2:])
 
 
 def test_an_explicit_grid_goes_along(folder_of, tmp_path):
