@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import platform
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +28,17 @@ MAX_BATCH = 32
 GAP = 2  # pixels between the pictures of a grid
 
 
+class Sampling(NamedTuple):
+    """How pictures are drawn: the grid (steps + 1,), the shape (C, h, w) of a latent, and what `check_sampling` checks."""
+
+    times: Tensor
+    shape: tuple[int, ...]
+    guidance: float
+    kappa: float
+    rho: float
+    order: int
+
+
 class Generator:
     """A loaded model with its own sampling settings. `encode`: prompts to conditions, by default the model's text encoder.
 
@@ -41,7 +55,7 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[str] | str,
-        steps: int | None = None,
+        steps: int | None = 1,
         seed: int = 0,
         size: int | tuple[int, int] | None = None,
         guidance: float | None = None,
@@ -52,19 +66,20 @@ class Generator:
         """One picture a prompt, by `steps` network evaluations (twice that with guidance other than 1).
 
         What is None comes from the model's settings. Picture i depends on `seed` and i alone, not on the batch. Raises
-        UserError for steps < 1, a size that the model cannot take or a prompt that is no text; warns when a prompt has no
-        word that the model knows.
+        UserError for steps < 1, a size that the model cannot take or a prompt that is no text; warns when a prompt is empty or
+        has no word that the model knows.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
-            if not _is_text(prompt):
-                raise UserError(f"prompt {prompt!r} holds bytes that are no text: write it in UTF-8")
+            _check_text(prompt)
+        plan = self._plan(steps, size, guidance, kappa, rho, order)
+        seeds = [(whole(seed, "seed"), index) for index in range(len(prompts))]
+        if not all(prompt.strip() for prompt in prompts):
+            warnings.warn("the prompt is empty: the picture follows nothing", stacklevel=2)
         for prompt in self.backbone.unknown_words(prompts):
             warnings.warn(f"the model knows no word of {prompt!r}: the picture will not follow it", stacklevel=2)
-        seeds = [(seed, index) for index in range(len(prompts))]
-        return self.generate_seeded(prompts, seeds, steps, size, guidance, kappa, rho, order)
+        return self._draw(prompts, seeds, plan)
 
-    @torch.no_grad()
     def generate_seeded(
         self,
         prompts: Sequence[str],
@@ -76,18 +91,33 @@ class Generator:
         rho: float = 0.0,
         order: int = 1,
     ) -> list[Image.Image]:
-        """As `generate`, with a (seed, index) pair for each picture."""
-        settings = self.backbone.settings
-        guidance = settings.guidance if guidance is None else guidance
+        """As `generate`, with a (seed, index) pair for each picture, and nothing said of the prompts."""
+        return self._draw(prompts, seeds, self._plan(steps, size, guidance, kappa, rho, order))
+
+    def _plan(
+        self,
+        steps: int | None,
+        size: int | tuple[int, int] | None,
+        guidance: float | None,
+        kappa: float,
+        rho: float,
+        order: int,
+    ) -> Sampling:
+        """What was asked for, checked; None is the model's own."""
+        backbone = self.backbone
+        guidance = backbone.settings.guidance if guidance is None else guidance
         check_sampling(guidance, kappa, rho, order)
-        asked = _square(self.backbone.default_size if size is None else size)
-        times, shape = self.times(steps, asked), self.backbone.latent_shape(asked)
+        asked = _square(backbone.default_size if size is None else size)
+        return Sampling(self.times(steps, asked), backbone.latent_shape(asked), guidance, kappa, rho, order)
+
+    @torch.no_grad()
+    def _draw(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> list[Image.Image]:
         pictures: list[Image.Image] = []
         self.finite = []
         for start in range(0, len(prompts), MAX_BATCH):
             part = slice(start, start + MAX_BATCH)
-            z = noise(seeds[part], shape).to(self.backbone.device)
-            latents = self._sample(prompts[part], z, times, guidance, kappa, rho, order, seeds[part])
+            z = noise(seeds[part], plan.shape).to(self.backbone.device)
+            latents = self._sample(prompts[part], z, plan, seeds[part])
             images = self.backbone.decode(latents)
             self.finite += images.isfinite().flatten(1).all(1).tolist()
             if not all(self.finite):
@@ -101,7 +131,7 @@ class Generator:
         size: (height, width) of the pictures, by default the model's own; some families shift by it.
         """
         settings = self.backbone.settings
-        steps = settings.steps if steps is None else steps
+        steps = settings.steps if steps is None else whole(steps, "steps")
         if steps < 1:
             raise UserError(f"steps must be at least 1, got {steps}")
         if settings.times is not None and len(settings.times) == steps + 1:
@@ -113,14 +143,10 @@ class Generator:
         self,
         prompts: Sequence[str],
         z: Tensor,
-        times: Tensor,
-        guidance: float,
-        kappa: float,
-        rho: float,
-        order: int,
+        plan: Sampling,
         seeds: Sequence[tuple[int, int]],
     ) -> Tensor:
-        backbone = self.backbone
+        backbone, guidance = self.backbone, plan.guidance
         # While training, the encoders do not stand on the transformer's device.
         c = self.encode(prompts).to(backbone.device)
         null = self.encode([""]).expand(len(prompts)).to(backbone.device) if guidance != 1 else None
@@ -136,7 +162,7 @@ class Generator:
                 return F if null is None else backbone.guide(F, backbone.velocity(network, x_t, t, null), guidance)
 
         fresh = RowRandom.of_pictures(seeds, 1, z.device)  # a picture's own, as its first noise is
-        return sample(velocity, z, times, kappa, rho, order, backbone.transport, fresh, jumps)
+        return sample(velocity, z, plan.times, plan.kappa, plan.rho, plan.order, backbone.transport, fresh, jumps)
 
 
 def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
@@ -146,6 +172,9 @@ def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
 
 def check_sampling(guidance: float, kappa: float, rho: float, order: int) -> None:
     """UserError for settings that the sampler does not take."""
+    for name, value in (("guidance", guidance), ("kappa", kappa), ("rho", rho)):
+        if not isinstance(value, Real):
+            raise UserError(f"{name} is {value!r}: give a number")
     if not math.isfinite(guidance):
         raise UserError(f"guidance is {guidance}: give a number, 1 for none")
     if not 0 <= rho <= 1:
@@ -173,22 +202,46 @@ def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int =
     return sheet
 
 
-def _is_text(prompt: str) -> bool:
-    """Whether it can be written as UTF-8; what a shell passes in another encoding cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in prompt)
+def _check_text(prompt: str) -> None:
+    """UserError for what is no string, or cannot be written as UTF-8, as what a shell passes in another encoding."""
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt {prompt!r} is no text: give a string, or a list of them")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"prompt {prompt!r} holds bytes that are no text: write it in UTF-8")
 
 
 def _square(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+    """(height, width) of what may be one side."""
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2:
+        raise UserError(f"size is {size}: give one side, or height and width")
+    return whole(sides[0], "size"), whole(sides[1], "size")
 
 
-def load(path_or_id: str = "mini-student", device: str = "auto", dtype: torch.dtype | None = None) -> Generator:
+def whole(value: Any, name: str) -> int:
+    """`value` as an int, numpy's too; UserError for what is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} is {value!r}: give a whole number") from None
+
+
+def load(
+    path_or_id: str = "mini-student", device: str | torch.device = "auto", dtype: torch.dtype | str | None = None
+) -> Generator:
     """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, or a hub id such as owner/name.
 
-    dtype: of weights and arithmetic; None as in `suited_dtype`.
+    dtype: of weights and arithmetic, or its name ("bfloat16"); None as in `suited_dtype`.
     """
-    place = pick_device(device)
-    return Generator(load_backbone(path_or_id, place, dtype or suited_dtype(path_or_id, place)))
+    place = pick_device(str(device))
+    return Generator(load_backbone(str(path_or_id), place, _dtype(dtype) or suited_dtype(str(path_or_id), place)))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UserError(f"dtype is {dtype!r}: take float32, bfloat16 or float16")
+    return found
 
 
 def suited_dtype(path_or_id: str, device: str | torch.device) -> torch.dtype:

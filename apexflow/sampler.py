@@ -63,7 +63,8 @@ def sample(
 ) -> Tensor:
     """Algorithm 2: data of the shape of the noise `z` (B, ...), by one evaluation of `velocity(x_t, t)` a step.
 
-    times: descending (steps + 1,), as from `time_grid`; kappa: extrapolation ratio of Eq. (21); rho in [0, 1]: the share of
+    times: descending (steps + 1,), as from `time_grid`; the velocity is told of them in the precision of `z`, or float32 for a
+    narrower one. kappa: extrapolation ratio of Eq. (21); rho in [0, 1]: the share of
     fresh noise in the noise estimate, variance preserved (Appendix E); order 2: Heun's correction, which evaluates once more
     on every step but the last (so `2 steps - 1` evaluations); jumps: `velocity(x_t, t, s)` takes a second time, to which the
     step leads: the next of the grid, or 0 where fresh noise follows. Raises ValueError on a bad grid or ratio.
@@ -79,6 +80,7 @@ def sample(
     if not 0 <= rho <= 1 or kappa < 0:
         raise ValueError(f"rho must lie in [0, 1] and kappa be at least 0, got rho={rho}, kappa={kappa}")
     x_t, previous = z, None
+    times = times.to(torch.promote_types(z.dtype, torch.float32))
     for t, t_next in itertools.pairwise(times):
         ask = _jumping(velocity, t_next if rho == 0 else torch.zeros_like(t_next)) if jumps else velocity
         x_hat, z_hat = _predict(ask, x_t, t, transport)

@@ -128,7 +128,7 @@ def look(output: Path) -> Path:
     with tarfile.open(output / "pictures" / TAR) as tar:
         files = {name: tar.extractfile(f"{ord(unicodedata.lookup(name)):05x}.png") for name in SHOWN}
         columns = [[Image.open(file).convert("RGB") for file in files.values() if file is not None]]
-    columns += [load(str(output / role / "model")).generate(SHOWN, seed=0) for role in ("teacher", "student")]
+    columns += [load(str(output / role / "model")).generate(SHOWN, None, seed=0) for role in ("teacher", "student")]
     rows = {name: [column[index].resize((96, 96)) for column in columns] for index, name in enumerate(SHOWN)}
     path = output / "sheet.png"
     with writing(path):

@@ -332,3 +332,16 @@ def test_ratios_and_orders_out_of_range_are_refused(options: dict[str, float], n
 def test_times_outside_the_unit_interval_are_refused(times: list[float]) -> None:
     with pytest.raises(ValueError, match="times"):
         sample(curved, noise(), torch.tensor(times))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_velocity_that_computes_with_time_keeps_the_precision_of_the_noise(dtype: torch.dtype) -> None:
+    z = noise().to(dtype)
+    told = []
+
+    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        told.append(t.dtype)
+        return x_t * t.to(x_t.dtype)[:, None] if dtype == torch.bfloat16 else x_t * t[:, None]
+
+    assert sample(velocity, z, time_grid(3)).dtype == dtype
+    assert set(told) == {torch.float64 if dtype == torch.float64 else torch.float32}

@@ -241,6 +241,20 @@ def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(
         training_step(run)
 
 
+def test_a_run_too_short_for_the_limit_fails_too_and_says_nothing_that_is_no_json(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    wild = ["steps=6", "optimizer.learning_rate=1e30", "optimizer.warmup=0", f"output={tmp_path / 'wild'}"]
+    with pytest.raises(UserError, match="not finite for 3 steps"):
+        train(load_recipe(recipe_file, wild))
+    assert not (tmp_path / "wild" / "model").exists()
+    lines = (tmp_path / "wild" / "metrics.jsonl").read_text().splitlines()
+    assert any("null" in line for line in lines)
+    for line in lines:
+        json.loads(line, parse_constant=pytest.fail)
+    assert [one["step"] for one in read_metrics(tmp_path / "wild")] == list(range(1, len(lines) + 1))
+
+
 @contextmanager
 def file_size_limit(most: int) -> Iterator[None]:
     """Within, a write beyond `most` bytes of a file fails with an OSError, as on a full disk."""

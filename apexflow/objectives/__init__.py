@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -135,6 +135,13 @@ class Objective(ABC):
     sampler: ClassVar[dict[str, float]]
     longer: ClassVar[dict[int, dict[str, float]]] = {}
     keeps_sampling: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """ValueError for a reading of a name that is none of its field's."""
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                names = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
 
     @property
     def needs(self) -> tuple[str, ...]:

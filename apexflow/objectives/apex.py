@@ -5,6 +5,7 @@ Where the paper leaves a choice, the choice is a field of `APEX`; `docs/paper.md
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -67,6 +68,8 @@ def multi_scale_l2(error: Tensor, p: float = 0.5, c: float = 1e-3, reduction: st
 def adaptive_loss(error: Tensor, p: float, c: float, reduction: str) -> Tensor:
     """Below Eq. (14): `||E||^2 / (||E||^2 + c)^p` for each row, in float32."""
     squared = error.float().flatten(1).square()
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be sum or mean, got {reduction!r}")
     norm = squared.sum(1) if reduction == "sum" else squared.mean(1)
     return norm / (norm + c) ** p
 
@@ -154,12 +157,19 @@ class APEX(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.lambda_max <= 1:
             raise ValueError(f"lambda_max must lie in [0, 1], got {self.lambda_max}")
         if not 0 <= self.exact_below <= 1:
             raise ValueError(f"exact_below must lie in [0, 1], got {self.exact_below}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {self.share}")
+        if (self.clip is not None and self.clip <= 0) or self.c <= 0 or not 0 <= self.p <= 1:
+            raise ValueError(f"clip and c must be above 0 and p in [0, 1], got {self.clip}, {self.c} and {self.p}")
+        if self.buffer_size < 1 or not math.isfinite(self.guidance):
+            raise ValueError(
+                f"buffer_size must be at least 1 and guidance a number, got {self.buffer_size}, {self.guidance}"
+            )
         if self.path_weight > 0 and self.path_rows == "others" and self.share == 1:
             raise ValueError("share 1 leaves no row for the path objective: lower it, or say path_rows: all")
         if min(self.path_weight, self.endpoint_weight) < 0 or self.path_weight + self.endpoint_weight == 0:

@@ -66,6 +66,7 @@ class CM(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.intervals[0] <= self.intervals[1]:
             raise ValueError(f"intervals must be two ascending numbers of at least 1, got {self.intervals}")
         if self.rho <= 0 or (self.huber is not None and self.huber <= 0):

@@ -49,6 +49,7 @@ class CTM(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0, "order": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.intervals < 1 or self.pieces < 1:
             raise ValueError(f"intervals and pieces must be at least 1, got {self.intervals} and {self.pieces}")
         if self.matching < 0 or (self.huber is not None and self.huber <= 0):

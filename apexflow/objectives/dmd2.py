@@ -45,6 +45,7 @@ class DMD2(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1 or self.student_every < 1:
             raise ValueError(f"steps and student_every must be at least 1, got {self.steps} and {self.student_every}")
         if min(self.gan, self.judge_gan) < 0:

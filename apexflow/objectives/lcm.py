@@ -51,6 +51,7 @@ class LCM(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.skip <= self.points:
             raise ValueError(f"skip must lie between 1 and points, got {self.skip} of {self.points}")
         if min(self.sigma_data, self.scaling, self.huber, self.shift) <= 0:

@@ -52,6 +52,7 @@ class PCM(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0, "order": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.skip <= self.points:
             raise ValueError(f"skip must lie between 1 and points, got {self.skip} of {self.points}")
         if not 1 <= self.phases <= self.points:

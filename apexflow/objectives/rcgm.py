@@ -72,6 +72,7 @@ class RCGM(Objective):
     longer: ClassVar[dict[int, dict[str, float]]] = ANY_STEP
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.order < 1:
             raise ValueError(f"order must be at least 1, got {self.order}")
         if not 0 < self.stride < 0.5:

@@ -49,6 +49,7 @@ class SanaSprint(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.weight < 0 or not 0 <= self.share <= 1:
             raise ValueError(f"weight must be at least 0 and share in [0, 1], got {self.weight} and {self.share}")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):

@@ -69,6 +69,7 @@ class SCM(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.epsilon < 0.5:
             raise ValueError(f"epsilon must lie in (0, 0.5), got {self.epsilon}")
         if not 0 <= self.warmup <= 1:

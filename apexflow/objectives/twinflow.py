@@ -38,6 +38,7 @@ class TwinFlow(Objective):
     longer: ClassVar[dict[int, dict[str, float]]] = ANY_STEP
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rectify < 0:
             raise ValueError(f"rectify must be at least 0, got {self.rectify}")
         if self.clip is not None and self.clip <= 0:

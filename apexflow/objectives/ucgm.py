@@ -48,6 +48,7 @@ class UCGM(Objective):
     sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 1.0, "order": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.lam <= 1 or not 0 <= self.threshold <= 1:
             raise ValueError(f"lam and threshold must lie in [0, 1], got {self.lam} and {self.threshold}")
         if self.zeta < 0 or (self.enhance == "self" and self.zeta >= 1):

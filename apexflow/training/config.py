@@ -117,7 +117,7 @@ class Recipe:
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # under torchrun; auto shards what would not fit a GPU
     checkpoint_every: Count = 500
     keep: Count = 2
-    bad_steps: Count = 20  # non-finite steps in a row before the run stops
+    bad_steps: Count = 20  # non-finite steps in a row before the run stops; half of a shorter run
     # Only when `model` is "miniature": how long its autoencoder is fitted, and its text encoder taught to read.
     autoencoder_steps: Count = 2000
     text_encoder_steps: Count = 500
@@ -260,7 +260,8 @@ def _refuse_unknown(kind: Any, raw: Any, where: str) -> None:
     known = {f.name: f for f in fields(kind)}
     for key, value in raw.items():
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{suggest(str(key), known)}; known: {', '.join(known)}")
+            near = suggest(str(key), known) or _suggest_section(str(key), kind, raw)
+            raise UserError(f"{where}: unknown key {key!r}{near}; known: {', '.join(known)}")
         factory = known[key].default_factory
         if isinstance(factory, type):
             _refuse_unknown(factory, value, f"{where}: {key}")
@@ -272,3 +273,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?` where a known word is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _suggest_section(word: str, kind: Any, raw: Mapping[str, Any]) -> str:
+    """The same for a word that is known within a section of a dataclass, or to a recipe's method."""
+    sections: dict[str, Any] = {f.name: f.default_factory for f in fields(kind) if is_dataclass(f.default_factory)}
+    if kind is Recipe and (method := objectives().get(str(raw.get("method", Recipe.method)))):
+        sections["objective"] = method
+    places = {f.name: f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}
+    near = difflib.get_close_matches(word, list(places), 1)
+    return f", did you mean {places[near[0]]!r}?" if near else ""

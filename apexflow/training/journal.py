@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from apexflow.errors import writing
@@ -32,7 +33,8 @@ class Journal:
         if self.silent:
             return
         with writing(self.path):
-            self._file.write(json.dumps({"step": step} | numbers) + "\n")
+            plain = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+            self._file.write(json.dumps({"step": step} | plain) + "\n")
         for name, value in numbers.items():
             if name != "seconds":
                 self._board.add_scalar(name, value, step)
@@ -45,10 +47,11 @@ class Journal:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    """The lines of a run's metrics.jsonl, null as nan; a last line cut off by a crash is left out."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    read = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in read]
 
 
 def last_step(folder: Path) -> int:

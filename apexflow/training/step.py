@@ -37,7 +37,7 @@ def training_step(run: Run) -> dict[str, float]:
         run.bad = 0
     else:
         run.bad += 1
-        if run.bad >= recipe.bad_steps:
+        if run.bad >= min(recipe.bad_steps, max(recipe.steps // 2, 1)):  # a run too short for the limit fails, too
             raise Diverged(
                 f"the loss was not finite for {run.bad} steps in a row (step {run.step}): lower "
                 f"optimizer.learning_rate; the last checkpoint is in {run.folder / CHECKPOINTS}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -46,6 +46,12 @@ def test_a_method_may_be_sampled_otherwise_from_a_number_of_steps_on() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "named"),
     [
+        (APEX, {"clip": -1.0}, "clip"),
+        (APEX, {"c": 0.0}, "c must"),
+        (APEX, {"p": -0.1}, "p in"),
+        (APEX, {"p": 1.1}, "p in"),
+        (APEX, {"buffer_size": 0}, "buffer_size"),
+        (APEX, {"guidance": float("nan")}, "guidance"),
         (CM, {"intervals": (20, 10)}, "intervals"),
         (CM, {"intervals": (0, 10)}, "intervals"),
         (CM, {"rho": 0.0}, "rho"),
@@ -90,6 +96,20 @@ def test_a_method_may_be_sampled_otherwise_from_a_number_of_steps_on() -> None:
 def test_settings_out_of_range_are_refused(method: Any, options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         method(**options)
+
+
+NAMED = [
+    (method, name)
+    for method in objectives().values()
+    for name, kind in get_type_hints(method).items()
+    if get_origin(kind) is Literal
+]
+
+
+@pytest.mark.parametrize(("method", "reading"), NAMED, ids=str)
+def test_a_reading_of_no_known_name_is_refused(method: Any, reading: str) -> None:
+    with pytest.raises(ValueError, match=f"{reading} must be one of .*, got 'rowz'"):
+        method(**{reading: "rowz"})
 
 
 @pytest.mark.parametrize(

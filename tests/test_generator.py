@@ -1,0 +1,80 @@
+"""How a library's user calls `apexflow.load(...).generate(...)`: natural forms are taken, the rest is told in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import apexflow
+from apexflow.errors import UserError
+from apexflow.generator import Generator
+
+PROMPT = "a photo of a red star"
+
+
+@pytest.fixture(scope="module")
+def model() -> Generator:
+    return apexflow.load("mini-teacher", device=torch.device("cpu"))
+
+
+def drawn(model: Generator, **options: Any) -> bytes:
+    return model.generate([PROMPT], **{"guidance": 1.0} | options)[0].tobytes()
+
+
+def test_one_step_unless_asked_otherwise_and_none_is_the_models_own(model: Generator) -> None:
+    model.generate(PROMPT)
+    assert model.evaluations == 2  # one step, guided as the teacher is by itself
+    model.generate(PROMPT, None, guidance=1.0)
+    assert model.evaluations == model.backbone.settings.steps == 50
+
+
+def test_numpy_numbers_and_lists_are_numbers_and_pairs(model: Generator) -> None:
+    plain = drawn(model, steps=2, seed=3)
+    assert drawn(model, steps=np.int64(2), seed=np.int64(3), guidance=np.float32(1), size=np.int64(64)) == plain
+    assert drawn(model, steps=2, seed=3, size=[64, 64]) == drawn(model, steps=2, seed=3, size=(64, 64)) == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 2.0}, "steps is 2.0: give a whole number"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"seed": None}, "seed is None: give a whole number"),
+        ({"seed": [1, 2]}, "seed is"),
+        ({"size": "64"}, "size is '64'"),
+        ({"size": (64, 64, 3)}, "one side, or height and width"),
+        ({"guidance": "2"}, "guidance is '2': give a number"),
+        ({"rho": None}, "rho is None: give a number"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_told(model: Generator, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words.replace("[", r"\[")):
+        drawn(model, **options)
+
+
+def test_what_is_no_prompt_is_told_and_an_empty_one_is_warned_of(model: Generator) -> None:
+    with pytest.raises(UserError, match="prompt 3 is no text"):
+        model.generate([3])  # type: ignore[list-item]
+    with pytest.warns(UserWarning, match="the prompt is empty"):
+        model.generate([PROMPT, " "])
+
+
+@pytest.mark.filterwarnings("error")  # the mistake alone is told, not the odd prompt beside it
+def test_settings_are_checked_before_words(model: Generator) -> None:
+    with pytest.raises(UserError, match="steps must be"):
+        model.generate("xyzzy", 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_may_be_named(dtype: Any) -> None:
+    assert next(apexflow.load("mini-student", "cpu", dtype).backbone.transformer.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["half-ish", "int64", torch.int32, 16])
+def test_a_dtype_that_is_none_is_refused(dtype: Any) -> None:
+    with pytest.raises(UserError, match=r"dtype is .*: take float32"):
+        apexflow.load("mini-student", dtype=dtype)
