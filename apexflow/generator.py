@@ -26,15 +26,22 @@ GAP = 2  # pixels between the pictures of a grid
 
 
 class Generator:
-    """A loaded model with its own sampling settings. `encode`: prompts to conditions, by default the model's text encoder.
+    """A loaded model with its own sampling settings. `encode`: prompts to conditions, by default the model's text encoder;
+    `decode`: latents (B, C, h, w) to pictures, by default its autoencoder, and of what it leaves out no picture is made.
 
     Of the last `generate`: `evaluations` counts network calls a picture, guidance included, and `finite` says of each picture
     whether the model's answer was.
     """
 
-    def __init__(self, backbone: Backbone, encode: Callable[[Sequence[str]], Condition] | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        encode: Callable[[Sequence[str]], Condition] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.backbone = backbone
         self.encode = encode or backbone.encode_prompts
+        self.decode = decode
         self.evaluations = 0
         self.finite: list[bool] = []
 
@@ -88,7 +95,7 @@ class Generator:
             part = slice(start, start + MAX_BATCH)
             z = noise(seeds[part], shape).to(self.backbone.device)
             latents = self._sample(prompts[part], z, times, guidance, kappa, rho, order, seeds[part])
-            images = self.backbone.decode(latents)
+            images = (self.decode or self.backbone.decode)(latents)
             self.finite += images.isfinite().flatten(1).all(1).tolist()
             if not all(self.finite):
                 warnings.warn("the model's answer is not finite: its weights are damaged or overflow", stacklevel=2)
