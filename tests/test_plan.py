@@ -224,6 +224,8 @@ def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:
     for name in ("trained weights", "frozen weights", "average (EMA)", "gradients", "optimizer"):
         assert shared.update[name] == whole.update[name] // 4
     assert shared.host == whole.host // 4 and shared.saving == whole.host and whole.saving == 0
+    for lora in (plain, narrow):  # the merged model, in the precision of the run
+        assert lora.saving == plain.host + plain.update["average (EMA)"]
 
 
 def test_presets_have_the_published_sizes() -> None:

@@ -115,6 +115,10 @@ class Backbone(Protocol):
         """Within, autoencoder and text encoder stand on `device`; both are read when they are first called for."""
         ...
 
+    def autoencoder_on(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within, the autoencoder alone stands on `device`; afterwards where it stood."""
+        ...
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """(C, h, w) for a picture of `size` (height, width); UserError for a size that the model cannot take."""
         ...

@@ -2,6 +2,7 @@
 
 torch.distributed.checkpoint writes and reads them: every process writes a share, sharded tensors as they lie, and a run of
 another number of processes reads just what it needs. Its safetensors format needs none of the pickled metadata of its own.
+What processes tell each other goes over gloo: over NCCL, who is done early would be given up after ten minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from apexflow.data.files import Fields, read_record
 from apexflow.errors import UserError
-from apexflow.training.distributed import leads, together, world
+from apexflow.training.distributed import control_group, leads, together, world
 
 STATE: Fields = {"sizes": dict, "step": int, "bad": int, "seconds": (int, float), "world": int, "recipe": dict}
 FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
@@ -53,7 +54,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     with _saving(final, partial):
         tensors = {f"{part}/{name}": t for part, named in checkpoint.tensors.items() for name, t in named.items()}
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save({name: t.detach() for name, t in tensors.items()}, storage_writer=writer, no_dist=world() == 1)
+        shares = {name: t.detach() for name, t in tensors.items()}
+        dcp.save(shares, storage_writer=writer, process_group=control_group(), no_dist=world() == 1)
     with _saving(final, partial):
         if leads():
             sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
@@ -109,7 +111,8 @@ def read_into(path: Path, targets: Mapping[str, Tensor], alone: bool = False) ->
     """Fill tensors by "part/name" in place, sharded ones with their shard. All processes take part, unless `alone`."""
     with _reading(path):
         wanted = {name: t.detach() for name, t in targets.items()}
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone or world() == 1)
+        reader, single = HuggingFaceStorageReader(str(path)), alone or world() == 1
+        dcp.load(wanted, storage_reader=reader, process_group=control_group(), no_dist=single)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -38,7 +38,7 @@ class Plan:
 
     cached: bytes a picture that the cache of latents and embeddings holds, on disk or in main memory. host: main memory that
     each process takes while it starts, for the model on its way to the GPU; saving: what the first takes to save a model that
-    was sharded.
+    was sharded, or into which a LoRA is merged.
     """
 
     backward: dict[str, int]
@@ -124,7 +124,10 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     # An optimizer's intermediates are as large as what it steps.
     intermediates = max(sizes.trained, sizes.further) // shared
     update = {name: size if name in LASTING else 0 for name, size in parts.items()} | {"intermediates": intermediates}
-    host, saving = (denoiser + named) // shared + encoder, denoiser + encoder if shared > 1 else 0
+    host = (denoiser + named) // shared + encoder
+    saving = denoiser + encoder if shared > 1 else 0
+    if recipe.tuning.kind == "lora":
+        saving = denoiser + sizes.average  # merged on the CPU, however the base is stored
     return Plan(backward, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
 
 

@@ -30,6 +30,11 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
         guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
         card={"recipe": recipe.to_dict()} | card,
     )
+    if isinstance(roles, LoraRoles):
+        roles.gather_average()
+        with together():
+            if leads():  # before the merge, which takes room for the whole model and may find none
+                _save_adapter(roles, folder / "lora")
     transformer = roles.final()
     with together():
         if leads():
@@ -37,8 +42,6 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
                 tuned, backbone.transformer = backbone.transformer, transformer
                 _write(backbone, settings, folder)
                 backbone.transformer = tuned
-            if isinstance(roles, LoraRoles):
-                _save_adapter(roles, folder / "lora")
     return folder / "model"
 
 
