@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone, backbones, load_backbone, resolve
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import LARGE, stored_dtypes, weight_shapes
+from apexflow.backbones.parts import LARGE, multiply_in_tf32, stored_dtypes, weight_shapes
 from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import Condition, guide
 from apexflow.errors import UserError
@@ -185,10 +185,14 @@ def _square(size: int | tuple[int, int]) -> tuple[int, int]:
 def load(path_or_id: str = "mini-student", device: str = "auto", dtype: torch.dtype | None = None) -> Generator:
     """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, or a hub id such as owner/name.
 
-    dtype: of weights and arithmetic; None as in `suited_dtype`.
+    dtype: of weights and arithmetic; None as in `suited_dtype`, and the matrices of a large model in float32 are then multiplied
+    in TF32 on a GPU, from here on in all of this process.
     """
     place = pick_device(device)
-    return Generator(load_backbone(path_or_id, place, dtype or suited_dtype(path_or_id, place)))
+    backbone = load_backbone(path_or_id, place, dtype or suited_dtype(path_or_id, place))
+    if dtype is None:
+        multiply_in_tf32(backbone.transformer, place)
+    return Generator(backbone)
 
 
 def suited_dtype(path_or_id: str, device: str | torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from apexflow.backbones import Backbone
+from apexflow.backbones.parts import multiply_in_tf32
 from apexflow.conditioning import Condition
 from apexflow.errors import Stopped, UserError, is_taken, writing
 from apexflow.evaluation.runner import Settings, evaluate
@@ -89,6 +90,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
     made = in_turn(lambda: prepare(recipe, folder, device))
     backbone, objective = made.backbone, made.objective
+    multiply_in_tf32(backbone.transformer, device)
     null = null_condition(recipe, backbone, made.data).to(device)
     with together():
         place, further = _placing(made.parallel, recipe, device), copies(objective.further)

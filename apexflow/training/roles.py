@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apexflow.backbones import Backbone, second_time
-from apexflow.backbones.parts import LARGE
+from apexflow.backbones.parts import is_large
 from apexflow.conditioning import Condition
 from apexflow.objectives import Field, Networks
 from apexflow.training.adapters import LoraRoles
@@ -169,7 +169,7 @@ def checkpointed(tuning: Tuning, transformer: nn.Module) -> bool:
     """Whether activations are computed again in backward: as the recipe says, or from half a billion parameters on."""
     if tuning.checkpointing is not None:
         return tuning.checkpointing
-    return sum(p.numel() for p in transformer.parameters()) >= LARGE
+    return is_large(transformer)
 
 
 @torch.no_grad()
