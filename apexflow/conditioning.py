@@ -98,6 +98,18 @@ def replace_rows(c: Condition, where: Tensor, other: Condition) -> Condition:
     return Condition(embeds, mask, pooled)
 
 
+def join(c: Condition, other: Condition) -> Condition:
+    """The rows of `c`, then those of `other`, padded to the longer; without a mask where neither has one and none is padded."""
+    length = max(c.embeds.shape[1], other.embeds.shape[1])
+    embeds = torch.cat([pad_tokens(c.embeds, length), pad_tokens(other.embeds, length).to(c.embeds)])
+    mask = pooled = None
+    if c.mask is not None or other.mask is not None or c.embeds.shape[1] != other.embeds.shape[1]:
+        mask = torch.cat([pad_tokens(_mask(c), length), pad_tokens(_mask(other), length).to(_mask(c))])
+    if c.pooled is not None and other.pooled is not None:
+        pooled = torch.cat([c.pooled, other.pooled.to(c.pooled)])
+    return Condition(embeds, mask, pooled)
+
+
 def pad_tokens(tensor: Tensor, length: int) -> Tensor:
     """Append zeros to (B, L, ...) along the token axis until it is `length` long."""
     missing = length - tensor.shape[1]

@@ -78,6 +78,7 @@ class FullRoles:
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
+            guided_at_once=self._like.guided_at_once,
             frozen={name: held(fields[name], part.parameters, part) for name, (_, part) in networks.items()},
         )
 
