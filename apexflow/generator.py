@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone, backbones, load_backbone, read_settings, resolve
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import LARGE, stored_dtypes, weight_shapes
+from apexflow.backbones.parts import LARGE, multiply_in_tf32, stored_dtypes, weight_shapes
 from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
@@ -239,10 +239,14 @@ def load(
 ) -> Generator:
     """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, or a hub id such as owner/name.
 
-    dtype: of weights and arithmetic, or its name ("bfloat16"); None as in `suited_dtype`.
+    dtype: of weights and arithmetic, or its name ("bfloat16"); None as in `suited_dtype`, and the matrices of a large model in
+    float32 are then multiplied in TF32 on a GPU, from here on in all of this process.
     """
-    place = pick_device(str(device))
-    return Generator(load_backbone(str(path_or_id), place, _dtype(dtype) or suited_dtype(str(path_or_id), place)))
+    place, path_or_id = pick_device(str(device)), str(path_or_id)
+    backbone = load_backbone(path_or_id, place, _dtype(dtype) or suited_dtype(path_or_id, place))
+    if dtype is None:
+        multiply_in_tf32(backbone.transformer, place)
+    return Generator(backbone)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from apexflow.training.config import load_recipe
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import start, train
 from apexflow.training.roles import FullRoles
-from apexflow.training.run import save
+from apexflow.training.run import Trainee, _optimizer_targets, save
 from apexflow.training.step import training_step
 
 KINDS = ("full", "lora")
@@ -395,6 +397,18 @@ class CountingAdam(torch.optim.Optimizer):
             state["state1"] += 1
             state["qmap1"] += parameter.grad.abs().max()
             parameter.data -= self.param_groups[0]["lr"] * state["qmap1"].sum() * parameter.grad
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_fused_optimizer_counts_its_steps_beside_the_weights(fused: bool | None) -> None:
+    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.defaults["fused"] = fused  # which refuses to begin on this device
+    found = {f"optimizer/w/{key}": torch.empty(shape) for key, shape in (("step", ()), ("exp_avg", (3,)))}
+    run: Any = SimpleNamespace(trainees={"student": Trainee({"w": parameter}, optimizer)})
+    targets = _optimizer_targets(run, found, "a checkpoint")
+    assert targets["optimizer/w/step"].device.type == ("meta" if fused else "cpu")
+    assert targets["optimizer/w/exp_avg"].device.type == "meta"
 
 
 def test_moments_in_eight_bits_are_resumed(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,7 @@ class LoraRoles:
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
+            guided_at_once=self.backbone.guided_at_once,
             frozen={
                 "student": held(field, self.trained.values, self.backbone.transformer),
                 "reference": reference,

@@ -121,9 +121,8 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     # Gradients come as the activations go, unless those of the rows before are there. DDP keeps room for them besides.
     held = (sizes.trained + sizes.further) // shared * (rows < own) + sizes.trained * (gpus > 1 and shared == 1)
     backward = parts | {"gradients": held}
-    # An optimizer's intermediates are as large as what it steps.
-    intermediates = max(sizes.trained, sizes.further) // shared
-    update = {name: size if name in LASTING else 0 for name, size in parts.items()} | {"intermediates": intermediates}
+    # Neither optimizer has intermediates of a size on a GPU: one is fused there, the other takes one weight after the other.
+    update = {name: size if name in LASTING else 0 for name, size in parts.items()}
     host = (denoiser + named) // shared + encoder
     saving = denoiser + encoder if shared > 1 else 0
     if recipe.tuning.kind == "lora":

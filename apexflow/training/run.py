@@ -184,9 +184,10 @@ def _optimizer_targets(run: Run, found: dict[str, Tensor], what: str) -> dict[st
             raise UserError(f"{what}: optimizer state belongs to another model: {name} is not trained here")
         trainee, parameter = states[name]
         alike = saved.shape == parameter.shape
-        where = (
-            "cpu" if saved.ndim == 0 else parameter.device
-        )  # the number of steps, or tables of moments in eight bits
+        # What is not like its parameter: the number of steps, which a fused optimizer reads on the device, and the tables of
+        # moments in eight bits.
+        on_cpu = saved.ndim == 0 and not trainee.optimizer.defaults.get("fused")
+        where = "cpu" if on_cpu else parameter.device
         value = torch.empty_like(parameter.data, dtype=saved.dtype) if alike else torch.empty_like(saved, device=where)
         trainee.optimizer.state[parameter][key] = targets[full] = value
     return targets

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -116,11 +117,17 @@ class FourBit(nn.Module):
         return functional.QuantState(
             absmax=self.scales,
             shape=torch.Size((self.out_features, self.in_features)),
-            code=functional.get_4bit_type("nf4", device=self.codes.device),
+            code=levels(self.codes.device),
             blocksize=BLOCK,
             quant_type="nf4",
             dtype=dtype,
         )
+
+
+@lru_cache
+def levels(device: torch.device) -> Tensor:
+    """The 16 numbers that four bits stand for. The library copies them to the device whenever it is asked: here that is once."""
+    return four_bit_functions().functional.get_4bit_type("nf4", device=device)
 
 
 def plain_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
