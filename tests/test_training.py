@@ -331,7 +331,40 @@ def test_old_checkpoints_are_dropped(recipe_file: Path, tmp_path: Path) -> None:
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-0000004", "step-0000006"]
 
 
+def test_a_copy_among_the_checkpoints_is_neither_resumed_nor_deleted(recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    train(load_recipe(recipe_file, ["steps=2"]))
+    copies = ["step-2", "step-best", "step-0000002-backup", "step-00000002"]
+    for name in copies:
+        shutil.copytree(folder / "step-0000002", folder / name)
+    train(load_recipe(recipe_file, ["keep=1"]), resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["step-0000006", *copies])
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    # A name that a run might give: the state tells, and what was saved after it is no older for it.
+    ahead = shutil.copytree(folder / "step-0000006", folder / "step-0000009")
+    with pytest.raises(UserError, match=r"step-0000009 is damaged \(it was saved at step 6\): delete it"):
+        train(load_recipe(recipe_file, ["steps=8"]), resume=True)
+    run = start(load_recipe(recipe_file, [f"output={tmp_path / 'other'}"]), resume=False)
+    (tmp_path / "other" / "checkpoints").mkdir()
+    ahead.rename(tmp_path / "other" / "checkpoints" / ahead.name)
+    for _ in range(3):
+        training_step(run)
+        save(run)
+    assert [p.name for p in checkpoints(tmp_path / "other" / "checkpoints")][-2:] == ["step-0000003", ahead.name]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    names = ["step-0000002", "step-9999999", "step-10000000"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    assert [p.name for p in checkpoints(tmp_path)] == names
+
+
 STATES = {"list": [], "sizes": {"sizes": []}, "world": {"world": None}, "recipe": {"recipe": None}}
+STATES |= {"no sizes": {"sizes": {}}, "no world": {"world": 0}, "less than no world": {"world": -1}, "bad": {"bad": -1}}
+STATES |= {"before": {"step": -5}, "true": {"step": True}, "other step": {"step": 3}, "back in time": {"seconds": -1e9}}
+STATES |= {"no time": {"seconds": float("nan")}, "without end": {"seconds": float("inf")}}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "foreign", "garbage", *STATES])
