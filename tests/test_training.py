@@ -387,8 +387,42 @@ def test_a_damaged_checkpoint_is_named(recipe_file: Path, tmp_path: Path, damage
         save_file({"trained/other": torch.zeros(2)}, file)
         state["sizes"][file.name] = file.stat().st_size
         (last / "state.json").write_text(json.dumps(state))
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="step-0000002"):
         train(load_recipe(recipe_file, ["steps=4"]), resume=True)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("/step", "lacks step of transformer"),
+        ("/exp_avg", r"lacks exp_avg of transformer\S+, which optimizer.kind=adamw needs: delete it"),
+        ("", "lacks the optimizer's state: delete it"),
+    ],
+)
+def test_a_checkpoint_without_a_part_of_the_optimizer_is_not_resumed(
+    recipe_file: Path, tmp_path: Path, lost: str, words: str
+) -> None:
+    train(load_recipe(recipe_file, ["steps=2"]))
+    (last,) = checkpoints(tmp_path / "run" / "checkpoints")
+    (file,) = last.glob("*.safetensors")
+    tensors, state = load_file(file), json.loads((last / "state.json").read_text())
+    gone = [name for name in tensors if name.startswith("optimizer/") and name.endswith(lost)]
+    for name in gone[:1] if lost else gone:
+        del tensors[name]
+    save_file(tensors, file)
+    state["sizes"][file.name] = file.stat().st_size
+    (last / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=words):
+        start(load_recipe(recipe_file, ["steps=4"]), resume=True)
+
+
+def test_a_run_without_a_finite_step_has_no_moments_and_is_resumed(recipe_file: Path, tmp_path: Path) -> None:
+    run = start(load_recipe(recipe_file), resume=False)
+    run.step = run.bad = 1
+    save(run)
+    assert start(load_recipe(recipe_file), resume=True).bad == 1
 
 
 def test_a_run_leaves_curves_grids_and_a_report(recipe_file: Path, tmp_path: Path) -> None:
@@ -422,7 +456,8 @@ class CountingAdam(torch.optim.Optimizer):
                 continue
             state = self.state[parameter]
             if not state:
-                state |= {"step": 0, "state1": torch.zeros_like(parameter, dtype=torch.uint8), "qmap1": torch.zeros(5)}
+                state |= {"step": 0, "qmap1": torch.zeros(5)}
+                state |= {key: torch.zeros_like(parameter, dtype=torch.uint8) for key in ("state1", "state2")}
             assert isinstance(state["step"], int)
             state["step"] += 1
             state["state1"] += 1
