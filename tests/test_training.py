@@ -19,7 +19,7 @@ from processes import command, launch, until, wait
 from safetensors.torch import load_file, save_file
 
 from apexflow.backbones import load_backbone
-from apexflow.errors import UserError
+from apexflow.errors import Diverged, UserError
 from apexflow.training import loop
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
@@ -237,8 +237,21 @@ def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(
     assert training_step(run)["skipped"] == 1
     training_step(run)
     assert_same(before, {name: p.detach() for name, p in run.roles.trained.items()})
-    with pytest.raises(UserError, match="not finite for 3 steps"):
+    run.step, run.bad = 1, 2
+    with pytest.raises(UserError, match=r"not finite for 3 steps in a row \(step 1\): lower optimizer.learning_rate$"):
         training_step(run)
+    save(run)
+    with pytest.raises(UserError, match=r"; the last checkpoint is .*checkpoints/step-0000001$"):
+        training_step(run)
+
+
+@pytest.mark.parametrize("tuned", ["tuning.kind=full", "tuning.kind=lora", "tuning.text_encoder=true"])
+def test_weights_that_are_not_finite_are_not_saved_as_a_model(recipe_file: Path, tmp_path: Path, tuned: str) -> None:
+    run = start(load_recipe(recipe_file, [tuned]), resume=False)
+    list(run.roles.average.values())[-1].view(-1)[0] = float("nan")
+    with pytest.raises(Diverged, match=r"are not finite, and no model is saved .*--resume"):
+        loop.finish(run)
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "lora").exists()
 
 
 def test_a_run_too_short_for_the_limit_fails_too_and_says_nothing_that_is_no_json(
