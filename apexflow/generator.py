@@ -22,7 +22,7 @@ from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.randomness import RowRandom
-from apexflow.sampler import sample, shift_times, time_grid
+from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
 
 MAX_BATCH = 32
 GAP = 2  # pixels between the pictures of a grid
@@ -132,8 +132,8 @@ class Generator:
         """
         settings = self.backbone.settings
         steps = settings.steps if steps is None else whole(steps, "steps")
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, got {steps}")
+        if not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"steps must be at least 1 and at most {MOST_STEPS}, got {steps}")
         if settings.times is not None and len(settings.times) == steps + 1:
             return torch.tensor(settings.times, dtype=torch.float64)
         shift = self.backbone.time_shift if size is None else self.backbone.time_shift_at(size)

@@ -32,6 +32,8 @@ from apexflow.training.run import changed
         ("output: x\nema_decay: 1\n", ("ema_decay", "less than 1")),
         ("output: x\ncaption_dropout: 2\n", ("caption_dropout", "2")),
         ("output: x\nsampling_steps: 0\n", ("sampling_steps", "0")),
+        ("output: x\nsampling_steps: 10001\n", ("sampling_steps", "10001")),
+        ("output: x\npreview: {steps: 10001}\n", ("preview.steps", "10001")),
         ("output: x\nsuite: geneval\n", ("suite", "'mini-geneval'", "got 'geneval'")),
         ("output: x\nmodel: ''\n", ("model", "at least 1 character")),
         ("output: x\noptimizer: {learning_rate: 0}\n", ("optimizer.learning_rate", "greater than 0")),

@@ -42,6 +42,7 @@ def test_numpy_numbers_and_lists_are_numbers_and_pairs(model: Generator) -> None
     [
         ({"steps": 2.0}, "steps is 2.0: give a whole number"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 10**20}, "at most 10000, got 1"),
         ({"seed": None}, "seed is None: give a whole number"),
         ({"seed": [1, 2]}, "seed is"),
         ({"size": "64"}, "size is '64'"),

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from apexflow.errors import UserError, check_built_in
 from apexflow.objectives import Objective, objectives
+from apexflow.sampler import MOST_STEPS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 WARMUP = 20  # steps of a short recipe
 NEVER = 10**9
 Count = Annotated[int, Field(ge=1)]
+SamplingSteps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -87,7 +89,7 @@ class Preview:
     """Sample grids while training, at the step count that ships."""
 
     every: Count = 200
-    steps: Count = 1
+    steps: SamplingSteps = 1
     guidance: float = 1.0
     count: Count = 16
 
@@ -122,7 +124,7 @@ class Recipe:
     autoencoder_steps: Count = 2000
     text_encoder_steps: Count = 500
     # What the saved model says of how to sample it: by default as its previews; after flow matching, as the model before.
-    sampling_steps: Count | None = None
+    sampling_steps: SamplingSteps | None = None
     sampling_guidance: float | None = None
     suite: Literal["mini-geneval", "mini-geneval-held-out"] | None = (
         None  # scored at the end, one picture a prompt, for the report
