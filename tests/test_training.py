@@ -23,7 +23,7 @@ from apexflow.errors import Diverged, UserError
 from apexflow.training import loop
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
-from apexflow.training.journal import read_metrics
+from apexflow.training.journal import last_step, read_metrics
 from apexflow.training.loop import start, train
 from apexflow.training.roles import FullRoles
 from apexflow.training.run import save
@@ -314,6 +314,31 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(recipe_file: Path, 
     metrics.write_text(before.splitlines()[0] + "\n[]\n")  # as a run that was killed before its first checkpoint
     train(recipe, resume=True)
     assert [m["step"] for m in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("odd", ["no text", "a folder", "a file for the curves"])
+def test_what_lies_in_the_place_of_the_curves_is_named(recipe_file: Path, tmp_path: Path, odd: str) -> None:
+    train(load_recipe(recipe_file, ["steps=2"]))
+    metrics, board = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "tensorboard"
+    if odd == "no text":
+        metrics.write_bytes(b"\xff\xfe{}")
+    elif odd == "a folder":
+        metrics.unlink()
+        metrics.mkdir()
+    else:
+        shutil.rmtree(board)
+        board.write_text("mine")
+    with pytest.raises(
+        UserError, match="tensorboard: a file lies where" if "curves" in odd else "cannot read .*metrics"
+    ):
+        train(load_recipe(recipe_file, ["steps=4"]), resume=True)
+    assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_lines_that_tell_no_step_count_for_none(tmp_path: Path) -> None:
+    lines = ['{"step": 3}', '{"step": 1e999}', '{"step": -Infinity}', f'{{"step": {10**400}}}', "[" * 10**5]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert last_step(tmp_path) == 3
 
 
 @pytest.mark.parametrize(
