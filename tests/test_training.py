@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import file_size_limit
 from interrupted import train_in_parts
 from processes import command, launch, until, wait
 from safetensors.torch import load_file, save_file
@@ -266,17 +264,6 @@ def test_a_run_too_short_for_the_limit_fails_too_and_says_nothing_that_is_no_jso
     for line in lines:
         json.loads(line, parse_constant=pytest.fail)
     assert [one["step"] for one in read_metrics(tmp_path / "wild")] == list(range(1, len(lines) + 1))
-
-
-@contextmanager
-def file_size_limit(most: int) -> Iterator[None]:
-    """Within, a write beyond `most` bytes of a file fails with an OSError, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
