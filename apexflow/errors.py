@@ -29,6 +29,11 @@ class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
 
 
+def quoted(text: str, most: int = 80) -> str:
+    """A text of the user's as a message shows it: in quotes, and no more than its first `most` characters."""
+    return repr(text if len(text) <= most else f"{text[:most]}…")
+
+
 @contextmanager
 def going_on(told: Callable[[], str]) -> Iterator[None]:
     """Within, Ctrl-C is a Stopped with what is told then: what is kept, and how to go on."""

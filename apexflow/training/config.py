@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from apexflow.errors import UserError, check_built_in
+from apexflow.errors import UserError, check_built_in, quoted
 from apexflow.objectives import Objective, objectives
 from apexflow.sampler import MOST_STEPS
 from apexflow.training.plain_yaml import NO_YAML, fault, read_yaml
@@ -199,12 +199,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _override(raw: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r} must look like key=value, for example steps=100")
+        raise UserError(f"override {quoted(override)} must look like key=value, for example steps=100")
     *path, last = key.split(".")
     for part in path:
         raw = raw.setdefault(part, {})
         if not isinstance(raw, dict):
-            raise UserError(f"override {override!r}: {part} is a value, not a section")
+            raise UserError(f"override {quoted(override)}: {part} is a value, not a section")
     raw[last] = _value(value, override)
 
 
@@ -215,7 +215,7 @@ def _value(text: str, override: str) -> Any:
     except NO_YAML:
         return text
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r} cannot be read{fault(error)}") from error
+        raise UserError(f"override {quoted(override)} cannot be read{fault(error)}") from error
 
 
 def parse(kind: type[Parsed], raw: dict[str, Any], where: str) -> Parsed:
