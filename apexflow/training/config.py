@@ -29,7 +29,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Rows = Annotated[int, Field(ge=1, le=2**20)]
+Rows = Annotated[int, Field(ge=1, le=2**16)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Parsed = TypeVar("Parsed", bound="DataclassInstance")
