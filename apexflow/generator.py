@@ -21,11 +21,12 @@ from apexflow.backbones.folder import read_index
 from apexflow.backbones.parts import LARGE, multiply_in_tf32, stored_dtypes, weight_shapes
 from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import Condition
-from apexflow.errors import UserError
+from apexflow.errors import UserError, quoted
 from apexflow.randomness import RowRandom
-from apexflow.sampler import sample, shift_times, time_grid
+from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
 
 MAX_BATCH = 32
+NOT_FINITE = "the weights are damaged or overflow, or guidance or kappa is too large"
 GAP = 2  # pixels between the pictures of a grid
 
 
@@ -85,7 +86,7 @@ class Generator:
         if not all(prompt.strip() for prompt in prompts):
             warnings.warn("the prompt is empty: the picture follows nothing", stacklevel=2)
         for prompt in self.backbone.unknown_words(prompts):
-            warnings.warn(f"the model knows no word of {prompt!r}: the picture will not follow it", stacklevel=2)
+            warnings.warn(f"the model knows no word of {quoted(prompt)}: the picture will not follow it", stacklevel=2)
         return self._draw(prompts, seeds, plan)
 
     def generate_seeded(
@@ -129,7 +130,7 @@ class Generator:
             images = (self.decode or self.backbone.decode)(latents)
             self.finite += images.isfinite().flatten(1).all(1).tolist()
             if not all(self.finite):
-                warnings.warn("the model's answer is not finite: its weights are damaged or overflow", stacklevel=2)
+                warnings.warn(f"the model's answer is not finite: {NOT_FINITE}", stacklevel=2)
             pictures += to_pictures(images)
         return pictures
 
@@ -140,8 +141,8 @@ class Generator:
         """
         settings = self.backbone.settings
         steps = settings.steps if steps is None else whole(steps, "steps")
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, got {steps}")
+        if not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"steps must be at least 1 and at most {MOST_STEPS}, got {steps}")
         if settings.times is not None and len(settings.times) == steps + 1:
             return torch.tensor(settings.times, dtype=torch.float64)
         shift = self.backbone.time_shift if size is None else self.backbone.time_shift_at(size)
@@ -215,7 +216,7 @@ def _check_text(prompt: str) -> None:
     if not isinstance(prompt, str):
         raise UserError(f"prompt {prompt!r} is no text: give a string, or a list of them")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"prompt {prompt!r} holds bytes that are no text: write it in UTF-8")
+        raise UserError(f"prompt {quoted(prompt)} holds bytes that are no text: write it in UTF-8")
 
 
 def _square(size: int | tuple[int, int]) -> tuple[int, int]:

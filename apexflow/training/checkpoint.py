@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from apexflow.data.files import Fields, read_record
 from apexflow.errors import UserError
 from apexflow.training.distributed import control_group, leads, together, world
 
+NAME = "step-{:07d}"
 STATE: Fields = {"sizes": dict, "step": int, "bad": int, "seconds": (int, float), "world": int, "recipe": dict}
 FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
 
@@ -41,11 +43,11 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-N`, then delete all but the last `keep`. On a full disk the older checkpoints survive.
+    """Write `folder/step-N`, then delete all up to it but the last `keep`. On a full disk the older checkpoints survive.
 
     All processes take part, each with its own tensors.
     """
-    final = folder / f"step-{checkpoint.state['step']:07d}"
+    final = folder / NAME.format(checkpoint.state["step"])
     partial = folder / f".partial-{final.name}"
     with _saving(final, partial):
         if leads():
@@ -62,7 +64,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             (partial / "state.json").write_text(json.dumps(checkpoint.state | {"sizes": sizes}))
             shutil.rmtree(final, ignore_errors=True)  # what a deletion left that was cut off: no step is saved twice
             os.replace(partial, final)
-            for old in checkpoints(folder)[:-keep]:
+            found = checkpoints(folder)
+            for old in found[: found.index(final) + 1][:-keep]:
                 shutil.rmtree(old)
     return final
 
@@ -83,18 +86,32 @@ def _saving(final: Path, partial: Path) -> Iterator[None]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+    """Whole checkpoints of a run, oldest first. What has another name than a run gives, such as a user's copy, is none."""
+    named = [(int(p.name[5:]), p) for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", p.name)]
+    return [p for step, p in sorted(named) if p.name == NAME.format(step) and (p / "state.json").is_file()]
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state`; UserError if a file is missing or truncated."""
+    """A checkpoint's `state`; UserError if it says what no run does, or a file is missing or truncated."""
     with _reading(path):
         state = read_record(path / "state.json", STATE)
+        _check_state(state, path.name)
         for name, size in state.pop("sizes").items():
             if (path / name).stat().st_size != size:
                 raise OSError(f"{name} is truncated")
         return state
+
+
+def _check_state(state: Mapping[str, Any], name: str) -> None:
+    """ValueError for numbers that no run writes, or those of a checkpoint that had another `name`."""
+    for key, least in {"step": 0, "bad": 0, "world": 1, "seconds": 0}.items():
+        # JSON may hold true, which Python counts as 1, and NaN and Infinity.
+        if isinstance(state[key], bool) or not least <= state[key] < 2**63:
+            raise ValueError(f"{key} is {state[key]}")
+    if name != NAME.format(state["step"]):
+        raise ValueError(f"it was saved at step {state['step']}")
+    if not state["sizes"]:
+        raise ValueError("sizes is empty")
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:

@@ -54,7 +54,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 def steps(run: Run) -> None:
     """Train until the recipe's end or time limit, with previews and checkpoints on the way."""
     recipe = run.recipe
-    journal = Journal(run.folder, run.step, silent=not leads())
+    with together():
+        journal = Journal(run.folder, run.step, silent=not leads())
     began, before = time.monotonic(), run.seconds
     with (
         interruptible() as stop,

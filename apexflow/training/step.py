@@ -13,6 +13,7 @@ from apexflow.conditioning import Condition, replace_rows
 from apexflow.errors import Diverged
 from apexflow.objectives import Batch
 from apexflow.randomness import RowRandom, mix
+from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import own_rows, summed, together, world
 from apexflow.training.engine import sum_gradients
@@ -40,9 +41,10 @@ def training_step(run: Run) -> dict[str, float]:
     else:
         run.bad += 1
         if run.bad >= min(recipe.bad_steps, max(recipe.steps // 2, 1)):  # a run too short for the limit fails, too
+            last = [f"; the last checkpoint is {path}" for path in checkpoints(run.folder / CHECKPOINTS)[-1:]]
             raise Diverged(
-                f"the loss was not finite for {run.bad} steps in a row (step {run.step}): lower "
-                f"optimizer.learning_rate; the last checkpoint is in {run.folder / CHECKPOINTS}"
+                f"the loss was not finite for {run.bad} steps in a row (step {run.step}): lower optimizer.learning_rate"
+                + "".join(last)
             )
     for trainee in run.trainees.values():
         trainee.optimizer.zero_grad(set_to_none=True)
