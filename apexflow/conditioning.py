@@ -110,6 +110,35 @@ def join(c: Condition, other: Condition) -> Condition:
     return Condition(embeds, mask, pooled)
 
 
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: `F(null) + scale (F(c) - F(null))`, so scale 1 is no guidance."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def guide_at_length(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """`guide` with each vector (..., D) cut or stretched to the length of the conditional answer's, as some pipelines do."""
+    guided = guide(conditional, unconditional, scale)
+    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def guided_answer(
+    ask: Callable[[Tensor, Tensor, Condition], Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    c: Condition,
+    null: Condition,
+    scale: float,
+    rule: Callable[[Tensor, Tensor, float], Tensor] = guide,
+    at_once: bool = False,
+) -> Tensor:
+    """What `ask(x_t, t, c)` answers, guided by `rule`: asked for both conditions in one pass of twice the rows, or in two."""
+    if at_once:
+        F, F_null = ask(torch.cat([x_t, x_t]), torch.cat([t, t]), join(c, null)).chunk(2)
+    else:
+        F, F_null = ask(x_t, t, c), ask(x_t, t, null)
+    return rule(F, F_null, scale)
+
+
 def pad_tokens(tensor: Tensor, length: int) -> Tensor:
     """Append zeros to (B, L, ...) along the token axis until it is `length` long."""
     missing = length - tensor.shape[1]
@@ -122,14 +151,3 @@ def pad_tokens(tensor: Tensor, length: int) -> Tensor:
 
 def _mask(condition: Condition) -> Tensor:
     return condition.embeds.new_ones(condition.embeds.shape[:2]) if condition.mask is None else condition.mask
-
-
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: `F(null) + scale (F(c) - F(null))`, so scale 1 is no guidance."""
-    return unconditional + scale * (conditional - unconditional)
-
-
-def guide_at_length(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """`guide` with each vector (..., D) cut or stretched to the length of the conditional answer's, as some pipelines do."""
-    guided = guide(conditional, unconditional, scale)
-    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

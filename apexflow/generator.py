@@ -20,7 +20,7 @@ from apexflow.backbones import Backbone, backbones, load_backbone, read_settings
 from apexflow.backbones.folder import read_index
 from apexflow.backbones.parts import LARGE, multiply_in_tf32, stored_dtypes, weight_shapes
 from apexflow.backbones.second_time import going_to, second_time_of
-from apexflow.conditioning import Condition
+from apexflow.conditioning import Condition, guided_answer
 from apexflow.errors import UserError, quoted
 from apexflow.randomness import RowRandom
 from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
@@ -123,8 +123,9 @@ class Generator:
     def _draw(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> list[Image.Image]:
         pictures: list[Image.Image] = []
         self.finite = []
-        for start in range(0, len(prompts), MAX_BATCH):
-            part = slice(start, start + MAX_BATCH)
+        most = MAX_BATCH // 2 if plan.guidance != 1 and self.backbone.guided_at_once else MAX_BATCH  # rows of a pass
+        for start in range(0, len(prompts), most):
+            part = slice(start, start + most)
             z = noise(seeds[part], plan.shape).to(self.backbone.device)
             latents = self._sample(prompts[part], z, plan, seeds[part])
             images = (self.decode or self.backbone.decode)(latents)
@@ -164,11 +165,16 @@ class Generator:
         network = backbone.transformer
         jumps = second_time_of(network) is not None
 
+        def ask(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+            return backbone.velocity(network, x_t, t, c)
+
         def velocity(x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
             self.evaluations += 1 if null is None else 2
-            with going_to(network, s):
-                F = backbone.velocity(network, x_t, t, c)
-                return F if null is None else backbone.guide(F, backbone.velocity(network, x_t, t, null), guidance)
+            at_once = backbone.guided_at_once and null is not None
+            with going_to(network, torch.cat([s, s]) if at_once and s is not None else s):
+                if null is None:
+                    return ask(x_t, t, c)
+                return guided_answer(ask, x_t, t, c, null, guidance, backbone.guide, at_once)
 
         fresh = RowRandom.of_pictures(seeds, 1, z.device)  # a picture's own, as its first noise is
         return sample(velocity, z, plan.times, plan.kappa, plan.rho, plan.order, backbone.transport, fresh, jumps)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Condition, join
+from apexflow.conditioning import Condition, guided_answer
 from apexflow.objectives import Networks
 from apexflow.transport import expand
 
@@ -19,11 +19,8 @@ def teach(networks: Networks, x_t: Tensor, t: Tensor, c: Condition, guidance: fl
         if guidance == 1:
             return networks.teacher(x_t, t, c)
         null = nothing(networks, len(c), guidance)
-        if networks.guided_at_once:
-            F, F_null = networks.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), join(c, null)).chunk(2)
-        else:
-            F, F_null = networks.teacher(x_t, t, c), networks.teacher(x_t, t, null)
-        return networks.guide(F, F_null, guidance)
+        rule, at_once = networks.guide, networks.guided_at_once
+        return guided_answer(networks.teacher, x_t, t, c, null, guidance, rule, at_once)
 
 
 def nothing(networks: Networks, rows: int, guidance: float) -> Condition:
