@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import Run, generate, refused, write
+from planted import plant
 from safetensors.torch import load_file, save_file
 
 
@@ -163,6 +164,16 @@ def test_pickled_weights_are_refused(
     refused(generate(run, model), suffix, "pickle", "safetensors")
     single = write(tmp_path / f"weights{suffix}", "x")
     refused(generate(run, single), suffix)
+
+
+def test_code_of_a_checkpoint_is_not_run(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / "tokenizer" / "tokenizer_config.json"
+    marker = plant(config, {"AutoTokenizer": ["evil.Evil", None]}, monkeypatch, tokenizer_class="Evil")
+    refused(generate(run, model, "-o", tmp_path / "t.png"), f"{model / 'tokenizer'}", "custom code", "runs none")
+    assert not marker.exists()
 
 
 def test_steps_and_sizes_that_cannot_be(

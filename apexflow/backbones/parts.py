@@ -23,6 +23,8 @@ from apexflow.errors import UserError
 
 READERS = "diffusers or transformers"
 LARGE = 500_000_000  # parameters of a denoiser, from which on it is sparing with memory unasked
+# Asked of every reader of transformers: unless told, it asks on the terminal whether to run code of the checkpoint.
+SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
 
@@ -51,7 +53,7 @@ def load_part(
     if not path.is_dir():
         raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
     if dtype is None:
-        return guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
+        return guarded(path, lambda: kind.from_pretrained(path, **SAFELY))
     check_part(path, kind, device)
     if device.type == "meta":
         model = guarded(path, lambda: _described(path, kind)).to(dtype)
@@ -286,4 +288,5 @@ def guarded(path: Path, read: Any) -> Any:
         return read()
     except Exception as error:  # libraries raise many kinds for a damaged file; all mean the same to the user
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read {path}: {reason}; restore it from the original checkpoint") from error
+        mend = "apexflow runs none" if "custom code" in reason else "restore it from the original checkpoint"
+        raise UserError(f"cannot read {path}: {reason}; {mend}") from error
