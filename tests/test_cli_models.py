@@ -32,8 +32,15 @@ def test_a_folder_that_is_no_model_is_named(
     model = copy_model(tiny_model, tmp_path / "foreign")
     (model / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
     refused(generate(run, model), "OtherPipeline")
-    (model / "model_index.json").write_text("{")
-    refused(generate(run, model), "JSON")
+    for text in ("[]", "null", "1"):
+        (model / "model_index.json").write_text(text)
+        refused(generate(run, model), "model_index.json", "no JSON object")
+    for text in ("{}", '{"_class_name": {}}', '{"_class_name": ["SanaPipeline"]}'):
+        (model / "model_index.json").write_text(text)
+        refused(generate(run, model), "model_index.json", "names no pipeline")
+    for text in ("{", "[" * 100_000):
+        (model / "model_index.json").write_text(text)
+        refused(generate(run, model), "JSON")
     (model / "model_index.json").write_bytes(b"\xff")
     refused(generate(run, model), "JSON")
 
@@ -63,6 +70,91 @@ def test_a_missing_or_truncated_part_is_named(
         refused(generate(run, model), part)
     shutil.rmtree(model / part)
     refused(generate(run, model), part)
+
+
+@pytest.mark.parametrize("name", ["../victim", "/etc", "*", ".", "vae/../..", ""])
+def test_a_part_whose_name_leads_out_of_the_folder_is_refused(
+    run: Run, tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    index = json.loads((model / "model_index.json").read_text())
+    write(model / "model_index.json", json.dumps(index | {name: ["a", "b"]}))
+    (tmp_path / "victim").mkdir()
+    write(tmp_path / "victim" / "secret", "x")
+    for command in (("generate", "a star", "--model"), ("export",)):
+        refused(run(*command, model, "-o", tmp_path / "o.png"), "model_index.json", repr(name), "no plain name")
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": {"a": "../victim.safetensors"}}, ("'../victim.safetensors'", "no plain name")),
+        ({"weight_map": {"a": "weights.bin"}}, ("'weights.bin'", "no plain name")),
+        ({"weight_map": {"a": 1}}, ("the file 1", "no plain name")),
+        ({"weight_map": None}, ("the file None", "no plain name")),
+        (None, ("no JSON object",)),
+    ],
+)
+def test_an_index_of_weights_that_names_none_is_told(
+    run: Run, tiny_model: Path, tmp_path: Path, index: object, words: tuple[str, ...]
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    name = "diffusion_pytorch_model.safetensors"
+    (model / "vae" / name).rename(tmp_path / "victim.safetensors")
+    write(model / "vae" / f"{name}.index.json", json.dumps(index))
+    refused(generate(run, model), f"vae/{name}.index.json", *words)
+
+
+def test_weights_that_are_a_broken_link_or_a_folder_are_called_so(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    weights = next((model / "transformer").glob("*.safetensors"))
+    weights.unlink()
+    weights.symlink_to(tmp_path / "gone")
+    refused(generate(run, model), f"{weights} is a broken link")
+    index = model / "transformer" / f"{weights.name}.index.json"
+    write(index, json.dumps({"weight_map": {"a": weights.name}}))
+    refused(generate(run, model), f"{weights} is a broken link")
+    index.unlink()
+    weights.unlink()
+    weights.mkdir()
+    refused(generate(run, model), f"{weights} is a folder")
+
+
+@pytest.mark.parametrize("entry", [None, [None, None], "left out"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_that_the_index_does_not_name_is_told(
+    run: Run, tiny_model: Path, tmp_path: Path, part: str, entry: object
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    index = json.loads((model / "model_index.json").read_text()) | {part: entry}
+    if entry == "left out":
+        del index[part]
+    write(model / "model_index.json", json.dumps(index))
+    refused(generate(run, model), f"names no {part}")
+    weights = list((model / part).glob("*.safetensors"))
+    if weights:  # a pickle of it is refused all the same
+        weights[0].rename(weights[0].with_suffix(".bin"))
+        refused(generate(run, model), ".bin is a pickle")
+
+
+def test_a_scheduler_is_read_as_no_other_class_of_diffusers(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    write(model / "scheduler" / "scheduler_config.json", json.dumps({"_class_name": "AutoencoderTiny"}))
+    write(model / "scheduler" / "config.json", json.dumps({"_class_name": "AutoencoderTiny"}))
+    torch.save(Planted(tmp_path / "ran"), model / "scheduler" / "diffusion_pytorch_model.bin")
+    save_file({"a": torch.zeros(3)}, model / "scheduler" / "other.safetensors")  # so the pickle passes for a twin
+    refused(generate(run, model), "scheduler_config.json", "'AutoencoderTiny'")
+    assert not (tmp_path / "ran").exists()
+
+
+class Planted:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize("name", [5, None, ["EulerDiscreteScheduler"], "logging"])
@@ -111,7 +203,8 @@ def test_missing_weights_are_told_in_one_line_without_a_librarys(
     ("part", "config", "words"),
     [
         ("text_encoder", "{}", ("model_type is missing",)),
-        ("vae", "[]", ("_class_name is missing",)),
+        ("vae", "{}", ("_class_name is missing",)),
+        ("vae", "[]", ("no JSON object",)),
         ("transformer", "x", ("cannot read",)),
         ("text_encoder", '{"model_type": "gemma2"}', ("describes 2,614,341,888 parameters", "another network's")),
         ("transformer", None, ("incomplete", "is missing")),

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from apexflow.backbones import hub, second_time
-from apexflow.backbones.folder import INDEX, PICKLES, read_index, refuse_pickles
+from apexflow.backbones.folder import INDEX, PICKLES, read_index
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError, check_built_in
 from apexflow.transport import Transport
@@ -219,10 +219,11 @@ def load_backbone(
             raise UserError(f"{folder} is a run, not a model: name {folder / 'model'}")
         raise UserError(f"{folder} is no diffusers checkpoint: {INDEX} is missing")
     pipeline = read_index(folder).get("_class_name")
+    if not isinstance(pipeline, str):
+        raise UserError(f"{folder / INDEX} names no pipeline (_class_name): restore it from the original checkpoint")
     table = backbones()
     if pipeline not in table:
         raise UserError(f"{folder} is a {pipeline}; apexflow serves {', '.join(table)}")
-    refuse_pickles(folder)
     backbone = table[pipeline].load(folder, torch.device(device), dtype, hollow)
     if torch.device(device).type != "meta":
         second_time.load(backbone.transformer, folder)
@@ -237,7 +238,7 @@ def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
     try:
         settings = replace(defaults, **json.loads(path.read_text()))
         return TypeAdapter(Settings).validate_python(asdict(settings))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{first['loc'][0]}: {first['msg']}" if first else str(error)
         raise UserError(f"{path} does not fit this version of apexflow ({reason}): restore or delete it") from error

@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,22 @@ from safetensors import safe_open
 from torch import nn
 
 from apexflow.backbones import Settings
-from apexflow.backbones.folder import INDEX, copy_part, weight_paths
+from apexflow.backbones.folder import (
+    INDEX,
+    components,
+    copy_part,
+    is_there,
+    read_object,
+    refuse_pickles,
+    weight_paths,
+)
 from apexflow.errors import UserError
 
 READERS = "diffusers or transformers"
 LARGE = 500_000_000  # parameters of a denoiser, from which on it is sparing with memory unasked
 # Asked of every reader of transformers: unless told, it asks on the terminal whether to run code of the checkpoint.
 SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+SCHEDULER = "scheduler"  # the folder
 OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
 
@@ -88,7 +97,7 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
     config = path / "config.json"
     if not config.is_file():
         raise UserError(f"{path.parent} is incomplete: {path.name}/config.json is missing")
-    if says not in guarded(config, lambda: dict(json.loads(config.read_text()))):
+    if says not in read_object(config):
         raise UserError(f"{config} does not say which network it is ({says} is missing): restore it from the original")
     if device.type == "meta":
         return
@@ -114,7 +123,7 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             f"{path.parent} is incomplete: {path.name}/ holds no safetensors that {READERS} would read{but}"
         )
     for file in files:
-        if not file.is_file():
+        if not is_there(file):
             raise UserError(f"{path.parent} is incomplete: {path.name}/{file.name} is missing")
     return {name: shape for file in files for name, shape in guarded(file, lambda file=file: _header(file)).items()}
 
@@ -202,6 +211,9 @@ def load_parts(
 
     Text encoders and the autoencoder are read when they are first called for; the denoiser's weights are left out if `hollow`.
     """
+    refuse_pickles(folder, [*kinds, SCHEDULER])
+    if device.type != "meta":
+        check_named(folder, [*kinds, SCHEDULER])
     parts: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name.startswith("tokenizer"):
@@ -211,7 +223,15 @@ def load_parts(
             parts[name] = Later(folder, name, kind, device, autoencoder_dtype(dtype) if name == "vae" else dtype)
         else:
             parts[name] = load_part(folder, name, kind, device, dtype, hollow)
-    return parts | {"scheduler": load_scheduler(folder)}
+    return parts | {SCHEDULER: load_scheduler(folder)}
+
+
+def check_named(folder: Path, names: Iterable[str]) -> None:
+    """UserError where the index does not name a part: stock diffusers would not load it, the hub's copy does not hold it."""
+    named = components(folder)
+    for name in names:
+        if name not in named:
+            raise UserError(f"{folder / INDEX} names no {name}, which the model needs: restore the original")
 
 
 def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -270,15 +290,16 @@ def load_scheduler(folder: Path) -> Any:
     """The scheduler that the folder names, for its time shift and for saving it back."""
     import diffusers
 
-    path = folder / "scheduler" / "scheduler_config.json"
+    path = folder / SCHEDULER / "scheduler_config.json"
     if not path.is_file():
         raise UserError(f"{folder} is incomplete: scheduler/scheduler_config.json is missing")
-    name = guarded(path, lambda: json.loads(path.read_text()).get("_class_name", ""))
+    name = read_object(path).get("_class_name", "")
     # Exported models may name our own scheduler, which lies in a layer above this one.
     home = importlib.import_module(OUR_SCHEDULER[0]) if name == OUR_SCHEDULER[1] else diffusers
     kind = getattr(home, str(name), None)
-    if kind is None:
-        raise UserError(f"{path} names the scheduler {name!r}, which diffusers does not have")
+    # Another class of diffusers would be read from this folder too, its weights from a pickle if it found one.
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise UserError(f"{path} names the scheduler {name!r}, which diffusers does not have: restore the original")
     return guarded(path, lambda: kind.from_pretrained(path.parent, local_files_only=True))
 
 

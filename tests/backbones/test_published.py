@@ -174,3 +174,11 @@ def test_a_hub_repository_without_an_index_is_called_so(cluttered, hub):
     (cluttered / "model_index.json").unlink()
     with pytest.raises(UserError, match="'owner/name' is no diffusers checkpoint"):
         resolve("owner/name")
+
+
+def test_what_an_index_names_is_no_pattern_for_the_hub(cluttered, hub):
+    index = cluttered / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"*": ["a", "b"]}))
+    with pytest.raises(UserError, match=r"'\*', which is no plain name"):
+        resolve("owner/name")
+    assert hub["allow_patterns"] == ["model_index.json"]
