@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,7 +51,8 @@ class Backbone(Protocol):
     factor changes nothing (see `check_shift`). time_shift: s of `t' = s t / (1 + (s - 1) t)` for pictures of
     `default_size` pixels a side. flow_scheduler: whether the stock pipeline hands its network's answer to the scheduler
     as z - x on linear transport. depth: the key of the transformer's config that counts its like blocks, if it has such.
-    bfloat16: whether weights that are not stored in bfloat16 draw well in it.
+    bfloat16: whether weights that are not stored in bfloat16 draw well in it. kinds: the parts of its folder by name, with
+    the class of each network.
     """
 
     family: ClassVar[str]
@@ -71,6 +72,7 @@ class Backbone(Protocol):
     flow_scheduler: bool
     depth: str | None
     bfloat16: ClassVar[bool]
+    kinds: Mapping[str, Any]
 
     @property
     def device(self) -> torch.device: ...

@@ -44,6 +44,7 @@ class Family(Encoders):
     def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
         super().__init__(parts)
         self.settings = settings
+        self.kinds = {name: getattr(part, "kind", type(part)) for name, part in parts.items()}
         self.transformer: Any = parts[self.network_part]
         self.config = self.transformer.config
         self.scheduler = parts["scheduler"]

@@ -64,7 +64,7 @@ def weight_paths(part: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     """The files that an index of weights names, sorted; UserError for what is no plain name of a file of safetensors."""
     named = read_object(index).get("weight_map")
-    files = list(named.values()) if isinstance(named, dict) else [named]
+    files: list[Any] = list(named.values()) if isinstance(named, dict) else [named]
     for file in files:
         if not (isinstance(file, str) and PLAIN.fullmatch(file) and file.endswith(".safetensors")):
             raise UserError(f"{index} names the file {file!r}, no plain name of safetensors: restore the original")

@@ -234,6 +234,18 @@ def check_named(folder: Path, names: Iterable[str]) -> None:
             raise UserError(f"{folder / INDEX} names no {name}, which the model needs: restore the original")
 
 
+def check_whole(folder: Path, kinds: Mapping[str, Any]) -> None:
+    """UserError unless all parts are there that `load_parts` reads of a folder, as its copy must have. Weights are not read."""
+    from transformers import AutoTokenizer
+
+    check_named(folder, kinds)
+    for name, kind in kinds.items():
+        if name.startswith("tokenizer"):
+            load_part(folder, name, AutoTokenizer, torch.device("cpu"))
+        elif name != SCHEDULER:  # which is read wherever a folder is
+            check_part(folder / name, kind, torch.device("cpu"))
+
+
 def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float32 in place of float16, in which the autoencoders overflow ("force_upcast")."""
     return torch.float32 if dtype == torch.float16 else dtype

@@ -16,9 +16,10 @@ from apexflow.backbones import (
     load_backbone,
     read_settings,
     resolve,
+    second_time,
 )
 from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index
-from apexflow.backbones.parts import index_entry, weight_shapes
+from apexflow.backbones.parts import check_whole, index_entry, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
 from apexflow.export.merge import check_lora, merge_into, read_lora
@@ -121,10 +122,13 @@ def _whole(found: Source, partial: Path) -> None:
     if found.lora is not None and not found.merged:
         pairs = read_lora(found.lora)
         check_lora(found.lora, pairs, model / found.backbone.network_part)
+    # What lacks a part, or holds a truncated file, must not leave here.
+    check_whole(model, found.backbone.kinds)
+    second_time.load(found.backbone.transformer, model)
     parts = [name for name in components(model) if (model / name).is_dir()]
     for name in parts:
         if list((model / name).glob("*.safetensors")):
-            weight_shapes(model / name)  # a truncated file must not leave here
+            weight_shapes(model / name)
     for name in parts:
         copy_part(model / name, partial / name)
     for file in (path for pattern in (INDEX, *OWN, "LICENSE*") for path in model.glob(pattern)):

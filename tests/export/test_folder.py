@@ -245,6 +245,27 @@ def test_a_one_step_student_is_asked_at_pure_noise_by_a_scheduler_of_its_own(nam
         assert four[0] == 999 and all(later > earlier > 0 for later, earlier in itertools.pairwise(four))
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
+def test_a_model_without_one_of_its_parts_is_not_exported(part, folder_of, tmp_path):
+    model = Path(shutil.copytree(folder_of("sana"), tmp_path / "m"))
+    index = json.loads((model / "model_index.json").read_text())
+    for entry in (None, [None, None]):
+        (model / "model_index.json").write_text(json.dumps(index | {part: entry}))
+        refused(tmp_path, (f"names no {part}",), str(model), tmp_path / "o")
+    (model / "model_index.json").write_text(json.dumps(index))
+    for weights in (model / part).glob("*.safetensors"):
+        weights.unlink()
+        refused(tmp_path, ("incomplete", f"{part}/"), str(model), tmp_path / "o")
+    shutil.rmtree(model / part)
+    refused(tmp_path, ("incomplete", f"{part}/"), str(model), tmp_path / "o")
+
+
+def test_a_second_time_that_does_not_fit_is_not_exported(folder_of, tmp_path):
+    model = Path(shutil.copytree(folder_of("sana"), tmp_path / "m"))
+    (model / "second_time.safetensors").write_bytes(b"nothing")
+    refused(tmp_path, ("second_time.safetensors does not fit",), str(model), tmp_path / "o")
+
+
 def test_a_truncated_model_and_a_full_disk(folder_of, tmp_path, monkeypatch):
     model = tmp_path / "m"
     shutil.copytree(folder_of("sana"), model)
