@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
@@ -139,14 +140,36 @@ def foreign(folder, metadata):
 def test_the_readme_of_a_lora_for_a_shipped_model_names_its_folder(tmp_path):
     file = save_lora(tuned(BUILT_IN / "mini-teacher"), tmp_path / "lora")
     export(str(file), tmp_path / "copy", base="mini-teacher")
-    named = re.search(r'from_pretrained\("([^"]+)"', (tmp_path / "copy" / "README.md").read_text())
+    named = re.search(r"from_pretrained\('([^']+)'", (tmp_path / "copy" / "README.md").read_text())
     assert named is not None and (Path(named[1]) / "model_index.json").is_file()
 
 
 def test_the_readme_of_a_model_called_as_a_shipped_one_names_the_copy(folder_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export(str(student(folder_of, "sana", tmp_path)), Path("mini-student"))
-    assert 'from_pretrained("mini-student"' in (tmp_path / "mini-student" / "README.md").read_text()
+    assert "from_pretrained('mini-student'" in (tmp_path / "mini-student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_lines_of_a_readme_are_python_whatever_the_output_is_called(lora, folder_of, tmp_path):
+    source, base = str(folder_of("sana")), None
+    if lora:
+        source, base = str(save_lora(tuned(folder_of("sana")), tmp_path / "lora")), str(folder_of("sana"))
+    output = tmp_path / "my \"best\"\n'model'"
+    export(source, output, base=base)
+    text = (output / "README.md").read_text()
+    code = re.fullmatch(r"# my \"best\" 'model'\n\n.*```python\n(.*)\n```\n", text, re.DOTALL)
+    assert code is not None
+    calls = [node for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Constant)]
+    assert str(output) in [call.value for call in calls]
+
+
+def test_a_folder_of_licenses_is_passed_over(folder_of, tmp_path):
+    model = Path(shutil.copytree(folder_of("sana"), tmp_path / "m"))
+    (model / "LICENSES").mkdir()
+    (model / "LICENSE.txt").write_text("free")
+    export(str(model), tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE.txt").is_file() and not (tmp_path / "out" / "LICENSES").exists()
 
 
 def test_a_pair_adds_to_convolutions_of_any_kernel():
@@ -194,6 +217,8 @@ def test_sources_that_are_none(folder_of, tmp_path):
     empty.mkdir()
     refused(tmp_path, ("no run", "no model"), str(empty), output)
     refused(tmp_path, ("not found",), "nosuch", output)
+    refused(tmp_path, ("is empty",), "", output)
+    refused(tmp_path, ("no LoRA file", "leave out --base"), str(folder_of("sana")), output, base="mini-teacher")
     (empty / "recipe.json").write_text(json.dumps({"model": "x", "tuning": {"kind": "full"}}))
     refused(tmp_path, ("not finished", "--resume"), str(empty), output)
     (empty / "model").mkdir()
