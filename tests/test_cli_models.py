@@ -12,6 +12,8 @@ from command_line import Run, generate, refused, write
 from planted import plant
 from safetensors.torch import load_file, save_file
 
+from apexflow.backbones import load_backbone, second_time
+
 
 def copy_model(source: Path, target: Path) -> Path:
     import shutil
@@ -257,6 +259,19 @@ def test_pickled_weights_are_refused(
     refused(generate(run, model), suffix, "pickle", "safetensors")
     single = write(tmp_path / f"weights{suffix}", "x")
     refused(generate(run, single), suffix)
+
+
+@pytest.mark.parametrize(("options", "words"), [(("--order", 2), "order is 2"), (("--kappa", 0.1), "kappa is 0.1")])
+def test_a_model_with_a_second_time_is_not_asked_to_leave_its_path(
+    run: Run, tiny_model: Path, tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    model, output = copy_model(tiny_model, tmp_path / "m"), tmp_path / "o"
+    second_time.save(second_time.attach(load_backbone(str(model)).transformer), model)
+    told = (words, "a model with a second time jumps along the path")
+    refused(run("generate", "a star", "--model", model, "--steps", 3, "-o", f"{output}.png", *options), *told)
+    how = ("--model", model, "--suite", "mini-geneval", "--steps", 3, "-o", output)
+    refused(run("evaluate", *how, *options), *told)
+    assert not output.exists()
 
 
 def test_code_of_a_checkpoint_is_not_run(
