@@ -204,12 +204,51 @@ def test_a_lora_for_another_model(folder_of, tmp_path):
 
 @pytest.mark.parametrize(
     "said",
-    [[], {"r": None}, {"r": 0}, {"r": "4"}, {"rank_pattern": [1]}, {"rank_pattern": {"(": 4}}, {"lora_alpha": 1e400}],
+    [
+        [],
+        {"r": None},
+        {"r": 0},
+        {"r": True},
+        {"r": "4"},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": {"(x+x+)+y": 4}},
+        {"lora_alpha": -1},
+        {"lora_alpha": True},
+        {"lora_alpha": 1e400},
+    ],
 )
 def test_a_lora_that_does_not_say_its_scale(folder_of, tmp_path, said):
     metadata = {f"transformer.{key}": value for key, value in said.items()} if said else said
     file, output = foreign(tmp_path, metadata), tmp_path / "o"
     refused(tmp_path, ("does not say its scale", str(file)), str(file), output, merge=True, base=str(folder_of("sana")))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.tensor(1.0), "shape ()"),
+        (torch.ones(1), "shape (1,)"),
+        (torch.ones(0, 1), "shape (0, 1)"),
+        (torch.ones(1, 1, dtype=torch.int8), "int8"),
+        (torch.tensor([[float("nan")]]), "not a finite number"),
+    ],
+    ids=str,
+)
+def test_a_lora_whose_tensors_are_none(folder_of, tmp_path, tensor, words):
+    tensors = load_file(foreign(tmp_path, {})) | {"transformer.blocks.0.to_k.lora_A.weight": tensor}
+    save_file(tensors, tmp_path / FILE)
+    arguments = (str(tmp_path / FILE), tmp_path / "o")
+    refused(tmp_path, (FILE, "blocks.0.to_k", words), *arguments, merge=True, base=str(folder_of("sana")))
+
+
+def test_the_pattern_of_a_lora_is_no_search_without_end(tmp_path):
+    names = [f"transformer.{'x' * 60}.lora_{side}.weight" for side in "AB"]
+    metadata = {"transformer.alpha_pattern": {"(x+x+)+y": 2}}
+    tensors = {name: torch.ones(1, 1) for name in names}
+    save_file(tensors, tmp_path / FILE, {"lora_adapter_metadata": json.dumps(metadata)})
+    with pytest.raises(UserError, match="is no name of a module"):
+        read_lora(tmp_path / FILE)
 
 
 def test_sources_that_are_none(folder_of, tmp_path):
