@@ -229,6 +229,9 @@ def test_a_config_of_another_size_is_named(run: Run, tiny_model: Path, tmp_path:
     refused(generate(run, model), "text_encoder", "another network's", "have another shape")
 
 
+NO_GRIDS = ("[5, 0]", "[1, -1]", "[1, 0.5, 0.7]", "[]", "[1, NaN, 0]", "[1, 0.5]")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -237,6 +240,12 @@ def test_a_config_of_another_size_is_named(run: Run, tiny_model: Path, tmp_path:
         ('{"steps": "many"}', ("apexflow.json", "steps")),
         ('{"steps": 0}', ("apexflow.json", "steps")),
         ('{"stepz": 1}', ("apexflow.json", "stepz")),
+        ('{"steps": 1000000000}', ("apexflow.json", "steps")),
+        ("[" * 100_000, ("apexflow.json",)),
+        *((f'{{"times": {times}}}', ("apexflow.json", "times", "descend")) for times in NO_GRIDS),
+        *((f'{{"max_tokens": {number}}}', ("apexflow.json", "max_tokens")) for number in (-5, 0)),
+        *((f'{{"{name}": NaN}}', ("apexflow.json", name)) for name in ("guidance", "embedded_guidance")),
+        ('{"size": 0}', ("apexflow.json", "size")),
     ],
 )
 def test_settings_that_do_not_fit_are_named(
@@ -246,6 +255,29 @@ def test_settings_that_do_not_fit_are_named(
     model = copy_model(tiny_model, tmp_path / "m")
     write(model / "apexflow.json", text)
     refused(generate(run, model), *words)
+
+
+DYNAMIC = {"use_dynamic_shifting": True}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"shift": shift} for shift in (-1, 0, math.nan, math.inf, 1e300, "x")),
+        {"flow_shift": math.nan},
+        DYNAMIC | {"max_image_seq_len": 256},
+        DYNAMIC | {"base_shift": "x"},
+        DYNAMIC | {"base_shift": 1e6},
+    ],
+    ids=str,
+)
+def test_a_time_shift_that_cannot_be_is_told(
+    run: Run, tiny_model: Path, tmp_path: Path, said: dict[str, object]
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / "scheduler" / "scheduler_config.json"
+    write(config, json.dumps(json.loads(config.read_text()) | said))
+    refused(generate(run, model), "scheduler_config.json")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])

@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from apexflow.backbones import hub, second_time
 from apexflow.backbones.folder import INDEX, PICKLES, read_index
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError, check_built_in
+from apexflow.sampler import check_times
 from apexflow.transport import Transport
+
+MOST_STEPS = 100_000  # of what a model may say for itself: more are no one's wish
+
+
+def _grid(times: list[float] | None) -> list[float] | None:
+    if times is not None:
+        check_times(torch.tensor(times, dtype=torch.float64))
+    return times
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -31,13 +43,13 @@ class Settings:
     for people.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 20
-    guidance: float = 1.0
-    times: list[float] | None = None
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
+    guidance: Finite = 1.0
+    times: Annotated[list[float] | None, AfterValidator(_grid)] = None
     instruction: bool = True
-    max_tokens: int = 300
-    size: int | None = None
-    embedded_guidance: float | None = None
+    max_tokens: Annotated[int, Field(ge=1)] = 300
+    size: Annotated[int | None, Field(ge=1)] = None
+    embedded_guidance: Finite | None = None
     card: dict = field(default_factory=dict)
 
 

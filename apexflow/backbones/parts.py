@@ -34,6 +34,7 @@ LARGE = 500_000_000  # parameters of a denoiser, from which on it is sparing wit
 # Asked of every reader of transformers: unless told, it asks on the terminal whether to run code of the checkpoint.
 SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 SCHEDULER = "scheduler"  # the folder
+MOST_SHIFT = 1e6  # beyond, the times of a grid are the same number
 OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
 
@@ -272,13 +273,30 @@ def index_entry(kind: type) -> list[str]:
 
 
 def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """s of `t' = s t / (1 + (s - 1) t)` that a flow scheduler's config asks for, with `tokens` a picture."""
+    """s of `t' = s t / (1 + (s - 1) t)` that a flow scheduler's config asks for, with `tokens` a picture.
+
+    UserError for one that no grid can be shifted by.
+    """
+    told, mend = f"{SCHEDULER}/scheduler_config.json of the model asks for a time shift", "restore the original file"
+    try:
+        shift = _asked_shift(config, tokens)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{told} that cannot be computed ({error}): {mend}") from error
+    if not 1 / MOST_SHIFT <= shift <= MOST_SHIFT:
+        raise UserError(
+            f"{told} of {shift:g} for a picture of {tokens} tokens: {mend}, or draw at a size nearer its own"
+        )
+    return shift
+
+
+def _asked_shift(config: Mapping[str, Any], tokens: int) -> float:
     if not config.get("use_dynamic_shifting"):
-        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+        given = (config.get(name) for name in ("flow_shift", "shift"))
+        return float(next((value for value in given if value is not None), 1.0))
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     mu = low + (high - low) * (tokens - few) / (many - few)
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
 
 
 def bytes_of(network: nn.Module) -> int:
