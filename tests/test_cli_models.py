@@ -222,6 +222,34 @@ def test_a_config_that_is_not_that_of_its_weights_is_named(
     refused(generate(run, model), f"{part}/config.json", *words)
 
 
+@pytest.mark.parametrize(
+    ("part", "said", "words"),
+    [
+        ("transformer", {"num_layers": 0}, "fewer layers"),
+        ("text_encoder", {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, "fewer layers"),
+        ("text_encoder", {"num_hidden_layers": 0, "layer_types": []}, "fewer layers"),
+        ("vae", {"decoder_layers_per_block": [0, 1, 1, 0]}, "fewer layers"),
+    ],
+)
+def test_a_config_of_fewer_layers_than_its_weights_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, part: str, said: dict[str, object], words: str
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / part / "config.json"
+    write(config, json.dumps(json.loads(config.read_text()) | said))
+    refused(generate(run, model), part, words)
+
+
+def test_weights_that_the_config_has_no_place_for_are_named(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    for part in ("transformer", "text_encoder", "vae"):
+        model = copy_model(tiny_model, tmp_path / part)
+        weights = next((model / part).glob("*.safetensors"))
+        tensors = load_file(weights)
+        first = min(name for name in tensors if name.endswith(".weight")).removesuffix(".weight")
+        save_file(tensors | {f"{first}.other.weight": torch.zeros(3)}, weights, {"format": "pt"})
+        refused(generate(run, model), part, "1 tensors are too many", f"{first}.other.weight")
+
+
 def test_a_config_of_another_size_is_named(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     model = copy_model(tiny_model, tmp_path / "m")
     config = model / "text_encoder" / "config.json"

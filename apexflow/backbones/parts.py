@@ -102,13 +102,28 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
         raise UserError(f"{config} does not say which network it is ({says} is missing): restore it from the original")
     if device.type == "meta":
         return
-    held = sum(map(math.prod, weight_shapes(path).values()))
-    described = sum(p.numel() for p in guarded(path, lambda: _described(path, kind)).parameters())
+    shapes, network = weight_shapes(path), guarded(path, lambda: _described(path, kind))
+    held, described = sum(map(math.prod, shapes.values())), sum(p.numel() for p in network.parameters())
     if described > 2 * held:  # a few missing tensors are named when they are read
         raise UserError(
             f"{config} describes {described:,} parameters, and the weights beside it are another network's with {held:,}: "
             "restore both from the original checkpoint"
         )
+    if beyond := [name for name in shapes if _is_beyond(network, name)]:
+        raise UserError(
+            f"{config} describes fewer layers than the weights beside it have, which hold {beyond[0]}: restore both from the "
+            "original checkpoint"
+        )
+
+
+def _is_beyond(network: nn.Module, name: str) -> bool:
+    """Whether a tensor is that of a layer past the end of one of the network's lists, which the libraries would pass over."""
+    module = network
+    for part in name.split(".")[:-1]:
+        if part not in module._modules:
+            return isinstance(module, nn.ModuleList | nn.Sequential) and part.isdecimal()
+        module = module.get_submodule(part)
+    return False
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -148,11 +163,32 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 def _weights(path: Path, kind: Any, options: dict[str, Any]) -> nn.Module:
     """A network with its weights; ValueError where some are missing, which the libraries would leave random or empty."""
     model, info = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    for what, found in (("are missing", info["missing_keys"]), ("have another shape", info["mismatched_keys"])):
+    wrong = {
+        "are missing": info["missing_keys"],
+        "have another shape": info["mismatched_keys"],
+        "are too many": unread(model, info["unexpected_keys"]),
+    }
+    for what, found in wrong.items():
         if found:
             names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found)
             raise ValueError(f"the weights are another network's: {len(names)} tensors {what}, such as {names[0]}")
     return model
+
+
+def unread(network: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Of the tensors that a network has no place for, those that tell of another network.
+
+    Not so the constants that older versions saved (a table beside the weights of a module), and what of a text encoder's
+    checkpoint is another network (a language head, the eyes of a CLIP).
+    """
+    modules, own = dict(network.named_modules()), dict(network.named_children())
+
+    def passed_over(name: str) -> bool:
+        module, _, last = name.rpartition(".")
+        beside = is_of_transformers(type(network)) and name.partition(".")[0] not in own
+        return beside or (module in modules and last not in ("weight", "bias"))
+
+    return [name for name in unexpected if not passed_over(name)]
 
 
 def without_weights(kind: Any, config: Any, buffers: bool = True) -> nn.Module:
