@@ -240,6 +240,26 @@ def test_a_config_of_fewer_layers_than_its_weights_is_named(
     refused(generate(run, model), part, words)
 
 
+@pytest.mark.parametrize("value", [None, "x", math.nan, 0, [1]])
+@pytest.mark.parametrize(("part", "name"), [("transformer", "timestep_scale"), ("vae", "scaling_factor")])
+def test_a_factor_that_is_no_number_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, part: str, name: str, value: object
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / part / "config.json"
+    write(config, json.dumps(json.loads(config.read_text()) | {name: value}))
+    refused(generate(run, model), f"{part}/config.json", name)
+
+
+def test_a_tokenizer_of_more_words_than_its_text_encoder_is_named(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    path = model / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] |= {f"word{number}": 500 + number for number in range(100)}
+    write(path, json.dumps(content))
+    refused(generate(run, model), f"{model / 'tokenizer'} has", "words", "the text encoder beside it embeds")
+
+
 def test_weights_that_the_config_has_no_place_for_are_named(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     for part in ("transformer", "text_encoder", "vae"):
         model = copy_model(tiny_model, tmp_path / part)

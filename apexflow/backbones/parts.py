@@ -260,7 +260,33 @@ def load_parts(
             parts[name] = Later(folder, name, kind, device, autoencoder_dtype(dtype) if name == "vae" else dtype)
         else:
             parts[name] = load_part(folder, name, kind, device, dtype, hollow)
+    if device.type != "meta":
+        check_vocabularies(parts)
     return parts | {SCHEDULER: load_scheduler(folder)}
+
+
+def check_vocabularies(parts: Mapping[str, Any]) -> None:
+    """UserError where a tokenizer gives ids that its text encoder has no embedding of."""
+    for name, tokenizer in parts.items():
+        encoder = parts.get(name.replace("tokenizer", "text_encoder")) if name.startswith("tokenizer") else None
+        if not isinstance(encoder, Later):
+            continue
+        config = guarded(encoder.path, lambda e=encoder: e.kind.config_class.from_pretrained(e.path, **SAFELY))
+        known = config.get_text_config().vocab_size
+        if len(tokenizer) > known:
+            raise UserError(
+                f"{encoder.path.parent / name} has {len(tokenizer)} words, and the text encoder beside it embeds {known}: "
+                "restore both from the original checkpoint"
+            )
+
+
+def check_factors(part: str, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """UserError for what a network's config has among `names` and is not the number, other than 0, that others multiply by."""
+    for name in names:
+        value = config.get(name, 1.0)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not (number and value):
+            raise UserError(f"{part}/config.json of the model says {name} = {value!r}, no factor: restore the original")
 
 
 def check_named(folder: Path, names: Iterable[str]) -> None:
