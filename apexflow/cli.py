@@ -140,7 +140,7 @@ def data_scenes(
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(min=0, help="How long to tune the teacher.")] = 2.5,
+    minutes: Annotated[float, typer.Option(min=0, max=1e6, help="How long to tune the teacher.")] = 2.5,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
     as_json: Json = False,
 ) -> None:

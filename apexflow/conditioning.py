@@ -50,9 +50,13 @@ class Condition:
         return replace(self, embeds=embeds, pooled=pooled)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """A copy on another device or in another dtype (the mask keeps its dtype)."""
-        mask = self.mask if self.mask is None else self.mask.to(device=device)
-        return replace(self._map(lambda tensor: tensor.to(device=device, dtype=dtype)), mask=mask)
+        """A copy on another device or in another dtype (the mask keeps its dtype). On its way to a GPU nothing waits for it."""
+
+        def move(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+            return tensor.to(device=device, dtype=dtype, non_blocking=tensor.device.type == "cpu")
+
+        mask = self.mask if self.mask is None else move(self.mask, None)
+        return replace(self._map(lambda tensor: move(tensor, dtype)), mask=mask)
 
     def expand(self, rows: int) -> Condition:
         """A condition of one row (the null condition, say), repeated for `rows` rows."""
@@ -77,15 +81,32 @@ def _fits(c: Tensor, value: float | Tensor) -> bool:
 
 
 def replace_rows(c: Condition, where: Tensor, other: Condition) -> Condition:
-    """`c` with the rows that the boolean `where` (B,) marks replaced by the one-row condition `other`, mask and pooled too."""
+    """`c` with the rows that the boolean `where` (B,) marks replaced by the one-row condition `other`, mask and pooled too.
+
+    `where` best lies on the CPU, where it is looked at.
+    """
     if not bool(where.any()):
         return c
+    where = where.to(c.embeds.device, non_blocking=True)
     length = max(c.embeds.shape[1], other.embeds.shape[1])
-    embeds, mask = pad_tokens(c.embeds, length).clone(), pad_tokens(_mask(c), length).clone()
-    embeds[where], mask[where] = pad_tokens(other.embeds, length).to(embeds), pad_tokens(_mask(other), length).to(mask)
+    embeds, mask = pad_tokens(c.embeds, length), pad_tokens(_mask(c), length)
+    embeds = torch.where(where[:, None, None], pad_tokens(other.embeds, length).to(embeds), embeds)
+    mask = torch.where(where[:, None], pad_tokens(_mask(other), length).to(mask), mask)
     pooled = c.pooled
     if pooled is not None and other.pooled is not None:
         pooled = torch.where(where[:, None], other.pooled.to(pooled), pooled)
+    return Condition(embeds, mask, pooled)
+
+
+def join(c: Condition, other: Condition) -> Condition:
+    """The rows of `c`, then those of `other`, padded to the longer; without a mask where neither has one and none is padded."""
+    length = max(c.embeds.shape[1], other.embeds.shape[1])
+    embeds = torch.cat([pad_tokens(c.embeds, length), pad_tokens(other.embeds, length).to(c.embeds)])
+    mask = pooled = None
+    if c.mask is not None or other.mask is not None or c.embeds.shape[1] != other.embeds.shape[1]:
+        mask = torch.cat([pad_tokens(_mask(c), length), pad_tokens(_mask(other), length).to(_mask(c))])
+    if c.pooled is not None and other.pooled is not None:
+        pooled = torch.cat([c.pooled, other.pooled.to(c.pooled)])
     return Condition(embeds, mask, pooled)
 
 

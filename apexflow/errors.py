@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ class Diverged(UserError):
 
 class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
+
+
+def quoted(text: str, most: int = 80) -> str:
+    """A text of the user's as a message shows it: in quotes, and no more than its first `most` characters."""
+    return repr(text if len(text) <= most else f"{text[:most]}…")
 
 
 @contextmanager
@@ -62,9 +68,16 @@ def writing(path: Path, mend: str = CHECK_ROOM) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {path}: a file lies where a folder should ({error.filename})") from error
+        there = error.filename2 or error.filename  # of two, the one that was to be
+        raise UserError(f"cannot write {path}: a file lies where a folder should ({there})") from error
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
-        raise UserError(f"cannot write {path} ({error}): {mend}") from error
+        raise UserError(f"cannot write {path} ({_reason(error)}): {mend}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; the first of what did in copying a folder, which holds all of them."""
+    failed = error.args[0] if isinstance(error, shutil.Error) and error.args else None
+    return str(failed[0][-1] if isinstance(failed, list) and failed else error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,8 +6,9 @@ import math
 import operator
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,16 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apexflow.backbones import Backbone, backbones, load_backbone, resolve
+from apexflow.backbones import Backbone, backbones, load_backbone, read_settings, resolve
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import LARGE, stored_dtypes, weight_shapes
+from apexflow.backbones.parts import LARGE, multiply_in_tf32, stored_dtypes, weight_shapes
 from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import Condition
-from apexflow.errors import UserError
+from apexflow.errors import UserError, quoted
 from apexflow.randomness import RowRandom
-from apexflow.sampler import sample, shift_times, time_grid
+from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
 
 MAX_BATCH = 32
+NOT_FINITE = "the weights are damaged or overflow, or guidance or kappa is too large"
 GAP = 2  # pixels between the pictures of a grid
 
 
@@ -40,15 +42,22 @@ class Sampling(NamedTuple):
 
 
 class Generator:
-    """A loaded model with its own sampling settings. `encode`: prompts to conditions, by default the model's text encoder.
+    """A loaded model with its own sampling settings. `encode`: prompts to conditions, by default the model's text encoder;
+    `decode`: latents (B, C, h, w) to pictures, by default its autoencoder, and of what it leaves out no picture is made.
 
     Of the last `generate`: `evaluations` counts network calls a picture, guidance included, and `finite` says of each picture
     whether the model's answer was.
     """
 
-    def __init__(self, backbone: Backbone, encode: Callable[[Sequence[str]], Condition] | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        encode: Callable[[Sequence[str]], Condition] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.backbone = backbone
         self.encode = encode or backbone.encode_prompts
+        self.decode = decode
         self.evaluations = 0
         self.finite: list[bool] = []
 
@@ -77,7 +86,7 @@ class Generator:
         if not all(prompt.strip() for prompt in prompts):
             warnings.warn("the prompt is empty: the picture follows nothing", stacklevel=2)
         for prompt in self.backbone.unknown_words(prompts):
-            warnings.warn(f"the model knows no word of {prompt!r}: the picture will not follow it", stacklevel=2)
+            warnings.warn(f"the model knows no word of {quoted(prompt)}: the picture will not follow it", stacklevel=2)
         return self._draw(prompts, seeds, plan)
 
     def generate_seeded(
@@ -118,10 +127,10 @@ class Generator:
             part = slice(start, start + MAX_BATCH)
             z = noise(seeds[part], plan.shape).to(self.backbone.device)
             latents = self._sample(prompts[part], z, plan, seeds[part])
-            images = self.backbone.decode(latents)
+            images = (self.decode or self.backbone.decode)(latents)
             self.finite += images.isfinite().flatten(1).all(1).tolist()
             if not all(self.finite):
-                warnings.warn("the model's answer is not finite: its weights are damaged or overflow", stacklevel=2)
+                warnings.warn(f"the model's answer is not finite: {NOT_FINITE}", stacklevel=2)
             pictures += to_pictures(images)
         return pictures
 
@@ -132,8 +141,8 @@ class Generator:
         """
         settings = self.backbone.settings
         steps = settings.steps if steps is None else whole(steps, "steps")
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, got {steps}")
+        if not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"steps must be at least 1 and at most {MOST_STEPS}, got {steps}")
         if settings.times is not None and len(settings.times) == steps + 1:
             return torch.tensor(settings.times, dtype=torch.float64)
         shift = self.backbone.time_shift if size is None else self.backbone.time_shift_at(size)
@@ -210,7 +219,7 @@ def _check_text(prompt: str) -> None:
     if not isinstance(prompt, str):
         raise UserError(f"prompt {prompt!r} is no text: give a string, or a list of them")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"prompt {prompt!r} holds bytes that are no text: write it in UTF-8")
+        raise UserError(f"prompt {quoted(prompt)} holds bytes that are no text: write it in UTF-8")
 
 
 def _square(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -234,10 +243,14 @@ def load(
 ) -> Generator:
     """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, or a hub id such as owner/name.
 
-    dtype: of weights and arithmetic, or its name ("bfloat16"); None as in `suited_dtype`.
+    dtype: of weights and arithmetic, or its name ("bfloat16"); None as in `suited_dtype`, and the matrices of a large model in
+    float32 are then multiplied in TF32 on a GPU, from here on in all of this process.
     """
-    place = pick_device(str(device))
-    return Generator(load_backbone(str(path_or_id), place, _dtype(dtype) or suited_dtype(str(path_or_id), place)))
+    place, path_or_id = pick_device(str(device)), str(path_or_id)
+    backbone = load_backbone(path_or_id, place, _dtype(dtype) or suited_dtype(path_or_id, place))
+    if dtype is None:
+        multiply_in_tf32(backbone.transformer, place)
+    return Generator(backbone)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -248,20 +261,33 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def suited_dtype(path_or_id: str, device: str | torch.device) -> torch.dtype:
-    """bfloat16 for a model whose denoiser has half a billion parameters or more, on a GPU; else float32.
-
-    Float32 for a large one too whose family does not draw well in bfloat16, unless its weights are stored in that. Read off the
-    headers of the weights of its denoiser. UserError for a damaged file.
-    """
+    """`suited_on_gpu` where `device` is a GPU; else float32."""
     if torch.device(device).type != "cuda":
         return torch.float32
-    folder = resolve(path_or_id)
+    return suited_on_gpu(resolve(path_or_id), path_or_id)
+
+
+def suited_on_gpu(folder: Path, name: str, card: Mapping[str, Any] | None = None) -> torch.dtype:
+    """bfloat16 for a model whose denoiser has half a billion parameters or more; else float32.
+
+    Float32 for a large one too whose family does not draw well in bfloat16, unless it was trained in that: its weights are
+    stored so, or its `name` (a path or hub id) says BF16, or its `card` (by default that in its folder) says a run in bf16.
+    Reads the headers of the weights of its denoiser. UserError for a damaged file.
+    """
     parts = [folder / part for part in ("transformer", "unet") if (folder / part).is_dir()]
     if sum(math.prod(shape) for part in parts for shape in weight_shapes(part).values()) < LARGE:
         return torch.float32
     family = backbones().get(str(read_index(folder).get("_class_name")))
-    takes_it = family is None or family.bfloat16 or stored_dtypes(parts[0]) == {"BF16"}
-    return torch.bfloat16 if takes_it else torch.float32
+    takes_it = family is None or family.bfloat16
+    return torch.bfloat16 if takes_it or _was_trained_in_it(folder, parts[0], name, card) else torch.float32
+
+
+def _was_trained_in_it(folder: Path, denoiser: Path, name: str, card: Mapping[str, Any] | None) -> bool:
+    """Whether a model is known to have been trained in bfloat16."""
+    if stored_dtypes(denoiser) == {"BF16"} or "bf16" in Path(name).name.lower():
+        return True
+    recipe = (read_settings(folder).card if card is None else card).get("recipe")
+    return isinstance(recipe, dict) and recipe.get("precision") == "bf16"
 
 
 def pick_device(name: str) -> str:

@@ -31,12 +31,16 @@ class RowRandom:
     def normal(self, shape: Sequence[int], where: Tensor | None = None) -> Tensor:
         """Standard normal (B, *shape), or (n, *shape) for the n rows that the boolean `where` (B,) marks."""
         drawn = [torch.randn(tuple(shape), generator=g) for g in self._rows(where)]
-        return torch.stack(drawn).to(self._device) if drawn else torch.empty(0, *shape, device=self._device)
+        return self._there(drawn) if drawn else torch.empty(0, *shape, device=self._device)
 
     def uniform(self, where: Tensor | None = None) -> Tensor:
         """Uniform in [0, 1), one for each row (or each marked row), in float32."""
         drawn = [torch.rand((), generator=g) for g in self._rows(where)]
-        return torch.stack(drawn).to(self._device) if drawn else torch.empty(0, device=self._device)
+        return self._there(drawn) if drawn else torch.empty(0, device=self._device)
+
+    def _there(self, drawn: list[Tensor]) -> Tensor:
+        # Nobody writes to these again, so that nobody need wait until a GPU has fetched them.
+        return torch.stack(drawn).to(self._device, non_blocking=True)
 
     def _rows(self, where: Tensor | None) -> list[torch.Generator]:
         if where is None:

@@ -15,6 +15,8 @@ from apexflow.conditioning import Velocity
 from apexflow.randomness import RowRandom
 from apexflow.transport import LINEAR, Transport
 
+MOST_STEPS = 10_000  # beyond this a grid tells no more, and takes hours
+
 
 def kumaraswamy(u: Tensor, a: float, b: float, c: float) -> Tensor:
     """Appendix E: `f(u; a, b, c) = (1 - (1 - u^a)^b)^c` on [0, 1]; the identity at a = b = c = 1."""

@@ -37,6 +37,7 @@ from apexflow.training.check import suited_objective
 from apexflow.training.config import Data, Recipe, Tuning
 from apexflow.training.distributed import own_device
 from apexflow.training.engine import Engine
+from apexflow.training.loop import optimizer_of
 from apexflow.training.memory import example_inputs
 from apexflow.training.passes import cost, count_passes
 from apexflow.training.plan import GIB, plan
@@ -164,7 +165,7 @@ def begin(case: str, method: str, batch: int, size: int, tokens: int, tiny: bool
     shape = backbone.latent_shape((size, size))
     roles = make_roles(backbone, recipe, objective.needs)
     null = example_inputs(backbone, 1, shape, tokens)[2].to(device)
-    trainee = Trainee(roles.trained, torch.optim.AdamW(list(roles.trained.values()), lr=1e-6))
+    trainee = Trainee(roles.trained, optimizer_of(recipe, list(roles.trained.values())))
     data = RandomSet(backbone, shape, tokens)
     engine = Engine(roles.networks(null))
     return Run(recipe, Path("unused"), backbone, data, objective, roles, engine, {"student": trainee}, device)

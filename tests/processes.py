@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,35 @@ def agreements(recipe: Path, folder: Path) -> None:
         judge[rank()].grad = torch.ones_like(judge[rank()])
         sum_gradients(judge)
         assert all(torch.equal(p.grad, torch.ones_like(p)) for p in judge[:2]) and judge[2].grad is None
+
+
+def late_shares(folder: Path) -> None:
+    """A checkpoint that the second process writes and reads later than the first may wait among its own."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from apexflow.training.checkpoint import Checkpoint, read_into, save_checkpoint
+    from apexflow.training.distributed import joined, rank
+    from apexflow.training.sharding import all_processes
+
+    def late(task: Callable[..., Any]) -> Callable[..., Any]:
+        def wait_first(*arguments: Any) -> Any:
+            time.sleep(3 * rank())
+            return task(*arguments)
+
+        return wait_first
+
+    HuggingFaceStorageWriter.write_data = late(HuggingFaceStorageWriter.write_data)
+    HuggingFaceStorageReader.read_data = late(HuggingFaceStorageReader.read_data)
+    with joined(torch.device("cpu")):
+        mesh, values = all_processes(torch.device("cpu")), torch.arange(10.0).view(5, 2)
+        sharded, room = (distribute_tensor(t, mesh, [Shard(0)]) for t in (values, torch.zeros(5, 2)))
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        state = {"step": 1, "bad": 0, "seconds": 0.0, "world": 2, "recipe": {}}
+        path = save_checkpoint(folder, Checkpoint({"trained": {"a": sharded}}, state), keep=1)
+        read_into(path, {"trained/a": room})
+        assert torch.equal(room.to_local(), sharded.to_local()) and room.to_local().any()
 
 
 def shares(recipe: Path, cases: dict[str, list[str]], folder: Path) -> None:

@@ -52,6 +52,7 @@ def test_a_table_for_people(run: Run, tiny_model: Path, ticks: None) -> None:
         (["mini-student:one"], ("mini-student:one", "MODEL:STEPS:GUIDANCE")),
         (["mini-student:1:2:3"], ("mini-student:1:2:3", "MODEL:STEPS:GUIDANCE")),
         (["mini-student:0"], ("steps", "at least 1")),
+        (["mini-student:99999999999999999999"], ("steps", "at most 10000")),
         (["mini-student:1:nan"], ("guidance is nan",)),
         (["mini-student", "--size", "50"], ("50",)),
         (["mini-student", "--batch", "0"], ("--batch",)),

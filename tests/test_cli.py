@@ -158,6 +158,8 @@ def test_other_outputs_that_cannot_be(run: Run, recipe_file: Path, tmp_path: Pat
     refused(run("demo", "-o", file), "cannot write", "file")
     refused(run("compare", "apex", "-o", file), "cannot write", "file")
     refused(run("demo", "-o", tmp_path / "d", "--minutes", -1), "--minutes")
+    for endless in ("inf", "nan"):
+        refused(run("demo", "-o", tmp_path / "d", "--minutes", endless), "--minutes")
     refused(run("cache", tmp_path, "--verify"), "no finished cache")
     refused(run("demo", "-o", tmp_path, "--force"), "delete")  # not a run: --force does not remove it
     assert file.read_text() == "mine"
@@ -209,6 +211,11 @@ def test_a_plan_says_what_fits_and_what_to_switch_on(run: Run, recipe_file: Path
     assert code == 0 and "does not fit" in out and "tuning.checkpointing=true" in out and "larger GPUs" in out
     refused(run("plan", recipe_file, "model=someone/else"), "someone/else", "folder")
     refused(run("plan", recipe_file, "data.size=50"), "50")
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "1e300"])
+def test_a_plan_is_made_for_a_memory_that_can_be(run: Run, recipe_file: Path, memory: str) -> None:
+    refused(run("plan", recipe_file, "--memory", memory), "--memory")
 
 
 @pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError, RuntimeError])

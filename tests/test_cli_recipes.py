@@ -11,6 +11,11 @@ from command_line import Run, refused, write
 from apexflow.training.config import Recipe, Tuning, load_recipe
 from apexflow.training.run import changed
 
+# Which stand for 10**30 values.
+LAUGHS = "output: x\nobjective: {a0: &a0 [1],\n" + ",".join(
+    f" a{n}: &a{n} [{f'*a{n - 1},' * 10}]" for n in range(1, 30)
+)
+
 
 @pytest.mark.parametrize(
     ("text", "words"),
@@ -32,6 +37,8 @@ from apexflow.training.run import changed
         ("output: x\nema_decay: 1\n", ("ema_decay", "less than 1")),
         ("output: x\ncaption_dropout: 2\n", ("caption_dropout", "2")),
         ("output: x\nsampling_steps: 0\n", ("sampling_steps", "0")),
+        ("output: x\nsampling_steps: 10001\n", ("sampling_steps", "10001")),
+        ("output: x\npreview: {steps: 10001}\n", ("preview.steps", "10001")),
         ("output: x\nsuite: geneval\n", ("suite", "'mini-geneval'", "got 'geneval'")),
         ("output: x\nmodel: ''\n", ("model", "at least 1 character")),
         ("output: x\noptimizer: {learning_rate: 0}\n", ("optimizer.learning_rate", "greater than 0")),
@@ -59,6 +66,19 @@ from apexflow.training.run import changed
         ("output: x\nsteps: 3\nsteps: 4\n", ("line 3", "'steps' is given twice")),
         ("output: x\ndata: {count: 3, count: 4}\n", ("line 2", "'count' is given twice")),
         ("- a\n- b\n", ("mapping",)),
+        ("output: x\nobjective: &a {x: *a}\n", ("line 2", "alias *a within an anchor")),
+        (LAUGHS, ("line 3", "alias *a0 within an anchor")),
+        ("output: x\nobjective: " + "[" * 5000, ("YAML", "nested too deeply")),
+        (f"output: x\nsteps: {'9' * 5000}\n", ("line 2", "digits")),
+        ("output: x\nsteps: !!int seven\n", ("YAML", "seven")),
+        ("output: x\nsteps: !!bool seven\n", ("YAML", "seven")),
+        ("output: x\nsteps: true\n", ("steps: Input should be a number",)),
+        ("output: x\nminutes: no\n", ("minutes: Input should be a number",)),
+        ("output: x\noptimizer: {betas: [true, false]}\n", ("optimizer.betas",)),
+        ("output: x\nobjective: {path_weight: true}\n", ("objective: path_weight: Input should be a number",)),
+        ("output: x\nminutes: 1:30\n", ("minutes", "'1:30'")),
+        ("output: x\nsteps: 0x10\n", ("steps", "'0x10'")),
+        ("output: x\nbatch: 1000000000000\n", ("batch", "less than or equal to 65536")),
     ],
 )
 def test_a_bad_recipe_is_named(run: Run, tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
@@ -81,6 +101,39 @@ def test_a_recipe_as_other_editors_write_it(tmp_path: Path, monkeypatch: pytest.
     recipe = load_recipe(tmp_path / "r.yaml", ["data.cache=~/läuft schon"])
     assert recipe.output == str(tmp_path / "run") and recipe.data.cache == str(tmp_path / "läuft schon")
     assert recipe.optimizer.learning_rate == 1e-4 and recipe.data.count == recipe.preview.count == 2
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    text = "output: x\nsteps: 010\nbatch: 1_000\noptimizer: {learning_rate: 1e-4, weight_decay: .5}\nema_decay: 0.98\n"
+    overrides = [
+        "seed=010",
+        "minutes=1e1",
+        "preview.steps=+3",
+        "preview.guidance=-1.5e-1",
+        "model=1:30",
+        "data.cache=a: b: c",
+    ]
+    recipe = load_recipe(write(tmp_path / "r.yaml", text), overrides)
+    assert (recipe.steps, recipe.batch, recipe.seed, recipe.minutes, recipe.preview.steps) == (10, 1000, 10, 10.0, 3)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.weight_decay, recipe.ema_decay) == (1e-4, 0.5, 0.98)
+    assert (recipe.preview.guidance, recipe.model, recipe.data.cache) == (-0.15, "1:30", "a: b: c")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps=true", ("steps", "number")),
+        ("minutes=1:30", ("minutes", "'1:30'")),
+        (f"steps={'9' * 5000}", ("override", "digits")),
+        (f"objective={'[' * 5000}", ("override", "nested")),
+        ("objective={share: 1, share: 2}", ("override", "'share' is given twice")),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_an_override_is_read_as_the_recipe_is(
+    run: Run, recipe_file: Path, override: str, words: tuple[str, ...]
+) -> None:
+    refused(run("train", recipe_file, override), *words)
 
 
 def test_what_a_resumed_run_does_otherwise_is_told() -> None:

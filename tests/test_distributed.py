@@ -16,6 +16,7 @@ from processes import (
     command_under_torchrun,
     command_with_a_full_disk,
     gradients,
+    late_shares,
     launch,
     shares,
     until,
@@ -169,6 +170,10 @@ def test_what_would_fill_half_of_a_gpu_is_sharded(
 
 def test_what_processes_must_agree_on(recipe: Path, tmp_path: Path) -> None:
     assert wait(launch(agreements, 2, recipe, tmp_path)) == [0, 0]
+
+
+def test_a_process_that_writes_its_share_late_is_waited_for(tmp_path: Path) -> None:
+    assert wait(launch(late_shares, 2, tmp_path)) == [0, 0]
 
 
 EVERYTHING = ["method=dmd2", "objective.student_every=2", "tuning.text_encoder=true", "data.cache=null"]

@@ -19,10 +19,9 @@ from apexflow.training.config import load_recipe
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_table_equals_its_results_file() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize("script", ["tables.py", "charts.py"])
+def test_every_table_and_chart_equals_its_results_file(script: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from full_disk import file_size_limit
 from safetensors import SafetensorError
 
 from apexflow.errors import UserError
@@ -34,6 +36,24 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "file" / "below"):
         pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_of_a_folder_that_cannot_be_copied_the_first_reason_is_told(tmp_path: Path) -> None:
+    (tmp_path / "from" / "below").mkdir(parents=True)
+    for name in ("a", "below/b"):
+        (tmp_path / "from" / name).write_bytes(bytes(5000))
+    told = r"cannot write \S+copy \(\[Errno 27\] File too large[^()\[\]]*\): check the folder and the free space$"
+    with file_size_limit(1000), pytest.raises(UserError, match=told), new_folder(tmp_path / "copy") as partial:
+        shutil.copytree(tmp_path / "from", partial / "from")
+    assert [p.name for p in tmp_path.iterdir()] == ["from"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(UserError) as told, new_folder(tmp_path / "model"):
+        pass
+    assert str(told.value).endswith(f"a file lies where a folder should ({tmp_path / 'model'})")
+    assert (tmp_path / "model").read_text() == "mine"
 
 
 def test_a_folder_appears_whole_and_takes_no_other_away(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_numpy_numbers_and_lists_are_numbers_and_pairs(model: Generator) -> None
     [
         ({"steps": 2.0}, "steps is 2.0: give a whole number"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 10**20}, "at most 10000, got 1"),
         ({"seed": None}, "seed is None: give a whole number"),
         ({"seed": [1, 2]}, "seed is"),
         ({"size": "64"}, "size is '64'"),
@@ -78,3 +79,17 @@ def test_a_dtype_may_be_named(dtype: Any) -> None:
 def test_a_dtype_that_is_none_is_refused(dtype: Any) -> None:
     with pytest.raises(UserError, match=r"dtype is .*: take float32"):
         apexflow.load("mini-student", dtype=dtype)
+
+
+def test_a_long_prompt_is_shown_by_its_beginning() -> None:
+    generator = apexflow.load("mini-student", "cpu")
+    with pytest.warns(UserWarning, match="knows no word of 'xyzzy xyzzy .*…': the picture will not follow it") as told:
+        generator.generate("xyzzy " * 20_000)
+    with pytest.raises(UserError, match="bytes that are no text") as refused:
+        generator.generate("\udcff" + "x" * 100_000)
+    assert all(len(str(message)) < 300 for message in (refused.value, *(one.message for one in told)))
+
+
+def test_settings_may_be_why_an_answer_is_not_finite() -> None:
+    with pytest.warns(UserWarning, match="not finite: the weights are .*, or guidance or kappa is too large"):
+        apexflow.load("mini-student", "cpu").generate("a red star", 1, guidance=-1e300)

@@ -169,11 +169,11 @@ def test_advice_ends_where_it_fits() -> None:
 
 def test_what_did_not_help_is_advised_once_it_does() -> None:
     changes = ["model=Efficient-Large-Model/Sana_1600M_512px_diffusers", "data.size=512", "tuning.checkpointing=false"]
-    recipe = replace(load_recipe(RECIPES[-1].parent / "sana-1.6b.yaml", changes), batch=5, micro_batch=None)
-    found = advise(recipe, 10 * GIB, tokens=256)
+    recipe = replace(load_recipe(RECIPES[-1].parent / "sana-1.6b.yaml", changes), batch=1, micro_batch=None)
+    found = advise(recipe, 6 * GIB, tokens=256)
     changes = [change for change, _ in found]
     assert changes.index("tuning.kind=lora") < changes.index("tuning.checkpointing=true")
-    assert found[-1][1].peak <= 10 * GIB
+    assert found[-1][1].peak <= 6 * GIB
 
 
 def test_gradients_lie_beside_the_activations_only_where_rows_came_before(recipe_file: Path) -> None:
@@ -185,7 +185,7 @@ def test_gradients_lie_beside_the_activations_only_where_rows_came_before(recipe
     both = plan(replace(whole, parallel="ddp", micro_batch=1), gpus=2, tokens=16)
     assert both.backward["gradients"] == 2 * first.update["gradients"]
     large = plan(replace(whole, batch=256), tokens=16)
-    small = plan(replace(whole, batch=1), tokens=16)
+    small = plan(replace(whole, model="mini-teacher", batch=1), tokens=16)
     assert (small.to_dict()["peak_in"], large.to_dict()["peak_in"]) == ("the optimizer's step", "backward")
 
 
@@ -224,6 +224,8 @@ def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:
     for name in ("trained weights", "frozen weights", "average (EMA)", "gradients", "optimizer"):
         assert shared.update[name] == whole.update[name] // 4
     assert shared.host == whole.host // 4 and shared.saving == whole.host and whole.saving == 0
+    for lora in (plain, narrow):  # the merged model, in the precision of the run
+        assert lora.saving == plain.host + plain.update["average (EMA)"]
 
 
 def test_presets_have_the_published_sizes() -> None:

@@ -222,6 +222,42 @@ def test_records_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     skipped.check(0.9, tmp_path)
 
 
+def test_what_only_has_the_name_of_a_picture_is_named(tmp_path: Path) -> None:
+    home = folder(tmp_path / "set")
+    for name in ("empty", "link", "fifo", "folder", "nothing"):
+        (home / f"{name}.txt").write_text("a star")
+    (home / "empty.png").write_bytes(b"")
+    (home / "link.png").symlink_to("nowhere")
+    (home / "nothing.png").symlink_to("link.png")
+    os.mkfifo(home / "fifo.png")
+    (home / "folder.png").mkdir()
+    (home / "folder.png" / "in it.png").write_bytes(picture("red"))
+    (home / "folder.png" / "in it.txt").write_text("within")
+    skipped = Skipped()
+    assert [r.caption for r in read_captioned(home, skipped)] == [*COLORS, "within"] and skipped.seen == 10
+    lost = {str(home / f"{name}.png"): "picture missing" for name in ("fifo", "folder", "link", "nothing")}
+    assert skipped.reasons == lost | {str(home / "empty.png"): "picture empty"}
+    before = recognise(home).identity()
+    (home / "nowhere").write_bytes(picture("red"))
+    assert recognise(home).identity() != before
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_links_to_nothing_are_broken_files_and_folders_are_none(tmp_path: Path, suffix: str) -> None:
+    if suffix == "tar":
+        tar(tmp_path / "0.tar", {"0.png": b"", "0.txt": b"red", "1.png": picture("red"), "1.txt": b"red"})
+    else:
+        parquet(tmp_path / "0.parquet", {"image": [b"", None, picture("red")], "caption": ["red"] * 3})
+    (tmp_path / f"1.{suffix}").symlink_to("nowhere")
+    (tmp_path / f"2.{suffix}").mkdir()
+    skipped = Skipped()
+    assert len(list(read_captioned(tmp_path, skipped))) == 1
+    assert list(skipped.broken) == [str(tmp_path / f"1.{suffix}")] and skipped.files == 2
+    assert next(iter(skipped.reasons.values())) == "picture empty"
+    (tmp_path / "thumbnails.png").mkdir()
+    assert recognise(tmp_path).kind == recognise(tmp_path / f"0.{suffix}").kind
+
+
 def linked(path: Path, links: list[tuple[str, bytes, str]]) -> Path:
     """A tar of one red picture with its caption, and links (name, type, target) behind it."""
     tar(path, {"./0.png": picture("red"), "0.txt": b"red"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import four_bit
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.miniature import build_miniature
 from apexflow.data.scenes import vocabulary
 from apexflow.errors import UserError
+from apexflow.export.lora import FILE
 from apexflow.objectives import objectives
 from apexflow.training.config import Recipe, Tuning, load_recipe
 from apexflow.training.journal import read_metrics
@@ -22,6 +25,7 @@ from apexflow.training.loop import finish, start, train, training_step
 from apexflow.training.memory import network_sizes
 from apexflow.training.plan import plan, shapes_of
 from apexflow.training.run import Run
+from apexflow.training.sharding import gathered
 from apexflow.training.step import make_batch
 from apexflow.training.storage import FourBit
 
@@ -138,6 +142,52 @@ def test_a_large_base_in_four_bits_is_planned_without_the_extra(monkeypatch: pyt
     assert eight.frozen / plain.frozen == pytest.approx(0.5, abs=0.01)
     assert four.frozen / plain.frozen == pytest.approx((0.5 + 4 / 64) / 2, abs=0.01)
     assert four.trained == plain.trained == 4 * 212_336_640
+
+
+def test_a_base_in_four_bits_is_merged_one_matrix_at_a_time(
+    recipe_file: Path, wide_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four_bit.use(monkeypatch)
+    common = [f"model={wide_model}", "tuning.kind=lora", "tuning.rank=4", "tuning.storage=nf4"]
+    run = start(load_recipe(recipe_file, common), resume=False)
+    network = run.backbone.transformer
+    under_adapters = {
+        id(m.base_layer) for m in network.modules() if isinstance(getattr(m, "base_layer", None), FourBit)
+    }
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    whole = FourBit.whole
+
+    def counted(layer: FourBit) -> torch.Tensor:
+        weight = whole(layer)
+        if id(layer) in under_adapters:  # others are the merged model's own, as they are
+            made.append(weakref.ref(weight))
+            alive.append(sum(other() is not None for other in made))
+        return weight
+
+    monkeypatch.setattr(FourBit, "whole", counted)
+    run.roles.final()
+    assert len(alive) == len(under_adapters) > 3 and max(alive) <= 2  # the one before, until it has been left
+
+
+def test_what_is_saved_lies_in_main_memory() -> None:
+    with FakeTensorMode():  # knows of a GPU without having one
+        weights = {"a": torch.ones(2, device="cuda"), "b": torch.ones(3, device="cuda")}
+        seen: list[str] = []
+        found = gathered(weights.items(), lambda name, weight: seen.append(weight.device.type) or 2 * weight)
+    assert seen == ["cuda", "cuda"] and {weight.device.type for weight in found.values()} == {"cpu"}
+
+
+def test_an_adapter_is_saved_though_its_merge_fails(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(load_recipe(recipe_file, ["tuning.kind=lora", "tuning.rank=4"]), resume=False)
+
+    def no_room(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(run.roles, "_delta", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        finish(run)
+    assert (run.folder / "lora" / FILE).is_file() and not (run.folder / "model").exists()
 
 
 def test_four_bits_are_an_extra(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from full_disk import file_size_limit
 from interrupted import train_in_parts
 from processes import command, launch, until, wait
 from safetensors.torch import load_file, save_file
 
 from apexflow.backbones import load_backbone
-from apexflow.errors import UserError
+from apexflow.errors import Diverged, UserError
 from apexflow.training import loop
 from apexflow.training.checkpoint import checkpoints, load_checkpoint
 from apexflow.training.config import load_recipe
-from apexflow.training.journal import read_metrics
+from apexflow.training.journal import last_step, read_metrics
 from apexflow.training.loop import start, train
 from apexflow.training.roles import FullRoles
-from apexflow.training.run import save
+from apexflow.training.run import Trainee, _optimizer_targets, save
 from apexflow.training.step import training_step
 
 KINDS = ("full", "lora")
@@ -237,8 +237,21 @@ def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(
     assert training_step(run)["skipped"] == 1
     training_step(run)
     assert_same(before, {name: p.detach() for name, p in run.roles.trained.items()})
-    with pytest.raises(UserError, match="not finite for 3 steps"):
+    run.step, run.bad = 1, 2
+    with pytest.raises(UserError, match=r"not finite for 3 steps in a row \(step 1\): lower optimizer.learning_rate$"):
         training_step(run)
+    save(run)
+    with pytest.raises(UserError, match=r"; the last checkpoint is .*checkpoints/step-0000001$"):
+        training_step(run)
+
+
+@pytest.mark.parametrize("tuned", ["tuning.kind=full", "tuning.kind=lora", "tuning.text_encoder=true"])
+def test_weights_that_are_not_finite_are_not_saved_as_a_model(recipe_file: Path, tmp_path: Path, tuned: str) -> None:
+    run = start(load_recipe(recipe_file, [tuned]), resume=False)
+    list(run.roles.average.values())[-1].view(-1)[0] = float("nan")
+    with pytest.raises(Diverged, match=r"are not finite, and no model is saved .*--resume"):
+        loop.finish(run)
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "lora").exists()
 
 
 def test_a_run_too_short_for_the_limit_fails_too_and_says_nothing_that_is_no_json(
@@ -253,17 +266,6 @@ def test_a_run_too_short_for_the_limit_fails_too_and_says_nothing_that_is_no_jso
     for line in lines:
         json.loads(line, parse_constant=pytest.fail)
     assert [one["step"] for one in read_metrics(tmp_path / "wild")] == list(range(1, len(lines) + 1))
-
-
-@contextmanager
-def file_size_limit(most: int) -> Iterator[None]:
-    """Within, a write beyond `most` bytes of a file fails with an OSError, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
@@ -303,6 +305,31 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(recipe_file: Path, 
     assert [m["step"] for m in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("odd", ["no text", "a folder", "a file for the curves"])
+def test_what_lies_in_the_place_of_the_curves_is_named(recipe_file: Path, tmp_path: Path, odd: str) -> None:
+    train(load_recipe(recipe_file, ["steps=2"]))
+    metrics, board = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "tensorboard"
+    if odd == "no text":
+        metrics.write_bytes(b"\xff\xfe{}")
+    elif odd == "a folder":
+        metrics.unlink()
+        metrics.mkdir()
+    else:
+        shutil.rmtree(board)
+        board.write_text("mine")
+    with pytest.raises(
+        UserError, match="tensorboard: a file lies where" if "curves" in odd else "cannot read .*metrics"
+    ):
+        train(load_recipe(recipe_file, ["steps=4"]), resume=True)
+    assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_lines_that_tell_no_step_count_for_none(tmp_path: Path) -> None:
+    lines = ['{"step": 3}', '{"step": 1e999}', '{"step": -Infinity}', f'{{"step": {10**400}}}', "[" * 10**5]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert last_step(tmp_path) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [("steps=5", "made 6 steps already"), ("optimizer.learning_rate=0.5", "learning_rate 0.5 instead of")],
@@ -331,7 +358,40 @@ def test_old_checkpoints_are_dropped(recipe_file: Path, tmp_path: Path) -> None:
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-0000004", "step-0000006"]
 
 
+def test_a_copy_among_the_checkpoints_is_neither_resumed_nor_deleted(recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    train(load_recipe(recipe_file, ["steps=2"]))
+    copies = ["step-2", "step-best", "step-0000002-backup", "step-00000002"]
+    for name in copies:
+        shutil.copytree(folder / "step-0000002", folder / name)
+    train(load_recipe(recipe_file, ["keep=1"]), resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["step-0000006", *copies])
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    # A name that a run might give: the state tells, and what was saved after it is no older for it.
+    ahead = shutil.copytree(folder / "step-0000006", folder / "step-0000009")
+    with pytest.raises(UserError, match=r"step-0000009 is damaged \(it was saved at step 6\): delete it"):
+        train(load_recipe(recipe_file, ["steps=8"]), resume=True)
+    run = start(load_recipe(recipe_file, [f"output={tmp_path / 'other'}"]), resume=False)
+    (tmp_path / "other" / "checkpoints").mkdir()
+    ahead.rename(tmp_path / "other" / "checkpoints" / ahead.name)
+    for _ in range(3):
+        training_step(run)
+        save(run)
+    assert [p.name for p in checkpoints(tmp_path / "other" / "checkpoints")][-2:] == ["step-0000003", ahead.name]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    names = ["step-0000002", "step-9999999", "step-10000000"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    assert [p.name for p in checkpoints(tmp_path)] == names
+
+
 STATES = {"list": [], "sizes": {"sizes": []}, "world": {"world": None}, "recipe": {"recipe": None}}
+STATES |= {"no sizes": {"sizes": {}}, "no world": {"world": 0}, "less than no world": {"world": -1}, "bad": {"bad": -1}}
+STATES |= {"before": {"step": -5}, "true": {"step": True}, "other step": {"step": 3}, "back in time": {"seconds": -1e9}}
+STATES |= {"no time": {"seconds": float("nan")}, "without end": {"seconds": float("inf")}}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "foreign", "garbage", *STATES])
@@ -354,8 +414,42 @@ def test_a_damaged_checkpoint_is_named(recipe_file: Path, tmp_path: Path, damage
         save_file({"trained/other": torch.zeros(2)}, file)
         state["sizes"][file.name] = file.stat().st_size
         (last / "state.json").write_text(json.dumps(state))
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="step-0000002"):
         train(load_recipe(recipe_file, ["steps=4"]), resume=True)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("/step", "lacks step of transformer"),
+        ("/exp_avg", r"lacks exp_avg of transformer\S+, which optimizer.kind=adamw needs: delete it"),
+        ("", "lacks the optimizer's state: delete it"),
+    ],
+)
+def test_a_checkpoint_without_a_part_of_the_optimizer_is_not_resumed(
+    recipe_file: Path, tmp_path: Path, lost: str, words: str
+) -> None:
+    train(load_recipe(recipe_file, ["steps=2"]))
+    (last,) = checkpoints(tmp_path / "run" / "checkpoints")
+    (file,) = last.glob("*.safetensors")
+    tensors, state = load_file(file), json.loads((last / "state.json").read_text())
+    gone = [name for name in tensors if name.startswith("optimizer/") and name.endswith(lost)]
+    for name in gone[:1] if lost else gone:
+        del tensors[name]
+    save_file(tensors, file)
+    state["sizes"][file.name] = file.stat().st_size
+    (last / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=words):
+        start(load_recipe(recipe_file, ["steps=4"]), resume=True)
+
+
+def test_a_run_without_a_finite_step_has_no_moments_and_is_resumed(recipe_file: Path, tmp_path: Path) -> None:
+    run = start(load_recipe(recipe_file), resume=False)
+    run.step = run.bad = 1
+    save(run)
+    assert start(load_recipe(recipe_file), resume=True).bad == 1
 
 
 def test_a_run_leaves_curves_grids_and_a_report(recipe_file: Path, tmp_path: Path) -> None:
@@ -389,12 +483,25 @@ class CountingAdam(torch.optim.Optimizer):
                 continue
             state = self.state[parameter]
             if not state:
-                state |= {"step": 0, "state1": torch.zeros_like(parameter, dtype=torch.uint8), "qmap1": torch.zeros(5)}
+                state |= {"step": 0, "qmap1": torch.zeros(5)}
+                state |= {key: torch.zeros_like(parameter, dtype=torch.uint8) for key in ("state1", "state2")}
             assert isinstance(state["step"], int)
             state["step"] += 1
             state["state1"] += 1
             state["qmap1"] += parameter.grad.abs().max()
             parameter.data -= self.param_groups[0]["lr"] * state["qmap1"].sum() * parameter.grad
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_fused_optimizer_counts_its_steps_beside_the_weights(fused: bool | None) -> None:
+    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.defaults["fused"] = fused  # which refuses to begin on this device
+    found = {f"optimizer/w/{key}": torch.empty(shape) for key, shape in (("step", ()), ("exp_avg", (3,)))}
+    run: Any = SimpleNamespace(trainees={"student": Trainee({"w": parameter}, optimizer)})
+    targets = _optimizer_targets(run, found, "a checkpoint")
+    assert targets["optimizer/w/step"].device.type == ("meta" if fused else "cpu")
+    assert targets["optimizer/w/exp_avg"].device.type == "meta"
 
 
 def test_moments_in_eight_bits_are_resumed(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,8 +63,9 @@ class Backbone(Protocol):
     factor changes nothing (see `check_shift`). time_shift: s of `t' = s t / (1 + (s - 1) t)` for pictures of
     `default_size` pixels a side. flow_scheduler: whether the stock pipeline hands its network's answer to the scheduler
     as z - x on linear transport. depth: the key of the transformer's config that counts its like blocks, if it has such.
-    bfloat16: whether weights that are not stored in bfloat16 draw well in it. kinds: the parts of its folder by name, with
-    the class of each network.
+    bfloat16: whether weights that are not stored in bfloat16 draw well in it. guided_at_once: whether a guided teacher is asked
+    for caption and null in one pass; not where the null would be padded to a caption's length within the picture's attention.
+    kinds: the parts of its folder by name, with the class of each network.
     """
 
     family: ClassVar[str]
@@ -84,6 +85,7 @@ class Backbone(Protocol):
     flow_scheduler: bool
     depth: str | None
     bfloat16: ClassVar[bool]
+    guided_at_once: ClassVar[bool]
     kinds: Mapping[str, Any]
 
     @property
@@ -127,6 +129,10 @@ class Backbone(Protocol):
 
     def encoders_on(self, device: torch.device) -> AbstractContextManager[None]:
         """Within, autoencoder and text encoder stand on `device`; both are read when they are first called for."""
+        ...
+
+    def autoencoder_on(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within, the autoencoder alone stands on `device`; afterwards where it stood."""
         ...
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class DiscreteVP:
 
     def index(self, t: Tensor) -> Tensor:
         """The table index of each time (B,), float64: log alpha/gamma interpolated, ends for times beyond the table."""
-        table = self.log_ratio.to(t.device)
+        table = self.log_ratio.to(t.device, non_blocking=True)  # no pass need wait for it
         wanted = torch.logit(t.double()).clamp(table[0], table[-1])
         above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
         below = above - 1

@@ -1,6 +1,6 @@
 """Text encoders and autoencoder of a backbone, each read from its folder when it is first called for.
 
-Training from a finished cache calls for neither text encoder nor, between previews, autoencoder.
+Training from a finished cache calls for neither text encoder nor, but for the previews that it writes, autoencoder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 
 from apexflow.backbones import Settings
 from apexflow.backbones.parts import Later
+from apexflow.backbones.text import device_of
 
 ROLES = ("vae", "text_encoder")
 
@@ -71,6 +72,17 @@ class Encoders:
             if self._is_later("text_encoder"):
                 vars(self).pop("text_encoder", None)
             self._place(torch.device("cpu"))
+
+    @contextmanager
+    def autoencoder_on(self, device: torch.device) -> Iterator[None]:
+        """Within, the autoencoder stands on `device`, read now if it was not yet; afterwards where it stood, even where `device`
+        had no room for all of it."""
+        stood = device_of(self.vae)
+        try:
+            self.vae.to(device)
+            yield
+        finally:
+            self.vae.to(stood)
 
     def _place(self, device: torch.device) -> None:
         for role in ROLES:

@@ -40,6 +40,7 @@ class Family(Encoders):
     flow_scheduler: bool = True
     depth: str | None = None
     bfloat16: ClassVar[bool] = True
+    guided_at_once: ClassVar[bool] = False
 
     def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
         super().__init__(parts)

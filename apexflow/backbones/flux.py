@@ -31,6 +31,7 @@ class Flux(Family):
     """
 
     family: ClassVar[str] = "flux"
+    guided_at_once: ClassVar[bool] = True  # every text has as many tokens
     pipeline = "FluxPipeline"
     depth = "num_layers"
     defaults: ClassVar[Settings] = Settings(steps=28, instruction=False, max_tokens=512, embedded_guidance=3.5)

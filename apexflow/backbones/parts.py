@@ -378,6 +378,22 @@ def running_dtype(network: nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else compute_dtype(network)
 
 
+def multiply_in_tf32(network: nn.Module, device: str | torch.device) -> None:
+    """For a large network in float32 on a GPU: from here on the process multiplies float32 matrices in TF32.
+
+    In full float32 a GPU multiplies many times slower. TF32 has float32's range and float16's mantissa, in which the published
+    weights of SANA, the family that is not run in bfloat16, were trained; sums stay in float32. Small networks keep full
+    precision: the time that they take is not the matrices'.
+    """
+    if torch.device(device).type == "cuda" and is_large(network) and compute_dtype(network) == torch.float32:
+        torch.set_float32_matmul_precision("high")
+
+
+def is_large(network: nn.Module) -> bool:
+    """Whether a denoiser has so many parameters that memory and time are spared unasked."""
+    return sum(p.numel() for p in network.parameters()) >= LARGE
+
+
 def load_scheduler(folder: Path) -> Any:
     """The scheduler that the folder names, for its time shift and for saving it back."""
     import diffusers

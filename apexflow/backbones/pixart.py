@@ -29,6 +29,7 @@ class PixArt(Family):
     """
 
     family: ClassVar[str] = "pixart"
+    guided_at_once: ClassVar[bool] = True  # the text is cross-attended, and its padding costs little
     pipeline = "PixArtSigmaPipeline"
     flow_scheduler = False
     depth = "num_layers"

@@ -22,6 +22,7 @@ class Sana(Family):
     """A `SanaPipeline` folder. The raw output already is z - x and time goes in as 1000 t in float32."""
 
     family: ClassVar[str] = "sana"
+    guided_at_once: ClassVar[bool] = True  # the text is cross-attended, and its padding costs little
     pipeline: str = "SanaPipeline"
     defaults: ClassVar[Settings] = Settings(guidance=4.5)
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")

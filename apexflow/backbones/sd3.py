@@ -23,6 +23,7 @@ class StableDiffusion3(Family):
     """
 
     family: ClassVar[str] = "sd3"
+    guided_at_once: ClassVar[bool] = True  # every text has as many tokens
     pipeline = "StableDiffusion3Pipeline"
     defaults: ClassVar[Settings] = Settings(steps=28, guidance=7.0, instruction=False, max_tokens=256)
     lora_targets: Sequence[str] = (

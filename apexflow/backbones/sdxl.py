@@ -27,6 +27,7 @@ class StableDiffusionXL(Family):
     """
 
     family: ClassVar[str] = "sdxl"
+    guided_at_once: ClassVar[bool] = True  # every text has as many tokens
     pipeline = "StableDiffusionXLPipeline"
     network_part: ClassVar[str] = "unet"
     flow_scheduler = False

@@ -19,10 +19,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Where a caption is looked for: the .txt beside a picture first. input_prompt is ShareGPT-4o-Image's.
 CAPTIONS = ("txt", "caption", "prompt", "text", "input_prompt")
 
+MISSING = b"no picture"  # stands for the bytes of one that is not there; b"" are those of an empty file
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One record, not read yet: `load` gives the picture's bytes (None in a list of prompts) and its fields of text.
+    """One record, not read yet: `load` gives the picture's bytes (MISSING, or None in a list of prompts) and its fields of text.
 
     key: decides which of several captions it gets. folder: where the file lies that its key begins with, if it does.
     """
@@ -77,7 +79,7 @@ def read_sample(sample: Sample, captions: Sequence[str] = ()) -> Captioned | str
     caption, picture = record
     if picture is None:
         return Captioned(sample.key, caption, None)
-    image = _decode(picture) if picture else "picture missing"
+    image = "picture missing" if picture == MISSING else _decode(picture) if picture else "picture empty"
     return image if isinstance(image, str) else Captioned(sample.key, caption, image)
 
 

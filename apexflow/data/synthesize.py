@@ -20,9 +20,9 @@ from apexflow.data.readers import Source, recognise
 from apexflow.data.readers.tars import members
 from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
-from apexflow.errors import UserError, writing
+from apexflow.errors import UserError, quoted, writing
 from apexflow.files import drop_partial
-from apexflow.generator import MAX_BATCH, Generator, check_sampling
+from apexflow.generator import MAX_BATCH, NOT_FINITE, Generator, check_sampling
 from apexflow.locking import made_once
 from apexflow.progress import Progress
 
@@ -65,8 +65,8 @@ class Lost:
         """UserError when none, or less than is borne, came out."""
         if self.lost and (self.lost == self.drawn or self.lost > limit * self.drawn):
             raise UserError(
-                f"{self.lost} of {self.drawn} pictures are not finite, more than the share {limit:g}: the model's weights are "
-                "damaged or overflow; draw from another model, or raise the skip limit"
+                f"{self.lost} of {self.drawn} pictures are not finite, more than the share {limit:g}: {NOT_FINITE}; draw with "
+                "less guidance or from another model, or raise the skip limit"
             )
 
 
@@ -149,7 +149,7 @@ def _draw(
     for group in groups(chosen, max(1, min(MAX_BATCH, BATCH_PIXELS // size**2))):
         texts = [wish.prompt for wish in group]
         for prompt in generator.backbone.unknown_words(texts):
-            warnings.warn(f"the model knows no word of {prompt!r}: the picture will not follow it", stacklevel=2)
+            warnings.warn(f"the model knows no word of {quoted(prompt)}: the picture will not follow it", stacklevel=2)
         seeds = [(settings.seed, wish.index) for wish in group]
         pictures = generator.generate_seeded(texts, seeds, steps, size, settings.guidance)
         for wish, picture, finite in zip(group, pictures, generator.finite, strict=True):

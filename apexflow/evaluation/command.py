@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on
-from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
+from apexflow.options import MOST_SEED, Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
 
 if TYPE_CHECKING:
     from apexflow.data.workers import Share
@@ -91,6 +91,10 @@ def evaluate(
 
     if images is not None:
         _refuse_for_images(ctx)
+    if seed + seeds - 1 > MOST_SEED:
+        raise UserError(
+            f"--seeds {seeds} goes from --seed {seed} beyond the last one, {MOST_SEED}: give less of either"
+        )
     share = Share.from_environment()
     console.quiet = not share.leads
     place = str(worker_device(device))

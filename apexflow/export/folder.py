@@ -26,14 +26,17 @@ from apexflow.export.merge import check_lora, merge_into, read_lora
 from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import call_options, stock_scheduler_config
 from apexflow.files import new_folder
+from apexflow.generator import suited_on_gpu
 
 Scheduler = Literal["stock", "any-step", "original"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported. `model` is a folder; with a LoRA its base, or the run's model, which has it merged already."""
+    """What is exported. `model` is a folder, called `name`; with a LoRA its base, or the run's model, which has it merged
+    already."""
 
+    name: str
     model: Path
     backbone: Backbone  # shapes only
     settings: Settings
@@ -91,11 +94,11 @@ def find_source(source: str, base: str | None) -> Source:
         if base is None:
             raise UserError(f"{source} is a LoRA: name the model that it belongs to with --base")
         model, backbone = resolve(base), load_backbone(base, "meta")
-        return Source(model, backbone, read_settings(file.parent, backbone.settings), file, base)
+        return Source(base, model, backbone, read_settings(file.parent, backbone.settings), file, base)
     if path.is_dir() and not (path / INDEX).is_file():
         raise UserError(f"{source} is no run, no model folder and no LoRA: give the output folder of a recipe")
     backbone = load_backbone(source, "meta")
-    return Source(resolve(source), backbone, backbone.settings)
+    return Source(source, resolve(source), backbone, backbone.settings)
 
 
 def _run(folder: Path) -> Source:
@@ -111,9 +114,9 @@ def _run(folder: Path) -> Source:
         ) from error
     backbone = load_backbone(str(model), "meta")
     if kind != "lora":
-        return Source(model, backbone, backbone.settings)
+        return Source(str(model), model, backbone, backbone.settings)
     base = named if named != "miniature" else str(folder / "base")
-    return Source(model, backbone, backbone.settings, file, base, merged=True)
+    return Source(str(model), model, backbone, backbone.settings, file, base, merged=True)
 
 
 def _scheduler(backbone: Backbone, asked: Scheduler | None) -> Scheduler:
@@ -184,7 +187,8 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     lines = ["import torch, diffusers"]
     if chosen == "any-step":
         lines.append("import apexflow.export  # the scheduler's class")
-    lines.append(f'pipe = diffusers.{pipeline}.from_pretrained({loaded!r}, torch_dtype=torch.bfloat16).to("cuda")')
+    dtype = suited_on_gpu(found.model, found.name, found.settings.card)  # what our own loader takes
+    lines.append(f'pipe = diffusers.{pipeline}.from_pretrained({loaded!r}, torch_dtype={dtype}).to("cuda")')
     if kind == "lora":
         lines.append(f"pipe.load_lora_weights({str(output)!r})")
         if chosen != "original":

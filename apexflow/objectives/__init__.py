@@ -37,6 +37,7 @@ class Networks:
     `null` is the one-row null condition of guidance, and `guide` makes one answer of those with and without caption, by a
     scale. `round_time` rounds times to what the backbone really sees, so that
     secants divide by the step that the network saw. `time_shift` is that of the grid on which the model is sampled.
+    `guided_at_once`: a guided teacher is asked for both conditions in one pass.
     """
 
     student: Field
@@ -47,6 +48,7 @@ class Networks:
     transport: Transport = LINEAR
     round_time: Callable[[Tensor], Tensor] = exact_time
     time_shift: float = 1.0
+    guided_at_once: bool = False
     further: Mapping[str, Field] = field(default_factory=dict)
     frozen: Mapping[str, Field] = field(default_factory=dict)
 

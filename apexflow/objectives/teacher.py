@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Condition
+from apexflow.conditioning import Condition, join
 from apexflow.objectives import Networks
 from apexflow.transport import expand
 
@@ -16,10 +16,14 @@ from apexflow.transport import expand
 def teach(networks: Networks, x_t: Tensor, t: Tensor, c: Condition, guidance: float = 1.0) -> Tensor:
     """The frozen teacher's answer without gradient; a `guidance` other than 1 asks it for the null condition as well."""
     with torch.no_grad():
-        F = networks.teacher(x_t, t, c)
         if guidance == 1:
-            return F
-        return networks.guide(F, networks.teacher(x_t, t, nothing(networks, len(c), guidance)), guidance)
+            return networks.teacher(x_t, t, c)
+        null = nothing(networks, len(c), guidance)
+        if networks.guided_at_once:
+            F, F_null = networks.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), join(c, null)).chunk(2)
+        else:
+            F, F_null = networks.teacher(x_t, t, c), networks.teacher(x_t, t, null)
+        return networks.guide(F, F_null, guidance)
 
 
 def nothing(networks: Networks, rows: int, guidance: float) -> Condition:

@@ -18,8 +18,8 @@ from apexflow.objectives import Field, Networks
 from apexflow.training.config import Tuning
 from apexflow.training.distributed import leads
 from apexflow.training.fields import field_of, held, not_recomputed
-from apexflow.training.sharding import Place, gathered, leave, original_class, whole
-from apexflow.training.storage import plain_state
+from apexflow.training.sharding import Place, gathered, leave, original_class
+from apexflow.training.storage import plain_weights
 
 
 class LoraRoles:
@@ -80,6 +80,7 @@ class LoraRoles:
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
+            guided_at_once=self.backbone.guided_at_once,
             frozen={
                 "student": held(field, self.trained.values, self.backbone.transformer),
                 "reference": reference,
@@ -117,22 +118,29 @@ class LoraRoles:
         trained = {key.replace(f".{name}.", "."): p for key, p in found.items()}
         return self._as(name, field_of(self.backbone, transformer)), trained
 
+    def gather_average(self) -> None:
+        """Put the whole averaged adapter on the CPU of the first process; `average` is its alone then. All take part."""
+        self.average = gathered(self.average.items())
+
     @torch.no_grad()
     def final(self) -> nn.Module:
-        """In the first process a plain transformer with the averaged adapter added into its weights. All take part."""
+        """In the first process a plain transformer on the CPU, the averaged adapter added into its weights one by one. All take
+        part."""
         transformer = self.backbone.transformer
-        self.average = {name: whole(tensor) for name, tensor in self.average.items()}
+        self.gather_average()
+        layers = {id(layer) for layer in self._layers}
+        scales = {n: module.scaling["ema"] for n, module in transformer.named_modules() if id(module) in layers}
+
+        def merged(name: str, weight: Tensor) -> Tensor:
+            module, _, last = name.rpartition(".")
+            if last != "weight" or module not in scales:
+                return weight
+            return (weight.float() + self._delta(module, scales[module], weight)).to(weight)
+
         with second_time.without(transformer) as second:
-            tensors = gathered(plain_state(transformer))
+            tensors = gathered(plain_weights(transformer), merged)
         if not leads():
             return transformer
-        layers = {id(layer) for layer in self._layers}
-        for name, module in transformer.named_modules():
-            if id(module) in layers:
-                weight = tensors[f"{name}.weight"]
-                tensors[f"{name}.weight"] = (weight.float() + self._delta(name, module.scaling["ema"], weight)).to(
-                    weight
-                )
         plain = without_weights(original_class(transformer), transformer.config)
         plain.load_state_dict(tensors, assign=True)
         if second is not None:
@@ -143,8 +151,8 @@ class LoraRoles:
 
     def _delta(self, name: str, scale: float, weight: Tensor) -> Tensor:
         """What an adapter adds to a weight: B A for a matrix, and the same over the kernel for a convolution."""
-        A, B = (self.average[f"{name}.lora_{letter}.weight"] for letter in "AB")
-        return scale * (B.flatten(1) @ A.flatten(1)).view(weight.shape).to(weight.device)
+        A, B = (self.average[f"{name}.lora_{letter}.weight"].to(weight.device) for letter in "AB")
+        return scale * (B.flatten(1) @ A.flatten(1)).view(weight.shape)
 
     @contextmanager
     def shipped(self) -> Iterator[None]:

@@ -2,12 +2,14 @@
 
 torch.distributed.checkpoint writes and reads them: every process writes a share, sharded tensors as they lie, and a run of
 another number of processes reads just what it needs. Its safetensors format needs none of the pickled metadata of its own.
+What processes tell each other goes over gloo: over NCCL, who is done early would be given up after ten minutes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,8 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from apexflow.data.files import Fields, read_record
 from apexflow.errors import UserError
-from apexflow.training.distributed import leads, together, world
+from apexflow.training.distributed import control_group, leads, together, world
 
+NAME = "step-{:07d}"
 STATE: Fields = {"sizes": dict, "step": int, "bad": int, "seconds": (int, float), "world": int, "recipe": dict}
 FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
 
@@ -40,11 +43,11 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-N`, then delete all but the last `keep`. On a full disk the older checkpoints survive.
+    """Write `folder/step-N`, then delete all up to it but the last `keep`. On a full disk the older checkpoints survive.
 
     All processes take part, each with its own tensors.
     """
-    final = folder / f"step-{checkpoint.state['step']:07d}"
+    final = folder / NAME.format(checkpoint.state["step"])
     partial = folder / f".partial-{final.name}"
     with _saving(final, partial):
         if leads():
@@ -53,14 +56,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     with _saving(final, partial):
         tensors = {f"{part}/{name}": t for part, named in checkpoint.tensors.items() for name, t in named.items()}
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save({name: t.detach() for name, t in tensors.items()}, storage_writer=writer, no_dist=world() == 1)
+        shares = {name: t.detach() for name, t in tensors.items()}
+        dcp.save(shares, storage_writer=writer, process_group=control_group(), no_dist=world() == 1)
     with _saving(final, partial):
         if leads():
             sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
             (partial / "state.json").write_text(json.dumps(checkpoint.state | {"sizes": sizes}))
             shutil.rmtree(final, ignore_errors=True)  # what a deletion left that was cut off: no step is saved twice
             os.replace(partial, final)
-            for old in checkpoints(folder)[:-keep]:
+            found = checkpoints(folder)
+            for old in found[: found.index(final) + 1][:-keep]:
                 shutil.rmtree(old)
     return final
 
@@ -81,18 +86,32 @@ def _saving(final: Path, partial: Path) -> Iterator[None]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+    """Whole checkpoints of a run, oldest first. What has another name than a run gives, such as a user's copy, is none."""
+    named = [(int(p.name[5:]), p) for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", p.name)]
+    return [p for step, p in sorted(named) if p.name == NAME.format(step) and (p / "state.json").is_file()]
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state`; UserError if a file is missing or truncated."""
+    """A checkpoint's `state`; UserError if it says what no run does, or a file is missing or truncated."""
     with _reading(path):
         state = read_record(path / "state.json", STATE)
+        _check_state(state, path.name)
         for name, size in state.pop("sizes").items():
             if (path / name).stat().st_size != size:
                 raise OSError(f"{name} is truncated")
         return state
+
+
+def _check_state(state: Mapping[str, Any], name: str) -> None:
+    """ValueError for numbers that no run writes, or those of a checkpoint that had another `name`."""
+    for key, least in {"step": 0, "bad": 0, "world": 1, "seconds": 0}.items():
+        # JSON may hold true, which Python counts as 1, and NaN and Infinity.
+        if isinstance(state[key], bool) or not least <= state[key] < 2**63:
+            raise ValueError(f"{key} is {state[key]}")
+    if name != NAME.format(state["step"]):
+        raise ValueError(f"it was saved at step {state['step']}")
+    if not state["sizes"]:
+        raise ValueError("sizes is empty")
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
@@ -109,7 +128,8 @@ def read_into(path: Path, targets: Mapping[str, Tensor], alone: bool = False) ->
     """Fill tensors by "part/name" in place, sharded ones with their shard. All processes take part, unless `alone`."""
     with _reading(path):
         wanted = {name: t.detach() for name, t in targets.items()}
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone or world() == 1)
+        reader, single = HuggingFaceStorageReader(str(path)), alone or world() == 1
+        dcp.load(wanted, storage_reader=reader, process_group=control_group(), no_dist=single)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

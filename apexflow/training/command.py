@@ -45,7 +45,7 @@ def plan(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Over how many GPUs.")] = 1,
-    memory: Annotated[float, typer.Option(min=0.1, help="GiB of one GPU.")] = 80.0,
+    memory: Annotated[float, typer.Option(min=0.1, max=1e6, help="GiB of one GPU.")] = 80.0,
     tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Text tokens of the longest prompt. Default: the most that the model reads."),

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from apexflow.errors import UserError, check_built_in
+from apexflow.errors import UserError, check_built_in, quoted
 from apexflow.objectives import Objective, objectives
+from apexflow.sampler import MOST_STEPS
+from apexflow.training.plain_yaml import NO_YAML, fault, read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 WARMUP = 20  # steps of a short recipe
 NEVER = 10**9
 Count = Annotated[int, Field(ge=1)]
+SamplingSteps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Rows = Annotated[int, Field(ge=1, le=2**16)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Parsed = TypeVar("Parsed", bound="DataclassInstance")
@@ -87,7 +91,7 @@ class Preview:
     """Sample grids while training, at the step count that ships."""
 
     every: Count = 200
-    steps: Count = 1
+    steps: SamplingSteps = 1
     guidance: float = 1.0
     count: Count = 16
 
@@ -107,8 +111,8 @@ class Recipe:
     preview: Preview = field(default_factory=Preview)
     steps: Count = 1000
     minutes: NotNegative | None = None  # stop early, at a whole step, after this long
-    batch: Count = 32
-    micro_batch: Count | None = None
+    batch: Rows = 32
+    micro_batch: Rows | None = None
     caption_dropout: Share = 0.0
     ema_decay: BelowOne = 0.999
     seed: Seed = 0
@@ -122,7 +126,7 @@ class Recipe:
     autoencoder_steps: Count = 2000
     text_encoder_steps: Count = 500
     # What the saved model says of how to sample it: by default as its previews; after flow matching, as the model before.
-    sampling_steps: Count | None = None
+    sampling_steps: SamplingSteps | None = None
     sampling_guidance: float | None = None
     suite: Literal["mini-geneval", "mini-geneval-held-out"] | None = (
         None  # scored at the end, one picture a prompt, for the report
@@ -172,15 +176,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from YAML, with overrides such as `optimizer.learning_rate=3e-4`; every mistake is a one-line UserError."""
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Once)
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where, what = f", line {mark.line + 1}" if mark else "", getattr(error, "problem", None)
-        raise UserError(f"recipe {path} is not valid YAML{where}{f': {what}' if what else ''}") from error
+        raise UserError(f"recipe {path} is not valid YAML{fault(error)}") from error
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
     for override in overrides:
@@ -194,38 +196,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-class _Once(yaml.SafeLoader):
-    """YAML whose keys may be given once: of two, nobody would see which counts."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for place, key in enumerate(keys):
-            if key.value in (earlier.value for earlier in keys[:place]):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _override(raw: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r} must look like key=value, for example steps=100")
+        raise UserError(f"override {quoted(override)} must look like key=value, for example steps=100")
     *path, last = key.split(".")
     for part in path:
         raw = raw.setdefault(part, {})
         if not isinstance(raw, dict):
-            raise UserError(f"override {override!r}: {part} is a value, not a section")
-    raw[last] = _scalar(value)
+            raise UserError(f"override {quoted(override)}: {part} is a value, not a section")
+    raw[last] = _value(value, override)
 
 
-def _scalar(value: str) -> Any:
-    # YAML 1.1 reads 3e-4 as text; people write it all the time.
+def _value(text: str, override: str) -> Any:
+    """What is given to a key; text where it is no YAML, as a path may be."""
     try:
-        return float(value) if "e" in value.lower() and "." not in value else yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError):
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value
+        return read_yaml(text)
+    except NO_YAML:
+        return text
+    except yaml.YAMLError as error:
+        raise UserError(f"override {quoted(override)} cannot be read{fault(error)}") from error
 
 
 def parse(kind: type[Parsed], raw: dict[str, Any], where: str) -> Parsed:
@@ -239,6 +229,8 @@ def parse(kind: type[Parsed], raw: dict[str, Any], where: str) -> Parsed:
         message = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
         raise UserError(": ".join(filter(None, (where, key, message))) + got) from error
+    for key in _truths(raw, asdict(parsed)):
+        raise UserError(f"{where}: {key}: Input should be a number, got true or false")
     for key, number in _numbers(asdict(parsed)):
         if not math.isfinite(number):
             raise UserError(f"{where}: {key}: Input should be a finite number, got {number}")
@@ -252,6 +244,18 @@ def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str
             yield from _numbers(value, f"{section}{key}.")
         elif isinstance(value, float):
             yield f"{section}{key}", value
+
+
+def _truths(given: Any, read: Any, key: str = "") -> Iterator[str]:
+    """The dotted keys at which true or false was read as 1 or 0."""
+    if isinstance(given, Mapping) and isinstance(read, Mapping):
+        for name in given:
+            yield from _truths(given[name], read.get(name), f"{key}.{name}".lstrip("."))
+    elif isinstance(given, list | tuple) and isinstance(read, list | tuple):
+        for place, (one, other) in enumerate(zip(given, read, strict=False)):
+            yield from _truths(one, other, f"{key}.{place}")
+    elif isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        yield key
 
 
 def _refuse_unknown(kind: Any, raw: Any, where: str) -> None:

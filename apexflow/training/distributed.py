@@ -52,6 +52,11 @@ def own_device(name: str) -> torch.device:
     return device
 
 
+def control_group() -> dist.ProcessGroup | None:
+    """The group over gloo, in which processes may wait for each other for a day; None where none has been joined."""
+    return _control
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Within, the processes that torchrun started work together: NCCL among GPUs, gloo otherwise."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Backbone, second_time
@@ -16,6 +17,9 @@ from apexflow.objectives import Field
 @contextmanager
 def not_recomputed(network: nn.Module) -> Iterator[None]:
     """Within, no activation is left to be computed again in backward, when the network stands differently."""
+    if not torch.is_grad_enabled():  # nothing is then, and looking through a deep network takes time
+        yield
+        return
     parts: list[Any] = [part for part in network.modules() if getattr(part, "gradient_checkpointing", False)]
     for part in parts:
         part.gradient_checkpointing = False

@@ -6,14 +6,16 @@ import json
 import math
 from pathlib import Path
 
-from apexflow.errors import writing
+from apexflow.errors import UserError, writing
 from apexflow.files import write_text
+
+METRICS = "metrics.jsonl"
 
 
 class Journal:
     """One line of JSON a step. On resume, lines of steps that the checkpoint does not know are dropped.
 
-    A `silent` one, for processes other than the first, writes nothing.
+    A `silent` one, for processes other than the first, writes nothing. UserError where something else lies in its place.
     """
 
     def __init__(self, folder: Path, step: int, silent: bool = False) -> None:
@@ -22,12 +24,15 @@ class Journal:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        if self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step(line) <= step]
-            write_text(self.path, "".join(kept))
-        self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.path = folder / METRICS
+        if lines := _lines(self.path):
+            write_text(self.path, "".join(line for line in lines if _step(line) <= step))
+        board = folder / "tensorboard"
+        with writing(board):
+            board.mkdir(parents=True, exist_ok=True)
+            self._board = SummaryWriter(str(board), purge_step=step + 1)
+        with writing(self.path):
+            self._file = self.path.open("a", buffering=1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         if self.silent:
@@ -47,22 +52,30 @@ class Journal:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl, null as nan; a last line cut off by a crash is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    read = [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of a run's metrics.jsonl, null as nan; a last line cut off by a crash is left out.
+
+    UserError for a file that is no text, ValueError for a line that is no JSON.
+    """
+    read = [json.loads(line) for line in _lines(folder / METRICS) if line.rstrip().endswith("}")]
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in read]
 
 
 def last_step(folder: Path) -> int:
     """The last step that metrics.jsonl tells of, 0 where there is none."""
-    path = folder / "metrics.jsonl"
-    steps = [_step(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return max((int(step) for step in steps if step < float("inf")), default=0)
+    steps = [_step(line) for line in _lines(folder / METRICS)]
+    return max((int(step) for step in steps if math.isfinite(step)), default=0)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file with their ends, none where there is no such file."""
+    try:
+        return path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}): move it away, or mend it") from error
 
 
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from apexflow.backbones import Backbone
+from apexflow.backbones.parts import multiply_in_tf32
 from apexflow.conditioning import Condition
 from apexflow.errors import Stopped, UserError, is_taken, writing
 from apexflow.evaluation.runner import Settings, evaluate
@@ -53,7 +54,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 def steps(run: Run) -> None:
     """Train until the recipe's end or time limit, with previews and checkpoints on the way."""
     recipe = run.recipe
-    journal = Journal(run.folder, run.step, silent=not leads())
+    with together():
+        journal = Journal(run.folder, run.step, silent=not leads())
     began, before = time.monotonic(), run.seconds
     with (
         interruptible() as stop,
@@ -89,12 +91,13 @@ def start(recipe: Recipe, resume: bool) -> Run:
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
     made = in_turn(lambda: prepare(recipe, folder, device))
     backbone, objective = made.backbone, made.objective
+    multiply_in_tf32(backbone.transformer, device)
     null = null_condition(recipe, backbone, made.data).to(device)
     with together():
         place, further = _placing(made.parallel, recipe, device), copies(objective.further)
         roles = make_roles(backbone, recipe, objective.needs, place, made.teacher, further)
     engine = _engine(made.parallel, backbone, roles, recipe, null)
-    trainees = {"student": Trainee(roles.trained, _optimizer(recipe, list(roles.trained.values())))}
+    trainees = {"student": Trainee(roles.trained, optimizer_of(recipe, list(roles.trained.values())))}
     trainees |= _further(recipe, objective, backbone, roles, engine, null)
     run = Run(recipe, folder, backbone, made.data, objective, roles, engine, trainees, device)
     saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0]
@@ -151,19 +154,25 @@ def _further(
         furthers = make_furthers(declared, backbone, roles, roles.networks(null), null, recipe.seed)
     engine.add(furthers.fields, furthers.frozen)
     return {
-        one.name: Trainee(trained, _optimizer(recipe, list(trained.values()), one.betas), one.rate)
+        one.name: Trainee(trained, optimizer_of(recipe, list(trained.values()), one.betas), one.rate)
         for one, trained in zip(declared, furthers.trained.values(), strict=True)
     }
 
 
-def _optimizer(
+def optimizer_of(
     recipe: Recipe, parameters: list[nn.Parameter], betas: tuple[float, float] | None = None
 ) -> torch.optim.Optimizer:
+    """The recipe's optimizer over a role's parameters, all on one device. UserError where an extra is missing."""
     settings = recipe.optimizer
-    kind: Any = torch.optim.AdamW if settings.kind == "adamw" else adam_in_eight_bits()
-    return kind(
-        parameters, lr=settings.learning_rate, betas=betas or settings.betas, weight_decay=settings.weight_decay
-    )
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": betas or settings.betas,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.kind == "adamw8bit":
+        return adam_in_eight_bits()(parameters, **options)
+    # One kernel over all weights on a GPU. What torch takes by itself there launches a dozen, and holds their size once more.
+    return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type == "cuda" or None)
 
 
 def adam_in_eight_bits() -> Any:

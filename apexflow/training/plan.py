@@ -38,7 +38,7 @@ class Plan:
 
     cached: bytes a picture that the cache of latents and embeddings holds, on disk or in main memory. host: main memory that
     each process takes while it starts, for the model on its way to the GPU; saving: what the first takes to save a model that
-    was sharded.
+    was sharded, or into which a LoRA is merged.
     """
 
     backward: dict[str, int]
@@ -121,10 +121,12 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     # Gradients come as the activations go, unless those of the rows before are there. DDP keeps room for them besides.
     held = (sizes.trained + sizes.further) // shared * (rows < own) + sizes.trained * (gpus > 1 and shared == 1)
     backward = parts | {"gradients": held}
-    # An optimizer's intermediates are as large as what it steps.
-    intermediates = max(sizes.trained, sizes.further) // shared
-    update = {name: size if name in LASTING else 0 for name, size in parts.items()} | {"intermediates": intermediates}
-    host, saving = (denoiser + named) // shared + encoder, denoiser + encoder if shared > 1 else 0
+    # Neither optimizer has intermediates of a size on a GPU: one is fused there, the other takes one weight after the other.
+    update = {name: size if name in LASTING else 0 for name, size in parts.items()}
+    host = (denoiser + named) // shared + encoder
+    saving = denoiser + encoder if shared > 1 else 0
+    if recipe.tuning.kind == "lora":
+        saving = denoiser + sizes.average  # merged on the CPU, however the base is stored
     return Plan(backward, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet
 from apexflow.errors import writing
 from apexflow.generator import Generator, picture_grid
+from apexflow.progress import console
 from apexflow.training.config import Preview
 from apexflow.training.distributed import leads
 from apexflow.training.roles import Roles
@@ -22,13 +27,15 @@ def save_preview(
 ) -> Path:
     """Write `previews/step-N.png`: captions spread over the data, the same ones and the same seeds every time.
 
-    With `cached_text` their embeddings are the cache's, and no text encoder runs. Whoever calls draws; the first process writes.
+    With `cached_text` their embeddings are the cache's, and no text encoder runs. Whoever calls draws latents; the first process
+    makes them pictures, and writes.
     """
     count = min(preview.count, len(data))
     rows = [index * len(data) // count for index in range(count)]
     prompts = data.captions(rows)
     with roles.shipped():
-        generator = Generator(backbone, cached_prompts(data, rows) if cached_text else None)
+        decode = partial(decoded, backbone) if leads() else nothing
+        generator = Generator(backbone, cached_prompts(data, rows) if cached_text else None, decode)
         pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, data.size, guidance=preview.guidance)
     path = folder / "previews" / f"step-{step:07d}.png"
     if leads():
@@ -36,6 +43,34 @@ def save_preview(
             path.parent.mkdir(exist_ok=True)
             picture_grid(pictures, scale=2 if pictures[0].width <= 64 else 1).save(path)
     return path
+
+
+def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to pictures (B, 3, H, W) on the CPU, with the autoencoder beside the denoiser just for that.
+
+    One after the other: a GPU that training has filled has no room for more. Where it has none for one, or fails otherwise, the
+    CPU decodes, slowly, and a line says so.
+    """
+    device = backbone.device
+    try:
+        return _decoded_on(device, backbone, latents)
+    except RuntimeError as error:
+        if device.type == "cpu":
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    console.print(f"the previews could not be decoded on {device} ({reason}): the CPU does it, which takes longer")
+    return _decoded_on(torch.device("cpu"), backbone, latents)
+
+
+def _decoded_on(device: torch.device, backbone: Backbone, latents: Tensor) -> Tensor:
+    # In the precision of the autoencoder's weights, as the saved model decodes, whatever the run's is.
+    with backbone.autoencoder_on(device), torch.autocast(device.type, enabled=False):
+        return torch.cat([backbone.decode(one.to(device)).cpu() for one in latents.split(1)])
+
+
+def nothing(latents: Tensor) -> Tensor:
+    """No picture of any latents, where nobody would look at them."""
+    return latents[:0]
 
 
 def cached_prompts(data: CachedSet, rows: Sequence[int]) -> Callable[[Sequence[str]], Condition]:

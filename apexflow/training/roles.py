@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apexflow.backbones import Backbone, second_time
-from apexflow.backbones.parts import LARGE
+from apexflow.backbones.parts import is_large
 from apexflow.conditioning import Condition
 from apexflow.objectives import Field, Networks
 from apexflow.training.adapters import LoraRoles
@@ -79,6 +79,7 @@ class FullRoles:
             transport=self.backbone.transport,
             round_time=self.backbone.round_time,
             time_shift=self.backbone.time_shift,
+            guided_at_once=self._like.guided_at_once,
             frozen={name: held(fields[name], part.parameters, part) for name, (_, part) in networks.items()},
         )
 
@@ -170,7 +171,7 @@ def checkpointed(tuning: Tuning, transformer: nn.Module) -> bool:
     """Whether activations are computed again in backward: as the recipe says, or from half a billion parameters on."""
     if tuning.checkpointing is not None:
         return tuning.checkpointing
-    return sum(p.numel() for p in transformer.parameters()) >= LARGE
+    return is_large(transformer)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ CHECKPOINTS = "checkpoints"
 # Settings that change what is made of the trained weights, or how steps are shared and kept, but no step itself.
 FINISHING = {"steps", "minutes", "preview", "sampling_steps", "sampling_guidance", "suite", "checkpoint_every", "keep"}
 FINISHING |= {"device", "parallel", "micro_batch", "bad_steps"}
+# What each kind of optimizer keeps of a parameter: its number of steps, and moments of the parameter's shape.
+MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "adamw8bit": ("step", "state1", "state2")}
 # What is made in the folder before the recipe is written there.
 BEFORE_A_RUN = {"cache", ".cache.lock", ".cache-finishing.lock", "base", ".partial-base"}
 
@@ -125,6 +127,7 @@ def restore(run: Run, path: Path) -> None:
         targets = {f"trained/{name}": p.data for name, p in run.trained.items()}
         targets |= {f"average/{name}": tensor for name, tensor in run.roles.average.items()}
         targets |= _optimizer_targets(run, found, str(path))
+        _check_moments(run, state, path)
         targets |= _memory_targets(run, found, state["world"])
     with together():
         read_into(path, targets)
@@ -165,7 +168,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any], section: str = ""
     said = []
     for key, old in before.items():
         new = json.loads(json.dumps(now.get(key, old)))  # as a checkpoint keeps it
-        if isinstance(old, dict) and key != "objective":  # which names no more than was given
+        if isinstance(old, dict) and isinstance(new, dict) and key != "objective":  # which names no more than was given
             said += changed(old, new, f"{section}{key}.")
         elif new != old:
             said.append(f"{section}{key} {new} instead of {old}")
@@ -184,12 +187,26 @@ def _optimizer_targets(run: Run, found: dict[str, Tensor], what: str) -> dict[st
             raise UserError(f"{what}: optimizer state belongs to another model: {name} is not trained here")
         trainee, parameter = states[name]
         alike = saved.shape == parameter.shape
-        where = (
-            "cpu" if saved.ndim == 0 else parameter.device
-        )  # the number of steps, or tables of moments in eight bits
+        # What is not like its parameter: the number of steps, which a fused optimizer reads on the device, and the tables of
+        # moments in eight bits.
+        on_cpu = saved.ndim == 0 and not trainee.optimizer.defaults.get("fused")
+        where = "cpu" if on_cpu else parameter.device
         value = torch.empty_like(parameter.data, dtype=saved.dtype) if alike else torch.empty_like(saved, device=where)
         trainee.optimizer.state[parameter][key] = targets[full] = value
     return targets
+
+
+def _check_moments(run: Run, state: Mapping[str, Any], path: Path) -> None:
+    """UserError where a checkpoint lacks what the optimizer's next step would ask for."""
+    kind, moments = run.recipe.optimizer.kind, _moments(run)
+    # Where no step was finite, and a parameter that no loss has reached, there are none.
+    lack = "the optimizer's state" if state["bad"] < state["step"] and not any(held for *_, held in moments) else ""
+    for name, parameter, held in moments:
+        for key in MOMENTS[kind] if held else ():
+            if key not in held or held[key].shape != (() if key == "step" else parameter.shape):
+                lack = lack or f"{key} of {name}, which optimizer.kind={kind} needs"
+    if lack:
+        raise UserError(f"checkpoint {path} lacks {lack}: delete it to resume from the one before")
 
 
 def _memory_targets(run: Run, found: dict[str, Tensor], saved_world: int) -> dict[str, Tensor]:

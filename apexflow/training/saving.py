@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from apexflow.backbones import Backbone, Settings, second_time
+from apexflow.errors import Diverged
 from apexflow.export.lora import is_loadable, save_lora
 from apexflow.files import new_folder
 from apexflow.progress import console
@@ -20,7 +24,7 @@ from apexflow.training.roles import Roles
 def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, card: dict[str, Any]) -> Path:
     """Write `folder/model` as a diffusers folder, whole or not at all; a LoRA is merged there, and alone in `folder/lora`.
 
-    All processes take part, one writes.
+    All processes take part, one writes. Diverged where what would be saved is not finite.
     """
     # A student is drawn as its previews were, a teacher as the model that it went on from.
     default: Settings | Preview = backbone.settings if recipe.build_objective().keeps_sampling else recipe.preview
@@ -30,16 +34,30 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
         guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
         card={"recipe": recipe.to_dict()} | card,
     )
+    if isinstance(roles, LoraRoles):
+        roles.gather_average()
+        with together():
+            if leads():  # before the merge, which takes room for the whole model and may find none
+                _save_adapter(roles, folder / "lora")
     transformer = roles.final()
     with together():
         if leads():
             with roles.shipped():
+                encoders = [backbone.text_encoder] if recipe.tuning.text_encoder else []
+                _check_finite([transformer, *encoders], folder)
                 tuned, backbone.transformer = backbone.transformer, transformer
                 _write(backbone, settings, folder)
                 backbone.transformer = tuned
-            if isinstance(roles, LoraRoles):
-                _save_adapter(roles, folder / "lora")
     return folder / "model"
+
+
+def _check_finite(networks: Sequence[nn.Module], folder: Path) -> None:
+    if all(bool(weight.isfinite().all()) for network in networks for weight in network.parameters()):
+        return
+    raise Diverged(
+        f"the weights that {folder} has trained are not finite, and no model is saved of them: delete its last checkpoints "
+        "and pass --resume, or start over with a lower optimizer.learning_rate"
+    )
 
 
 def _write(backbone: Backbone, settings: Settings, folder: Path) -> None:

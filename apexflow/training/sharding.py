@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,19 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor's full value; for a sharded one a collective, after which it lies on the CPU."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    """A tensor's full value, where it lies; for a sharded one a collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Full values in the first process, one after the other; the others keep none."""
-    full = ((name, whole(tensor)) for name, tensor in tensors.items())
-    return {name: tensor for name, tensor in full if leads()}
+def gathered(
+    tensors: Iterable[tuple[str, Tensor]], change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+) -> dict[str, Tensor]:
+    """Full values on the CPU of the first process, changed before they go there; the others keep none.
+
+    One after the other: a GPU that training has filled has room for one, not for all.
+    """
+    full = ((name, whole(tensor)) for name, tensor in tensors)
+    return {name: change(name, tensor).cpu() for name, tensor in full if leads()}
 
 
 def unsharded(module: nn.Module) -> nn.Module:
@@ -129,7 +134,7 @@ def unsharded(module: nn.Module) -> nn.Module:
         return nn.ModuleDict({name: unsharded(part) for name, part in module.items()})
     if not is_sharded(module):
         return module
-    tensors = gathered(module.state_dict())
+    tensors = gathered(module.state_dict().items())
     if not leads():
         return module
     plain = without_weights(original_class(module), module.config)

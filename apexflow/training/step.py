@@ -13,6 +13,7 @@ from apexflow.conditioning import Condition, replace_rows
 from apexflow.errors import Diverged
 from apexflow.objectives import Batch
 from apexflow.randomness import RowRandom, mix
+from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import own_rows, summed, together, world
 from apexflow.training.engine import sum_gradients
@@ -23,9 +24,11 @@ from apexflow.training.run import CHECKPOINTS, Run, Trainee, answering
 def training_step(run: Run) -> dict[str, float]:
     """One step of every optimizer over a global batch; the numbers to record. A non-finite step is skipped."""
     recipe = run.recipe
-    terms = summed(accumulate(run))
+    parts = accumulate(run)
     moved = {role: trainee for role, trainee in run.trainees.items() if trainee.moved}
-    norms = {role: clip(trainee, recipe.optimizer.clip_norm) for role, trainee in moved.items()}
+    clipped = {norm_of(role): clip(trainee, recipe.optimizer.clip_norm) for role, trainee in moved.items()}
+    told = numbers(parts | clipped)
+    terms, norms = summed({name: told[name] for name in parts}), {name: told[name] for name in clipped}
     rate = learning_rate(recipe, run.step)
     if all(math.isfinite(value) for value in (*terms.values(), *norms.values())):
         for trainee in moved.values():
@@ -38,25 +41,37 @@ def training_step(run: Run) -> dict[str, float]:
     else:
         run.bad += 1
         if run.bad >= min(recipe.bad_steps, max(recipe.steps // 2, 1)):  # a run too short for the limit fails, too
+            last = [f"; the last checkpoint is {path}" for path in checkpoints(run.folder / CHECKPOINTS)[-1:]]
             raise Diverged(
-                f"the loss was not finite for {run.bad} steps in a row (step {run.step}): lower "
-                f"optimizer.learning_rate; the last checkpoint is in {run.folder / CHECKPOINTS}"
+                f"the loss was not finite for {run.bad} steps in a row (step {run.step}): lower optimizer.learning_rate"
+                + "".join(last)
             )
     for trainee in run.trainees.values():
         trainee.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    grad_norms = {"grad_norm" if role == "student" else f"grad_norm_{role}": norm for role, norm in norms.items()}
-    return terms | grad_norms | {"learning_rate": rate, "skipped": float(run.bad > 0)}
+    return terms | norms | {"learning_rate": rate, "skipped": float(run.bad > 0)}
 
 
-def accumulate(run: Run) -> dict[str, float]:
-    """Forward and backward over this process's rows in micro-batches; its part of the terms to show.
+def norm_of(role: str) -> str:
+    """What the norm of a role's gradient is recorded as."""
+    return "grad_norm" if role == "student" else f"grad_norm_{role}"
 
-    Afterwards every gradient is that of the global batch, in all processes.
+
+def numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars of one device as plain numbers. They come over together, since each transfer waits for the device."""
+    values = torch.stack([scalar.double() for scalar in scalars.values()]).tolist() if scalars else []
+    return dict(zip(scalars, values, strict=True))
+
+
+def accumulate(run: Run) -> dict[str, Tensor]:
+    """Forward and backward over this process's rows in micro-batches; its part of the terms to show, in double precision.
+
+    They stay on the device, so that the next rows are read while it computes. Afterwards every gradient is that of the global
+    batch, in all processes.
     """
     recipe = run.recipe
     parts = micro_batches(recipe)
-    terms: dict[str, float] = {}
+    terms: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
         with together():
             batch = make_batch(run, part)
@@ -66,7 +81,7 @@ def accumulate(run: Run) -> dict[str, float]:
                 total = losses.everything + run.engine.owed()
             total.backward()
         for name, value in losses.terms.items():
-            terms[name] = terms.get(name, 0.0) + float(value)
+            terms[name] = terms.get(name, 0.0) + value.double()
     if world() > 1:
         for role, trainee in run.trainees.items():
             if role != "student":
@@ -80,10 +95,10 @@ def micro_batches(recipe: Recipe) -> tuple[Tensor, ...]:
     return rows.split(recipe.micro_batch or len(rows))
 
 
-def clip(trainee: Trainee, most: float) -> float:
+def clip(trainee: Trainee, most: float) -> Tensor:
     """Scale gradients down to a norm of at most `most`; the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(list(trainee.parameters.values()), most)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def make_batch(run: Run, rows: Tensor) -> Batch:
@@ -92,9 +107,11 @@ def make_batch(run: Run, rows: Tensor) -> Batch:
     index = run.data.batch_rows(run.step, rows.tolist(), recipe.batch, recipe.seed)
     random = RowRandom(recipe.seed, run.step, rows.tolist(), run.device)
     dropped = RowRandom(mix(recipe.seed, 1), run.step, rows.tolist()).uniform() < recipe.caption_dropout
-    x, c = run.data.latents(index).to(run.device), _condition(run, index, dropped)
+    x, c = run.data.latents(index).to(run.device, non_blocking=True), _condition(run, index, dropped)
     following = partial(_following, run, rows) if recipe.batch > 1 else None
-    return Batch(x, c, random, rows.to(run.device), recipe.batch, run.step / recipe.steps, run.step, following)
+    return Batch(
+        x, c, random, rows.to(run.device, non_blocking=True), recipe.batch, run.step / recipe.steps, run.step, following
+    )
 
 
 @torch.no_grad()
@@ -114,7 +131,7 @@ def _condition(run: Run, index: list[int], dropped: Tensor) -> Condition:
             ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
         )
     c = run.data.condition(index).to(run.device)
-    return c if run.networks.null is None else replace_rows(c, dropped.to(run.device), run.networks.null)
+    return c if run.networks.null is None else replace_rows(c, dropped, run.networks.null)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -6,7 +6,8 @@ Comes after the adapters, which stay as they are: cast with the base, they could
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -116,23 +117,29 @@ class FourBit(nn.Module):
         return functional.QuantState(
             absmax=self.scales,
             shape=torch.Size((self.out_features, self.in_features)),
-            code=functional.get_4bit_type("nf4", device=self.codes.device),
+            code=levels(self.codes.device),
             blocksize=BLOCK,
             quant_type="nf4",
             dtype=dtype,
         )
 
 
-def plain_state(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network under adapters by their plain names, in the dtype that it computes in where stored narrower."""
+@lru_cache
+def levels(device: torch.device) -> Tensor:
+    """The 16 numbers that four bits stand for. The library copies them to the device whenever it is asked: here that is once."""
+    return four_bit_functions().functional.get_4bit_type("nf4", device=device)
+
+
+def plain_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a network under adapters with their plain names. What is stored narrower comes in the dtype that the network
+    computes in, made when it is asked for: all at once would be the whole base beside itself.
+    """
     compute = compute_dtype(network)
-    state = network.state_dict()
-    for name, module in network.named_modules():
-        if isinstance(module, FourBit):
-            del state[f"{name}.codes"], state[f"{name}.scales"]
-            state[f"{name}.weight"] = module.whole()
-    return {
-        name.replace(".base_layer.", "."): tensor.to(compute) if tensor.itemsize == 1 else tensor
-        for name, tensor in state.items()
-        if ".lora_" not in name
-    }
+    four_bits = {name: module for name, module in network.named_modules() if isinstance(module, FourBit)}
+    for name, tensor in network.state_dict().items():
+        module, _, last = name.rpartition(".")
+        plain = name.replace(".base_layer.", ".")
+        if module in four_bits and last == "codes":
+            yield f"{plain.removesuffix('codes')}weight", four_bits[module].whole()
+        elif ".lora_" not in name and not (module in four_bits and last == "scales"):
+            yield plain, tensor.to(compute) if tensor.itemsize == 1 else tensor

@@ -8,6 +8,7 @@ import torch
 from tiny import BUILDERS
 
 from apexflow import generator
+from apexflow.backbones import load_backbone, parts
 from apexflow.generator import load, suited_dtype
 
 PROMPTS = ["a red cube", "a cat"]
@@ -30,3 +31,18 @@ def test_pictures_in_half_precision_are_those_in_whole_but_for_rounding(name, fo
         for dtype, seed in ((torch.float32, 5), (torch.bfloat16, 5), (torch.float32, 6))
     )
     assert np.abs(whole - half).mean() < 0.2 * np.abs(whole - other).mean()
+
+
+def test_large_networks_in_float32_multiply_in_tf32_on_a_gpu(folder_of, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    whole, half = (
+        load_backbone(str(folder_of("sana")), "cpu", dtype).transformer for dtype in (torch.float32, torch.bfloat16)
+    )
+    parts.multiply_in_tf32(whole, "cuda")  # small
+    monkeypatch.setattr(parts, "LARGE", 1000)
+    parts.multiply_in_tf32(whole, "cpu")
+    parts.multiply_in_tf32(half, "cuda")
+    assert asked == []
+    parts.multiply_in_tf32(whole, torch.device("cuda", 1))
+    assert asked == ["high"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ def test_defaults_are_those_of_the_checkpoint(folder_of, tmp_path):
         assert (settings.steps, settings.guidance) == expected
 
 
-def test_a_large_sana_is_drawn_in_float32_unless_its_weights_are_bfloat16(folder_of, tmp_path, monkeypatch):
+def test_a_large_sana_is_drawn_in_float32_unless_it_was_trained_in_bfloat16(folder_of, tmp_path, monkeypatch):
     monkeypatch.setattr(generator, "LARGE", 1000)
     for name, suited in (("sana", torch.float32), ("sana_sprint", torch.bfloat16), ("sd3", torch.bfloat16)):
         assert suited_dtype(str(folder_of(name)), "cuda") == suited
@@ -67,6 +68,31 @@ def test_a_large_sana_is_drawn_in_float32_unless_its_weights_are_bfloat16(folder
     file = next((folder / "transformer").glob("*.safetensors"))
     save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file, {"format": "pt"})
     assert suited_dtype(str(folder), "cuda") == torch.bfloat16
+    # Of Sana_1600M_1024px_BF16_diffusers the weights that are read by default are in float32.
+    published = Path(shutil.copytree(folder_of("sana"), tmp_path / "Sana_1600M_1024px_BF16_diffusers"))
+    assert suited_dtype(str(published), "cuda") == torch.bfloat16
+    assert suited_dtype(str(published), "cpu") == torch.float32
+    monkeypatch.setattr(generator, "resolve", lambda _: folder_of("sana"))  # a hub id lies in a folder of another name
+    assert suited_dtype("owner/Sana_1600M_1024px_BF16_diffusers", "cuda") == torch.bfloat16
+    assert suited_dtype("owner_of_bf16/sana", "cuda") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("card", "suited"),
+    [
+        ({"recipe": {"precision": "bf16"}}, torch.bfloat16),
+        ({"recipe": {"precision": "fp32"}}, torch.float32),
+        ({"recipe": "mine"}, torch.float32),
+    ],
+)
+def test_a_student_of_sana_is_drawn_in_the_precision_of_its_run(card, suited, folder_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(generator, "LARGE", 1000)
+    folder, backbone = tmp_path / "student", load_backbone(str(folder_of("sana")))
+    backbone.save(folder, replace(backbone.settings, card=card))
+    assert suited_dtype(str(folder), "cuda") == suited
+    export(str(folder), tmp_path / "out")
+    assert f"torch_dtype={suited})" in (tmp_path / "out" / "README.md").read_text()
+    assert suited_dtype(str(tmp_path / "out"), "cuda") == suited  # ours takes of the copy what its README says
 
 
 @pytest.fixture

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import BUILDERS
 from tiny_text import clip
 
-from apexflow.backbones import load_backbone
+from apexflow.backbones import Backbone, load_backbone
+from apexflow.conditioning import Condition
 from apexflow.errors import UserError
+from apexflow.objectives import Networks
 from apexflow.objectives.teacher import teach
 from apexflow.training.config import Recipe, Tuning
 from apexflow.training.prepare import check_teaches
@@ -50,3 +53,31 @@ def test_a_teacher_is_guided_as_its_pipeline_guides(name: str, kind: str, folder
     found = teach(roles.networks(null), x_t, t, c, 3.0)
     assert torch.allclose(found, backbone.guide(with_caption, without, 3.0), atol=1e-5)
     assert torch.allclose(found, without + 3 * (with_caption - without), atol=1e-3) == (name == "sana")
+
+
+@pytest.mark.parametrize("prompts", [["a red cube", "two balls on a table"], ["a cat", "a cat"]])
+@pytest.mark.parametrize("name", BUILDERS)
+@torch.no_grad()
+def test_a_guided_teacher_answers_both_conditions_at_once(
+    name: str, prompts: list[str], backbone_of: Callable[[str], Backbone]
+) -> None:
+    backbone, asked = backbone_of(name), []
+
+    def field(x_t: torch.Tensor, t: torch.Tensor, c: Condition) -> torch.Tensor:
+        asked.append(len(x_t))
+        return backbone.velocity(backbone.transformer, x_t, t, c)
+
+    torch.manual_seed(0)
+    x, t, c = (
+        torch.randn(2, *backbone.latent_shape((32, 64))),
+        torch.tensor([0.8, 0.4]),
+        backbone.encode_prompts(prompts),
+    )
+    separate, joint = (
+        teach(Networks(field, field, field, backbone.encode_prompts([""]), guided_at_once=once), x, t, c, 3.0)
+        for once in (False, True)
+    )
+    assert asked == [2, 2, 4]
+    assert (joint - separate).abs().max() <= 1e-5 * separate.abs().max().clamp_min(1)
+    # Elsewhere the null would be as long as the captions, in the attention that the picture has a part in.
+    assert backbone.guided_at_once == (name not in ("qwen_image", "z_image", "lumina2"))

@@ -25,6 +25,12 @@ def test_draw_now_and_score_later(run: Run, tiny_model: Path, tmp_path: Path) ->
     assert report["evaluations"] == 2 and report["steps"] == 1  # known from the folder of the drawing
 
 
+def test_seeds_end_where_those_of_one_do(run: Run) -> None:
+    last = 2**63 - 1
+    refused(run("evaluate", "--model", "none", "--seed", last, "--seeds", 2), "--seeds 2", f"--seed {last}", "beyond")
+    refused(run("evaluate", "--model", "none", "--seed", last - 1, "--seeds", 2), "'none'")
+
+
 def test_several_seeds_are_averaged(run: Run, tiny_model: Path) -> None:
     code, text, _ = run(
         "evaluate", "--model", tiny_model, "--steps", 1, "--limit", 2, "--per-prompt", 1, "--seeds", 2, "--json"

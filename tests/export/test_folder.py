@@ -18,6 +18,7 @@ from stock import largest_difference, load_stock
 from stock_runs import PROMPTS, noise, our_latents, stock_latents
 from test_lora import tuned
 
+from apexflow import generator
 from apexflow.backbones import BUILT_IN, load_backbone
 from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, export, save_lora
@@ -170,6 +171,30 @@ def test_a_folder_of_licenses_is_passed_over(folder_of, tmp_path):
     (model / "LICENSE.txt").write_text("free")
     export(str(model), tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE.txt").is_file() and not (tmp_path / "out" / "LICENSES").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_readme_of_a_lora_for_sana_names_the_precision_that_it_was_trained_in(
+    precision, folder_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(generator, "LARGE", 1000)
+    run, base = tmp_path / "run", folder_of("sana")
+    roles = tuned(base)
+    backbone = roles.backbone
+    recipe = {"model": str(base), "tuning": {"kind": "lora"}, "precision": precision}
+    save_lora(roles, run / "lora")
+    backbone.transformer = roles.final()
+    (run / "model").mkdir()
+    backbone.save(run / "model", replace(backbone.settings, card={"recipe": recipe}))
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    export(str(run), tmp_path / "out")
+    # The exported file alone, with the card beside it, says the same.
+    export(str(tmp_path / "out"), tmp_path / "again", base=str(base))
+    named = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    for folder in ("out", "again"):
+        assert f"torch_dtype=torch.{named})" in (tmp_path / folder / "README.md").read_text()
+    export(str(folder_of("sd3")), tmp_path / "sd3")
+    assert "torch_dtype=torch.bfloat16)" in (tmp_path / "sd3" / "README.md").read_text()
 
 
 def test_a_pair_adds_to_convolutions_of_any_kernel():

@@ -24,10 +24,11 @@ READINGS: dict[str, dict[str, Any]] = {
 READING = pytest.mark.parametrize("options", READINGS.values(), ids=READINGS.keys())
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @READING
-def test_no_answer_is_asked_for_twice(options: dict[str, Any]) -> None:
+def test_no_answer_is_asked_for_twice(options: dict[str, Any], at_once: bool) -> None:
     roles = make_roles()
-    APEX(**options)(roles.networks(), make_batch(8), {})
+    APEX(**options)(roles.networks(guided_at_once=at_once), make_batch(8), {})
     asked = [
         (role, *torch.cat([call.x_t[row].flatten(), call.t[row : row + 1], call.c.embeds[row].flatten()]).tolist())
         for role in ("student", "reference", "teacher")
@@ -55,6 +56,18 @@ def gradient(options: dict[str, Any], changed: tuple[int, int] | None = None) ->
     networks = replace(plain, student=differently(plain.student), teacher=differently(plain.teacher))
     APEX(**options, clip=None)(networks, make_batch(8), {}).total.backward()
     return torch.cat([g.flatten() for g in roles.gradients("student") if g is not None]), rows
+
+
+@READING
+def test_a_teacher_asked_for_both_at_once_teaches_the_same_in_half_the_passes(options: dict[str, Any]) -> None:
+    losses, passes, rows = [], [], []
+    for at_once in (False, True):
+        roles = make_roles()
+        losses.append(APEX(**options)(roles.networks(guided_at_once=at_once), make_batch(8), {}).total)
+        passes.append(len(roles.calls("teacher")))
+        rows.append(sum(len(call.t) for call in roles.calls("teacher")))
+    torch.testing.assert_close(losses[1], losses[0])
+    assert passes[0] == 2 * passes[1] > 0 and rows[0] == rows[1]
 
 
 @READING

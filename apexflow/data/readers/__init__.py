@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from apexflow.data.captioned import Sample
+from apexflow.data.captioned import MISSING, Sample
 from apexflow.errors import UserError
 
 TEXT = "utf-8-sig"  # some editors begin a file of UTF-8 with a mark
@@ -69,7 +69,8 @@ class Source:
         """A short hash of the names and sizes of the files: the same set elsewhere on the disk is the same set."""
         digest = hashlib.sha256()
         for file in self.files:
-            line = f"{file.relative_to(self.home).as_posix()}:{file.stat().st_size}\n"
+            size = file.stat().st_size if file.is_file() else "none"
+            line = f"{file.relative_to(self.home).as_posix()}:{size}\n"
             digest.update(line.encode(errors="surrogatepass"))  # file names need not be UTF-8
         return digest.hexdigest()[:16]
 
@@ -107,18 +108,23 @@ def recognise(path: Path) -> Source:
 
 
 def read_within(home: Path, path: Path) -> bytes:
-    """A file that a set's own text names, b"" where there is none. ValueError for one outside of the set's folder `home`: a set
-    that others made must not reach for the user's files."""
+    """A file that a set's own text names, MISSING where there is none. ValueError for one outside of the set's folder `home`: a
+    set that others made must not reach for the user's files."""
     inside = Path(os.path.abspath(path))
     if not inside.is_relative_to(os.path.abspath(home)):
         raise ValueError("outside of the set's folder")
-    return inside.read_bytes() if inside.is_file() else b""
+    return inside.read_bytes() if inside.is_file() else MISSING
 
 
 def files_of(path: Path, *suffixes: str) -> list[Path]:
-    """`path` itself or the files below it that have one of the suffixes, sorted by name. Hidden files are none."""
+    """What `named` gives without folders; links to nothing are told by who reads them."""
+    return [file for file in named(path, *suffixes) if file.is_file() or not file.exists()]
+
+
+def named(path: Path, *suffixes: str) -> list[Path]:
+    """`path` itself or what lies below it by a name with one of the suffixes, sorted. What is hidden is none."""
     candidates = [path] if path.is_file() else _below(path)
-    return sorted(file for file in candidates if file.suffix.lower() in suffixes and file.is_file())
+    return sorted(entry for entry in candidates if entry.suffix.lower() in suffixes)
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -128,5 +134,5 @@ def _below(folder: Path) -> Iterator[Path]:
         real = os.path.realpath(home)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            yield from (Path(home, name) for name in names if not name.startswith("."))
+            yield from (Path(home, name) for name in [*folders, *names] if not name.startswith("."))
         seen.add(real)

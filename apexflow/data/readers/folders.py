@@ -8,16 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apexflow.data.captioned import PICTURES, Sample
-from apexflow.data.readers import files_of, lines_of, read_within, text_of
+from apexflow.data.captioned import MISSING, PICTURES, Sample
+from apexflow.data.readers import lines_of, named, read_within, text_of
 from apexflow.data.readers.tars import MANIFEST
 
 METADATA = "metadata.jsonl"
 
 
 def claim_pairs(path: Path) -> list[Path]:
-    """The pictures of a folder, unless a metadata.jsonl or ShareGPT-4o-Image's manifest alone describes them."""
-    pictures = files_of(path, *PICTURES) if path.is_dir() else []
+    """The pictures of a folder, and what only has a name like theirs; none where a metadata.jsonl or ShareGPT-4o-Image's manifest
+    alone describes them."""
+    pictures = named(path, *PICTURES) if path.is_dir() else []
+    if all(picture.is_dir() for picture in pictures):
+        return []
     described = bool(claim_metadata(path)) or (path / MANIFEST).is_file()
     return [] if described and not any(picture.with_suffix(".txt").is_file() for picture in pictures) else pictures
 
@@ -30,7 +33,7 @@ def pairs(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sam
 def _pair(picture: Path) -> tuple[bytes, Mapping[str, Any]]:
     text = picture.with_suffix(".txt")
     fields = {"txt": text_of(text.read_bytes())} if text.is_file() else {}
-    return picture.read_bytes(), fields
+    return picture.read_bytes() if picture.is_file() else MISSING, fields
 
 
 def claim_metadata(path: Path) -> list[Path]:

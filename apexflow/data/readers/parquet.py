@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from apexflow.data.captioned import Sample
+from apexflow.data.captioned import MISSING, Sample
 from apexflow.data.readers import files_of
 from apexflow.errors import UserError
 
@@ -55,7 +55,7 @@ def _load(path: Path, group: int, row: int, picture: str, texts: tuple[str, ...]
     content = content.get("bytes") if isinstance(content, dict) else content
     # An empty cell is no caption at all: the fields that are filled decide.
     filled = {name: value for name in texts if (value := table[name][row].as_py()) is not None}
-    return content or b"", filled
+    return MISSING if content is None else content, filled
 
 
 @lru_cache(maxsize=2)

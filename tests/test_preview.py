@@ -1,0 +1,117 @@
+"""Previews: who decodes them, where the autoencoder stands before and after, and what a full GPU changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from apexflow.backbones import load_backbone
+from apexflow.training import loop, preview
+from apexflow.training.config import load_recipe
+from apexflow.training.loop import start
+from apexflow.training.preview import decoded
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+class Wandering:
+    """An autoencoder that notes where it is put, on devices that need not be there."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.places, self.fails = [CPU], fails
+
+    def parameters(self) -> Any:
+        return iter([torch.empty(0, device=self.places[-1])])
+
+    def to(self, device: torch.device) -> Wandering:
+        self.places.append(device)
+        if self.fails and device == GPU:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return self
+
+
+class OnGpu:
+    """A backbone whose denoiser stands on a GPU, and whose pictures say where they were decoded."""
+
+    device = GPU
+
+    def __init__(self, fails_on: tuple[torch.device, ...] = ()) -> None:
+        self.decoded: list[tuple[torch.device, int]] = []
+        self.fails_on, self.place = fails_on, CPU
+
+    def autoencoder_on(self, device: torch.device) -> OnGpu:
+        self.place = device
+        return self
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.decoded.append((self.place, len(latents)))
+        if self.place in self.fails_on:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return latents
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    to = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda self, place, *more: self if place == GPU else to(self, place, *more))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_autoencoder_goes_back_to_where_it_stood(tiny_model: Path, fails: bool) -> None:
+    backbone = load_backbone(str(tiny_model))
+    vae = backbone.vae = Wandering(fails)
+    with pytest.raises(RuntimeError), backbone.autoencoder_on(GPU):
+        assert vae.places == [CPU, GPU]
+        raise RuntimeError("decoding fails")
+    assert vae.places == [CPU, GPU, CPU]
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_pictures_are_decoded_one_by_one_where_the_denoiser_stands() -> None:
+    backbone, latents = OnGpu(), torch.arange(3.0).view(3, 1, 1, 1)
+    assert torch.equal(decoded(backbone, latents), latents)
+    assert backbone.decoded == [(GPU, 1)] * 3
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_a_gpu_without_room_leaves_it_to_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(preview.console, "print", lines.append)
+    backbone, latents = OnGpu(fails_on=(GPU,)), torch.arange(2.0).view(2, 1, 1, 1)
+    assert torch.equal(decoded(backbone, latents), latents)
+    assert backbone.decoded == [(GPU, 1), (CPU, 1), (CPU, 1)]
+    (line,) = lines
+    assert "could not be decoded on cuda (CUDA out of memory.): the CPU does it" in line
+    with pytest.raises(torch.OutOfMemoryError):  # there is no other place left
+        decoded(OnGpu(fails_on=(GPU, CPU)), latents)
+
+
+def test_only_who_writes_a_preview_decodes_it(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    run = start(load_recipe(recipe_file, ["tuning.kind=lora", "tuning.rank=4"]), resume=False)
+    calls: list[int] = []
+    decode = run.backbone.decode
+    monkeypatch.setattr(run.backbone, "decode", lambda latents: calls.append(len(latents)) or decode(latents))
+    for module in (preview, loop):
+        monkeypatch.setattr(module, "leads", lambda: False)
+    monkeypatch.setattr(loop, "Sharded", type(run.engine))  # whose networks all processes ask together
+    before, asked = len(reads), []
+    velocity = run.backbone.velocity
+    monkeypatch.setattr(run.backbone, "velocity", lambda *given: asked.append(1) or velocity(*given))
+    loop.preview(run)
+    assert calls == [] and asked and len(reads) == before and not (run.folder / "previews").exists()
+    monkeypatch.setattr(preview, "leads", lambda: True)
+    loop.preview(run)
+    assert calls == [1, 1]
+    (path,) = (run.folder / "previews").iterdir()
+    assert Image.open(path).width > 2 * 64
