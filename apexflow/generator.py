@@ -115,7 +115,7 @@ class Generator:
         """What was asked for, checked; None is the model's own."""
         backbone = self.backbone
         guidance = backbone.settings.guidance if guidance is None else guidance
-        check_sampling(guidance, kappa, rho, order)
+        check_sampling(guidance, kappa, rho, order, second_time_of(backbone.transformer) is not None)
         asked = _square(backbone.default_size if size is None else size)
         return Sampling(self.times(steps, asked), backbone.latent_shape(asked), guidance, kappa, rho, order)
 
@@ -185,8 +185,8 @@ def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
     return RowRandom.of_pictures(seeds, 0).normal(shape)
 
 
-def check_sampling(guidance: float, kappa: float, rho: float, order: int) -> None:
-    """UserError for settings that the sampler does not take."""
+def check_sampling(guidance: float, kappa: float, rho: float, order: int, jumps: bool = False) -> None:
+    """UserError for settings that the sampler does not take; `jumps`: of a model with a second time."""
     for name, value in (("guidance", guidance), ("kappa", kappa), ("rho", rho)):
         if not isinstance(value, Real):
             raise UserError(f"{name} is {value!r}: give a number")
@@ -198,6 +198,9 @@ def check_sampling(guidance: float, kappa: float, rho: float, order: int) -> Non
         raise UserError(f"kappa is {kappa}: the extrapolation ratio is at least 0")
     if order not in (1, 2):
         raise UserError(f"order is {order}: take 1, or 2 for Heun's correction")
+    if jumps and (order != 1 or kappa > 0):
+        what = f"kappa is {kappa}" if kappa > 0 else f"order is {order}"
+        raise UserError(f"{what}: a model with a second time jumps along the path, so take order 1 and kappa 0")
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

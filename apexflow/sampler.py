@@ -52,6 +52,12 @@ def shift_times(times: Tensor, factor: float) -> Tensor:
     return factor * times / (1 + (factor - 1) * times)
 
 
+def check_times(times: Tensor) -> None:
+    """ValueError unless `times` is a grid: at least two times, strictly descending from at most 1 to exactly 0."""
+    if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()) or times[0] > 1 or times[-1] != 0:
+        raise ValueError(f"times must descend strictly within [0, 1] and end at 0, got {times.tolist()}")
+
+
 def sample(
     velocity: Callable[..., Tensor],
     z: Tensor,

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import Run, generate, refused, write
+from planted import plant
 from safetensors.torch import load_file, save_file
+
+from apexflow.backbones import load_backbone, second_time
 
 
 def copy_model(source: Path, target: Path) -> Path:
@@ -31,8 +34,15 @@ def test_a_folder_that_is_no_model_is_named(
     model = copy_model(tiny_model, tmp_path / "foreign")
     (model / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
     refused(generate(run, model), "OtherPipeline")
-    (model / "model_index.json").write_text("{")
-    refused(generate(run, model), "JSON")
+    for text in ("[]", "null", "1"):
+        (model / "model_index.json").write_text(text)
+        refused(generate(run, model), "model_index.json", "no JSON object")
+    for text in ("{}", '{"_class_name": {}}', '{"_class_name": ["SanaPipeline"]}'):
+        (model / "model_index.json").write_text(text)
+        refused(generate(run, model), "model_index.json", "names no pipeline")
+    for text in ("{", "[" * 100_000):
+        (model / "model_index.json").write_text(text)
+        refused(generate(run, model), "JSON")
     (model / "model_index.json").write_bytes(b"\xff")
     refused(generate(run, model), "JSON")
 
@@ -62,6 +72,91 @@ def test_a_missing_or_truncated_part_is_named(
         refused(generate(run, model), part)
     shutil.rmtree(model / part)
     refused(generate(run, model), part)
+
+
+@pytest.mark.parametrize("name", ["../victim", "/etc", "*", ".", "vae/../..", ""])
+def test_a_part_whose_name_leads_out_of_the_folder_is_refused(
+    run: Run, tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    index = json.loads((model / "model_index.json").read_text())
+    write(model / "model_index.json", json.dumps(index | {name: ["a", "b"]}))
+    (tmp_path / "victim").mkdir()
+    write(tmp_path / "victim" / "secret", "x")
+    for command in (("generate", "a star", "--model"), ("export",)):
+        refused(run(*command, model, "-o", tmp_path / "o.png"), "model_index.json", repr(name), "no plain name")
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": {"a": "../victim.safetensors"}}, ("'../victim.safetensors'", "no plain name")),
+        ({"weight_map": {"a": "weights.bin"}}, ("'weights.bin'", "no plain name")),
+        ({"weight_map": {"a": 1}}, ("the file 1", "no plain name")),
+        ({"weight_map": None}, ("the file None", "no plain name")),
+        (None, ("no JSON object",)),
+    ],
+)
+def test_an_index_of_weights_that_names_none_is_told(
+    run: Run, tiny_model: Path, tmp_path: Path, index: object, words: tuple[str, ...]
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    name = "diffusion_pytorch_model.safetensors"
+    (model / "vae" / name).rename(tmp_path / "victim.safetensors")
+    write(model / "vae" / f"{name}.index.json", json.dumps(index))
+    refused(generate(run, model), f"vae/{name}.index.json", *words)
+
+
+def test_weights_that_are_a_broken_link_or_a_folder_are_called_so(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    weights = next((model / "transformer").glob("*.safetensors"))
+    weights.unlink()
+    weights.symlink_to(tmp_path / "gone")
+    refused(generate(run, model), f"{weights} is a broken link")
+    index = model / "transformer" / f"{weights.name}.index.json"
+    write(index, json.dumps({"weight_map": {"a": weights.name}}))
+    refused(generate(run, model), f"{weights} is a broken link")
+    index.unlink()
+    weights.unlink()
+    weights.mkdir()
+    refused(generate(run, model), f"{weights} is a folder")
+
+
+@pytest.mark.parametrize("entry", [None, [None, None], "left out"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_that_the_index_does_not_name_is_told(
+    run: Run, tiny_model: Path, tmp_path: Path, part: str, entry: object
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    index = json.loads((model / "model_index.json").read_text()) | {part: entry}
+    if entry == "left out":
+        del index[part]
+    write(model / "model_index.json", json.dumps(index))
+    refused(generate(run, model), f"names no {part}")
+    weights = list((model / part).glob("*.safetensors"))
+    if weights:  # a pickle of it is refused all the same
+        weights[0].rename(weights[0].with_suffix(".bin"))
+        refused(generate(run, model), ".bin is a pickle")
+
+
+def test_a_scheduler_is_read_as_no_other_class_of_diffusers(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    write(model / "scheduler" / "scheduler_config.json", json.dumps({"_class_name": "AutoencoderTiny"}))
+    write(model / "scheduler" / "config.json", json.dumps({"_class_name": "AutoencoderTiny"}))
+    torch.save(Planted(tmp_path / "ran"), model / "scheduler" / "diffusion_pytorch_model.bin")
+    save_file({"a": torch.zeros(3)}, model / "scheduler" / "other.safetensors")  # so the pickle passes for a twin
+    refused(generate(run, model), "scheduler_config.json", "'AutoencoderTiny'")
+    assert not (tmp_path / "ran").exists()
+
+
+class Planted:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize("name", [5, None, ["EulerDiscreteScheduler"], "logging"])
@@ -110,7 +205,8 @@ def test_missing_weights_are_told_in_one_line_without_a_librarys(
     ("part", "config", "words"),
     [
         ("text_encoder", "{}", ("model_type is missing",)),
-        ("vae", "[]", ("_class_name is missing",)),
+        ("vae", "{}", ("_class_name is missing",)),
+        ("vae", "[]", ("no JSON object",)),
         ("transformer", "x", ("cannot read",)),
         ("text_encoder", '{"model_type": "gemma2"}', ("describes 2,614,341,888 parameters", "another network's")),
         ("transformer", None, ("incomplete", "is missing")),
@@ -126,11 +222,62 @@ def test_a_config_that_is_not_that_of_its_weights_is_named(
     refused(generate(run, model), f"{part}/config.json", *words)
 
 
+@pytest.mark.parametrize(
+    ("part", "said", "words"),
+    [
+        ("transformer", {"num_layers": 0}, "fewer layers"),
+        ("text_encoder", {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, "fewer layers"),
+        ("text_encoder", {"num_hidden_layers": 0, "layer_types": []}, "fewer layers"),
+        ("vae", {"decoder_layers_per_block": [0, 1, 1, 0]}, "fewer layers"),
+    ],
+)
+def test_a_config_of_fewer_layers_than_its_weights_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, part: str, said: dict[str, object], words: str
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / part / "config.json"
+    write(config, json.dumps(json.loads(config.read_text()) | said))
+    refused(generate(run, model), part, words)
+
+
+@pytest.mark.parametrize("value", [None, "x", math.nan, 0, [1]])
+@pytest.mark.parametrize(("part", "name"), [("transformer", "timestep_scale"), ("vae", "scaling_factor")])
+def test_a_factor_that_is_no_number_is_named(
+    run: Run, tiny_model: Path, tmp_path: Path, part: str, name: str, value: object
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / part / "config.json"
+    write(config, json.dumps(json.loads(config.read_text()) | {name: value}))
+    refused(generate(run, model), f"{part}/config.json", name)
+
+
+def test_a_tokenizer_of_more_words_than_its_text_encoder_is_named(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    path = model / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] |= {f"word{number}": 500 + number for number in range(100)}
+    write(path, json.dumps(content))
+    refused(generate(run, model), f"{model / 'tokenizer'} has", "words", "the text encoder beside it embeds")
+
+
+def test_weights_that_the_config_has_no_place_for_are_named(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    for part in ("transformer", "text_encoder", "vae"):
+        model = copy_model(tiny_model, tmp_path / part)
+        weights = next((model / part).glob("*.safetensors"))
+        tensors = load_file(weights)
+        first = min(name for name in tensors if name.endswith(".weight")).removesuffix(".weight")
+        save_file(tensors | {f"{first}.other.weight": torch.zeros(3)}, weights, {"format": "pt"})
+        refused(generate(run, model), part, "1 tensors are too many", f"{first}.other.weight")
+
+
 def test_a_config_of_another_size_is_named(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     model = copy_model(tiny_model, tmp_path / "m")
     config = model / "text_encoder" / "config.json"
     write(config, json.dumps(json.loads(config.read_text()) | {"hidden_size": 64}))
     refused(generate(run, model), "text_encoder", "another network's", "have another shape")
+
+
+NO_GRIDS = ("[5, 0]", "[1, -1]", "[1, 0.5, 0.7]", "[]", "[1, NaN, 0]", "[1, 0.5]")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +288,12 @@ def test_a_config_of_another_size_is_named(run: Run, tiny_model: Path, tmp_path:
         ('{"steps": "many"}', ("apexflow.json", "steps")),
         ('{"steps": 0}', ("apexflow.json", "steps")),
         ('{"stepz": 1}', ("apexflow.json", "stepz")),
+        ('{"steps": 1000000000}', ("apexflow.json", "steps")),
+        ("[" * 100_000, ("apexflow.json",)),
+        *((f'{{"times": {times}}}', ("apexflow.json", "times", "descend")) for times in NO_GRIDS),
+        *((f'{{"max_tokens": {number}}}', ("apexflow.json", "max_tokens")) for number in (-5, 0)),
+        *((f'{{"{name}": NaN}}', ("apexflow.json", name)) for name in ("guidance", "embedded_guidance")),
+        ('{"size": 0}', ("apexflow.json", "size")),
     ],
 )
 def test_settings_that_do_not_fit_are_named(
@@ -150,6 +303,29 @@ def test_settings_that_do_not_fit_are_named(
     model = copy_model(tiny_model, tmp_path / "m")
     write(model / "apexflow.json", text)
     refused(generate(run, model), *words)
+
+
+DYNAMIC = {"use_dynamic_shifting": True}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"shift": shift} for shift in (-1, 0, math.nan, math.inf, 1e300, "x")),
+        {"flow_shift": math.nan},
+        DYNAMIC | {"max_image_seq_len": 256},
+        DYNAMIC | {"base_shift": "x"},
+        DYNAMIC | {"base_shift": 1e6},
+    ],
+    ids=str,
+)
+def test_a_time_shift_that_cannot_be_is_told(
+    run: Run, tiny_model: Path, tmp_path: Path, said: dict[str, object]
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / "scheduler" / "scheduler_config.json"
+    write(config, json.dumps(json.loads(config.read_text()) | said))
+    refused(generate(run, model), "scheduler_config.json")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
@@ -163,6 +339,29 @@ def test_pickled_weights_are_refused(
     refused(generate(run, model), suffix, "pickle", "safetensors")
     single = write(tmp_path / f"weights{suffix}", "x")
     refused(generate(run, single), suffix)
+
+
+@pytest.mark.parametrize(("options", "words"), [(("--order", 2), "order is 2"), (("--kappa", 0.1), "kappa is 0.1")])
+def test_a_model_with_a_second_time_is_not_asked_to_leave_its_path(
+    run: Run, tiny_model: Path, tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    model, output = copy_model(tiny_model, tmp_path / "m"), tmp_path / "o"
+    second_time.save(second_time.attach(load_backbone(str(model)).transformer), model)
+    told = (words, "a model with a second time jumps along the path")
+    refused(run("generate", "a star", "--model", model, "--steps", 3, "-o", f"{output}.png", *options), *told)
+    how = ("--model", model, "--suite", "mini-geneval", "--steps", 3, "-o", output)
+    refused(run("evaluate", *how, *options), *told)
+    assert not output.exists()
+
+
+def test_code_of_a_checkpoint_is_not_run(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "m")
+    config = model / "tokenizer" / "tokenizer_config.json"
+    marker = plant(config, {"AutoTokenizer": ["evil.Evil", None]}, monkeypatch, tokenizer_class="Evil")
+    refused(generate(run, model, "-o", tmp_path / "t.png"), f"{model / 'tokenizer'}", "custom code", "runs none")
+    assert not marker.exists()
 
 
 def test_steps_and_sizes_that_cannot_be(

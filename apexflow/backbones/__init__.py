@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from apexflow.backbones import hub, second_time
-from apexflow.backbones.folder import INDEX, PICKLES, read_index, refuse_pickles
+from apexflow.backbones.folder import INDEX, PICKLES, read_index
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError, check_built_in
+from apexflow.sampler import check_times
 from apexflow.transport import Transport
+
+MOST_STEPS = 100_000  # of what a model may say for itself: more are no one's wish
+
+
+def _grid(times: list[float] | None) -> list[float] | None:
+    if times is not None:
+        check_times(torch.tensor(times, dtype=torch.float64))
+    return times
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -31,13 +43,13 @@ class Settings:
     for people.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 20
-    guidance: float = 1.0
-    times: list[float] | None = None
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
+    guidance: Finite = 1.0
+    times: Annotated[list[float] | None, AfterValidator(_grid)] = None
     instruction: bool = True
-    max_tokens: int = 300
-    size: int | None = None
-    embedded_guidance: float | None = None
+    max_tokens: Annotated[int, Field(ge=1)] = 300
+    size: Annotated[int | None, Field(ge=1)] = None
+    embedded_guidance: Finite | None = None
     card: dict = field(default_factory=dict)
 
 
@@ -53,6 +65,7 @@ class Backbone(Protocol):
     as z - x on linear transport. depth: the key of the transformer's config that counts its like blocks, if it has such.
     bfloat16: whether weights that are not stored in bfloat16 draw well in it. guided_at_once: whether a guided teacher is asked
     for caption and null in one pass; not where the null would be padded to a caption's length within the picture's attention.
+    kinds: the parts of its folder by name, with the class of each network.
     """
 
     family: ClassVar[str]
@@ -73,6 +86,7 @@ class Backbone(Protocol):
     depth: str | None
     bfloat16: ClassVar[bool]
     guided_at_once: ClassVar[bool]
+    kinds: Mapping[str, Any]
 
     @property
     def device(self) -> torch.device: ...
@@ -225,10 +239,11 @@ def load_backbone(
             raise UserError(f"{folder} is a run, not a model: name {folder / 'model'}")
         raise UserError(f"{folder} is no diffusers checkpoint: {INDEX} is missing")
     pipeline = read_index(folder).get("_class_name")
+    if not isinstance(pipeline, str):
+        raise UserError(f"{folder / INDEX} names no pipeline (_class_name): restore it from the original checkpoint")
     table = backbones()
     if pipeline not in table:
         raise UserError(f"{folder} is a {pipeline}; apexflow serves {', '.join(table)}")
-    refuse_pickles(folder)
     backbone = table[pipeline].load(folder, torch.device(device), dtype, hollow)
     if torch.device(device).type != "meta":
         second_time.load(backbone.transformer, folder)
@@ -243,7 +258,7 @@ def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
     try:
         settings = replace(defaults, **json.loads(path.read_text()))
         return TypeAdapter(Settings).validate_python(asdict(settings))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{first['loc'][0]}: {first['msg']}" if first else str(error)
         raise UserError(f"{path} does not fit this version of apexflow ({reason}): restore or delete it") from error

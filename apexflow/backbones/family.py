@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apexflow.backbones import Settings
 from apexflow.backbones.encoders import Encoders
-from apexflow.backbones.parts import save_folder, scheduler_shift
+from apexflow.backbones.parts import check_factors, save_folder, scheduler_shift
 from apexflow.backbones.text import device_of, unknown_words
 from apexflow.conditioning import guide
 from apexflow.errors import UserError
@@ -45,8 +45,12 @@ class Family(Encoders):
     def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
         super().__init__(parts)
         self.settings = settings
+        self.kinds = {name: getattr(part, "kind", type(part)) for name, part in parts.items()}
         self.transformer: Any = parts[self.network_part]
         self.config = self.transformer.config
+        check_factors(self.network_part, self.config, ("timestep_scale", "guidance_embeds_scale"))
+        said = ("scaling_factor", "shift_factor") if self.vae_config.get("shift_factor") else ("scaling_factor",)
+        check_factors("vae", self.vae_config, said)
         self.scheduler = parts["scheduler"]
         self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
         for tokenizer in self.tokenizers.values():

@@ -6,7 +6,9 @@ Hub repositories hold more beside it: single-file checkpoints, twins in another 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,31 @@ from apexflow.errors import UserError
 INDEX = "model_index.json"
 OWN = ("apexflow.json", "second_time.safetensors")  # what apexflow itself writes beside the index
 PICKLES = (".bin", ".pt", ".ckpt", ".pth")
+PLAIN = re.compile(r"\w[\w.-]*")  # a name in a folder: neither a path that leads out of it nor a pattern for the hub
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json`: the pipeline class, its parts and its own settings. UserError for one that is damaged."""
+    """`model_index.json`: the pipeline class, its parts and its own settings.
+
+    UserError for one that is damaged, or names a part by what is no plain name of a sub-folder.
+    """
+    index = read_object(folder / INDEX)
+    for name in index:
+        if not PLAIN.fullmatch(name):
+            raise UserError(f"{folder / INDEX} names a part {name!r}, which is no plain name: restore the original")
+    return index
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint; UserError for what is none."""
     try:
-        return dict(json.loads((folder / INDEX).read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is not valid JSON: restore it from the original checkpoint") from error
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: it is not valid JSON; restore it from the original checkpoint") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: it is no JSON object; restore it from the original checkpoint")
+    return content
 
 
 def components(folder: Path) -> list[str]:
@@ -36,15 +54,30 @@ def weight_paths(part: Path) -> list[Path]:
     """The files of safetensors that are read of a part: the one, or those that its index names. [] where there is none."""
     for name in NAMES:
         index = part / f"{name}.index.json"
-        if index.is_file():
-            try:
-                named = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, LookupError, AttributeError, TypeError) as error:
-                raise UserError(f"cannot read {index} ({error}): restore it from the original checkpoint") from error
-            return [part / file for file in sorted(named)]
-        if (part / name).is_file():
+        if is_there(index):
+            return [part / file for file in _shards(index)]
+        if is_there(part / name):
             return [part / name]
     return []
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names, sorted; UserError for what is no plain name of a file of safetensors."""
+    named = read_object(index).get("weight_map")
+    files: list[Any] = list(named.values()) if isinstance(named, dict) else [named]
+    for file in files:
+        if not (isinstance(file, str) and PLAIN.fullmatch(file) and file.endswith(".safetensors")):
+            raise UserError(f"{index} names the file {file!r}, no plain name of safetensors: restore the original")
+    return sorted(set(files))
+
+
+def is_there(file: Path) -> bool:
+    """Whether a file is there; UserError where a folder has its name, or a link that leads nowhere."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder, where a file should be: restore it from the original checkpoint")
+    if file.is_symlink() and not file.exists():
+        raise UserError(f"{file} is a broken link: restore the file that it leads to, or copy it there")
+    return file.is_file()
 
 
 def copy_part(part: Path, to: Path) -> None:
@@ -58,9 +91,9 @@ def copy_part(part: Path, to: Path) -> None:
     shutil.copytree(part, to, ignore=left_out)
 
 
-def refuse_pickles(folder: Path) -> None:
-    """UserError if a part of the folder has weights in a pickle format and none in safetensors."""
-    for part in (folder / name for name in components(folder)):
+def refuse_pickles(folder: Path, read: Iterable[str]) -> None:
+    """UserError if a part that is `read`, or that the index names, has weights in a pickle format and none in safetensors."""
+    for part in (folder / name for name in dict.fromkeys([*read, *components(folder)])):
         pickles = sorted(p for p in part.glob("*") if p.suffix in PICKLES)
         if pickles and not list(part.glob("*.safetensors")):
             raise UserError(f"{pickles[0]} is a pickle, which can run code: convert it to safetensors first")

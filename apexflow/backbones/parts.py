@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +18,23 @@ from safetensors import safe_open
 from torch import nn
 
 from apexflow.backbones import Settings
-from apexflow.backbones.folder import INDEX, copy_part, weight_paths
+from apexflow.backbones.folder import (
+    INDEX,
+    components,
+    copy_part,
+    is_there,
+    read_object,
+    refuse_pickles,
+    weight_paths,
+)
 from apexflow.errors import UserError
 
 READERS = "diffusers or transformers"
 LARGE = 500_000_000  # parameters of a denoiser, from which on it is sparing with memory unasked
+# Asked of every reader of transformers: unless told, it asks on the terminal whether to run code of the checkpoint.
+SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+SCHEDULER = "scheduler"  # the folder
+MOST_SHIFT = 1e6  # beyond, the times of a grid are the same number
 OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
 
@@ -51,7 +63,7 @@ def load_part(
     if not path.is_dir():
         raise UserError(f"{folder} is incomplete: the folder {part}/ is missing")
     if dtype is None:
-        return guarded(path, lambda: kind.from_pretrained(path, local_files_only=True))
+        return guarded(path, lambda: kind.from_pretrained(path, **SAFELY))
     check_part(path, kind, device)
     if device.type == "meta":
         model = guarded(path, lambda: _described(path, kind)).to(dtype)
@@ -86,17 +98,32 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
     config = path / "config.json"
     if not config.is_file():
         raise UserError(f"{path.parent} is incomplete: {path.name}/config.json is missing")
-    if says not in guarded(config, lambda: dict(json.loads(config.read_text()))):
+    if says not in read_object(config):
         raise UserError(f"{config} does not say which network it is ({says} is missing): restore it from the original")
     if device.type == "meta":
         return
-    held = sum(map(math.prod, weight_shapes(path).values()))
-    described = sum(p.numel() for p in guarded(path, lambda: _described(path, kind)).parameters())
+    shapes, network = weight_shapes(path), guarded(path, lambda: _described(path, kind))
+    held, described = sum(map(math.prod, shapes.values())), sum(p.numel() for p in network.parameters())
     if described > 2 * held:  # a few missing tensors are named when they are read
         raise UserError(
             f"{config} describes {described:,} parameters, and the weights beside it are another network's with {held:,}: "
             "restore both from the original checkpoint"
         )
+    if beyond := [name for name in shapes if _is_beyond(network, name)]:
+        raise UserError(
+            f"{config} describes fewer layers than the weights beside it have, which hold {beyond[0]}: restore both from the "
+            "original checkpoint"
+        )
+
+
+def _is_beyond(network: nn.Module, name: str) -> bool:
+    """Whether a tensor is that of a layer past the end of one of the network's lists, which the libraries would pass over."""
+    module = network
+    for part in name.split(".")[:-1]:
+        if part not in module._modules:
+            return isinstance(module, nn.ModuleList | nn.Sequential) and part.isdecimal()
+        module = module.get_submodule(part)
+    return False
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -112,7 +139,7 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             f"{path.parent} is incomplete: {path.name}/ holds no safetensors that {READERS} would read{but}"
         )
     for file in files:
-        if not file.is_file():
+        if not is_there(file):
             raise UserError(f"{path.parent} is incomplete: {path.name}/{file.name} is missing")
     return {name: shape for file in files for name, shape in guarded(file, lambda file=file: _header(file)).items()}
 
@@ -136,11 +163,32 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 def _weights(path: Path, kind: Any, options: dict[str, Any]) -> nn.Module:
     """A network with its weights; ValueError where some are missing, which the libraries would leave random or empty."""
     model, info = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    for what, found in (("are missing", info["missing_keys"]), ("have another shape", info["mismatched_keys"])):
+    wrong = {
+        "are missing": info["missing_keys"],
+        "have another shape": info["mismatched_keys"],
+        "are too many": unread(model, info["unexpected_keys"]),
+    }
+    for what, found in wrong.items():
         if found:
             names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found)
             raise ValueError(f"the weights are another network's: {len(names)} tensors {what}, such as {names[0]}")
     return model
+
+
+def unread(network: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Of the tensors that a network has no place for, those that tell of another network.
+
+    Not so the constants that older versions saved (a table beside the weights of a module), and what of a text encoder's
+    checkpoint is another network (a language head, the eyes of a CLIP).
+    """
+    modules, own = dict(network.named_modules()), dict(network.named_children())
+
+    def passed_over(name: str) -> bool:
+        module, _, last = name.rpartition(".")
+        beside = is_of_transformers(type(network)) and name.partition(".")[0] not in own
+        return beside or (module in modules and last not in ("weight", "bias"))
+
+    return [name for name in unexpected if not passed_over(name)]
 
 
 def without_weights(kind: Any, config: Any, buffers: bool = True) -> nn.Module:
@@ -200,6 +248,9 @@ def load_parts(
 
     Text encoders and the autoencoder are read when they are first called for; the denoiser's weights are left out if `hollow`.
     """
+    refuse_pickles(folder, [*kinds, SCHEDULER])
+    if device.type != "meta":
+        check_named(folder, [*kinds, SCHEDULER])
     parts: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name.startswith("tokenizer"):
@@ -209,7 +260,53 @@ def load_parts(
             parts[name] = Later(folder, name, kind, device, autoencoder_dtype(dtype) if name == "vae" else dtype)
         else:
             parts[name] = load_part(folder, name, kind, device, dtype, hollow)
-    return parts | {"scheduler": load_scheduler(folder)}
+    if device.type != "meta":
+        check_vocabularies(parts)
+    return parts | {SCHEDULER: load_scheduler(folder)}
+
+
+def check_vocabularies(parts: Mapping[str, Any]) -> None:
+    """UserError where a tokenizer gives ids that its text encoder has no embedding of."""
+    for name, tokenizer in parts.items():
+        encoder = parts.get(name.replace("tokenizer", "text_encoder")) if name.startswith("tokenizer") else None
+        if not isinstance(encoder, Later):
+            continue
+        config = guarded(encoder.path, lambda e=encoder: e.kind.config_class.from_pretrained(e.path, **SAFELY))
+        known = config.get_text_config().vocab_size
+        if len(tokenizer) > known:
+            raise UserError(
+                f"{encoder.path.parent / name} has {len(tokenizer)} words, and the text encoder beside it embeds {known}: "
+                "restore both from the original checkpoint"
+            )
+
+
+def check_factors(part: str, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """UserError for what a network's config has among `names` and is not the number, other than 0, that others multiply by."""
+    for name in names:
+        value = config.get(name, 1.0)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not (number and value):
+            raise UserError(f"{part}/config.json of the model says {name} = {value!r}, no factor: restore the original")
+
+
+def check_named(folder: Path, names: Iterable[str]) -> None:
+    """UserError where the index does not name a part: stock diffusers would not load it, the hub's copy does not hold it."""
+    named = components(folder)
+    for name in names:
+        if name not in named:
+            raise UserError(f"{folder / INDEX} names no {name}, which the model needs: restore the original")
+
+
+def check_whole(folder: Path, kinds: Mapping[str, Any]) -> None:
+    """UserError unless all parts are there that `load_parts` reads of a folder, as its copy must have. Weights are not read."""
+    from transformers import AutoTokenizer
+
+    check_named(folder, kinds)
+    for name, kind in kinds.items():
+        if name.startswith("tokenizer"):
+            load_part(folder, name, AutoTokenizer, torch.device("cpu"))
+        elif name != SCHEDULER:  # which is read wherever a folder is
+            check_part(folder / name, kind, torch.device("cpu"))
 
 
 def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -238,13 +335,30 @@ def index_entry(kind: type) -> list[str]:
 
 
 def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """s of `t' = s t / (1 + (s - 1) t)` that a flow scheduler's config asks for, with `tokens` a picture."""
+    """s of `t' = s t / (1 + (s - 1) t)` that a flow scheduler's config asks for, with `tokens` a picture.
+
+    UserError for one that no grid can be shifted by.
+    """
+    told, mend = f"{SCHEDULER}/scheduler_config.json of the model asks for a time shift", "restore the original file"
+    try:
+        shift = _asked_shift(config, tokens)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{told} that cannot be computed ({error}): {mend}") from error
+    if not 1 / MOST_SHIFT <= shift <= MOST_SHIFT:
+        raise UserError(
+            f"{told} of {shift:g} for a picture of {tokens} tokens: {mend}, or draw at a size nearer its own"
+        )
+    return shift
+
+
+def _asked_shift(config: Mapping[str, Any], tokens: int) -> float:
     if not config.get("use_dynamic_shifting"):
-        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+        given = (config.get(name) for name in ("flow_shift", "shift"))
+        return float(next((value for value in given if value is not None), 1.0))
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     mu = low + (high - low) * (tokens - few) / (many - few)
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
 
 
 def bytes_of(network: nn.Module) -> int:
@@ -284,15 +398,16 @@ def load_scheduler(folder: Path) -> Any:
     """The scheduler that the folder names, for its time shift and for saving it back."""
     import diffusers
 
-    path = folder / "scheduler" / "scheduler_config.json"
+    path = folder / SCHEDULER / "scheduler_config.json"
     if not path.is_file():
         raise UserError(f"{folder} is incomplete: scheduler/scheduler_config.json is missing")
-    name = guarded(path, lambda: json.loads(path.read_text()).get("_class_name", ""))
+    name = read_object(path).get("_class_name", "")
     # Exported models may name our own scheduler, which lies in a layer above this one.
     home = importlib.import_module(OUR_SCHEDULER[0]) if name == OUR_SCHEDULER[1] else diffusers
     kind = getattr(home, str(name), None)
-    if kind is None:
-        raise UserError(f"{path} names the scheduler {name!r}, which diffusers does not have")
+    # Another class of diffusers would be read from this folder too, its weights from a pickle if it found one.
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise UserError(f"{path} names the scheduler {name!r}, which diffusers does not have: restore the original")
     return guarded(path, lambda: kind.from_pretrained(path.parent, local_files_only=True))
 
 
@@ -302,4 +417,5 @@ def guarded(path: Path, read: Any) -> Any:
         return read()
     except Exception as error:  # libraries raise many kinds for a damaged file; all mean the same to the user
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read {path}: {reason}; restore it from the original checkpoint") from error
+        mend = "apexflow runs none" if "custom code" in reason else "restore it from the original checkpoint"
+        raise UserError(f"cannot read {path}: {reason}; {mend}") from error

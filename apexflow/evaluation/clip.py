@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from apexflow.backbones.parts import SAFELY
 from apexflow.errors import UserError
 from apexflow.evaluation.loading import guarded, load_network
 
@@ -75,7 +76,7 @@ class Clip:
         activations = {model.config.text_config.hidden_act, model.config.vision_config.hidden_act}
         if activations != {activation}:
             raise UserError(f"the CLIP in {folder} uses {sorted(activations)}: take one with hidden_act {activation}")
-        tokenizer = guarded(folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        tokenizer = guarded(folder, lambda: AutoTokenizer.from_pretrained(folder, **SAFELY))
         # Without its files transformers makes an empty tokenizer, to which all texts are the same.
         words, known = len(tokenizer), model.config.text_config.vocab_size
         if words < known:

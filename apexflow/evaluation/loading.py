@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from apexflow.backbones.parts import SAFELY
 from apexflow.errors import UserError
 
 T = TypeVar("T")
@@ -18,7 +19,7 @@ def load_network(kind: Any, folder: str | Path, unused: tuple[str, ...] = ()) ->
 
     transformers itself would draw the weights that it does not find.
     """
-    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    options = {**SAFELY, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     model, info = guarded(folder, lambda: kind.from_pretrained(folder, **options))
     lacking = [name for name in sorted(info["missing_keys"]) if not name.endswith(unused)]
     if lacking:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from apexflow.backbones.parts import SAFELY
 from apexflow.data.fingerprint import fingerprint
 from apexflow.errors import UserError
 from apexflow.evaluation.judge import Message
@@ -29,9 +30,9 @@ class LocalJudge:
         if not folder.is_dir():
             raise UserError(f"no judge at {folder}: name an http:// address or the folder of a vision-language model")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        how: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
+        how: dict[str, Any] = {**SAFELY, "use_safetensors": True, "dtype": dtype}
         try:
-            self.processor: Any = guarded(folder, lambda: AutoProcessor.from_pretrained(folder, local_files_only=True))
+            self.processor: Any = guarded(folder, lambda: AutoProcessor.from_pretrained(folder, **SAFELY))
         except UserError as error:
             if isinstance(error.__cause__, ImportError):  # Qwen's look into videos through torchvision
                 raise UserError(f"{error}; pip install 'apexflow[judge]' brings what it asks for") from error

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones.parts import quiet
+from apexflow.backbones.second_time import second_time_of
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
@@ -156,7 +157,8 @@ def _generation(generator: Generator, settings: Settings, prompts: Sequence[Prom
     times = generator.times(settings.steps, (size, size))
     backbone.latent_shape((size, size))  # tells of a size that the model cannot draw before the folder is taken
     guidance = backbone.settings.guidance if settings.guidance is None else settings.guidance
-    check_sampling(guidance, settings.kappa, settings.rho, settings.order)
+    jumps = second_time_of(backbone.transformer) is not None
+    check_sampling(guidance, settings.kappa, settings.rho, settings.order, jumps)
     return asdict(settings) | {
         "steps": len(times) - 1,
         "guidance": guidance,

@@ -16,9 +16,10 @@ from apexflow.backbones import (
     load_backbone,
     read_settings,
     resolve,
+    second_time,
 )
 from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index
-from apexflow.backbones.parts import index_entry, weight_shapes
+from apexflow.backbones.parts import check_whole, index_entry, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
 from apexflow.export.merge import check_lora, merge_into, read_lora
@@ -77,10 +78,16 @@ def export(
 
 def find_source(source: str, base: str | None) -> Source:
     """What a name given to `apexflow export` stands for; UserError if it is nothing that can be exported."""
+    if not source:
+        raise UserError("the name of what to export is empty: give the folder of a run, a model, or a LoRA file")
     path = Path(source)
-    if (path / "recipe.json").is_file():
+    is_run = (path / "recipe.json").is_file()
+    is_lora = not is_run and (path.suffix == ".safetensors" or (path / FILE).is_file())
+    if base is not None and not is_lora:
+        raise UserError(f"{source} is no LoRA file, so it belongs to no other model: leave out --base")
+    if is_run:
         return _run(path)
-    if path.suffix == ".safetensors" or (path / FILE).is_file():
+    if is_lora:
         file = path / FILE if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"{file} does not exist")
@@ -124,13 +131,16 @@ def _whole(found: Source, partial: Path) -> None:
     if found.lora is not None and not found.merged:
         pairs = read_lora(found.lora)
         check_lora(found.lora, pairs, model / found.backbone.network_part)
+    # What lacks a part, or holds a truncated file, must not leave here.
+    check_whole(model, found.backbone.kinds)
+    second_time.load(found.backbone.transformer, model)
     parts = [name for name in components(model) if (model / name).is_dir()]
     for name in parts:
         if list((model / name).glob("*.safetensors")):
-            weight_shapes(model / name)  # a truncated file must not leave here
+            weight_shapes(model / name)
     for name in parts:
         copy_part(model / name, partial / name)
-    for file in (path for pattern in (INDEX, *OWN, "LICENSE*") for path in model.glob(pattern)):
+    for file in (path for pattern in (INDEX, *OWN, "LICENSE*") for path in model.glob(pattern) if path.is_file()):
         shutil.copyfile(file, partial / file.name)
     if pairs is not None:
         merge_into(partial / found.backbone.network_part, pairs)
@@ -178,16 +188,16 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     if chosen == "any-step":
         lines.append("import apexflow.export  # the scheduler's class")
     dtype = suited_on_gpu(found.model, found.name, found.settings.card)  # what our own loader takes
-    lines.append(f'pipe = diffusers.{pipeline}.from_pretrained("{loaded}", torch_dtype={dtype}).to("cuda")')
+    lines.append(f'pipe = diffusers.{pipeline}.from_pretrained({loaded!r}, torch_dtype={dtype}).to("cuda")')
     if kind == "lora":
-        lines.append(f'pipe.load_lora_weights("{output}")')
+        lines.append(f"pipe.load_lora_weights({str(output)!r})")
         if chosen != "original":
             name = "apexflow.export.AnyStepScheduler" if chosen == "any-step" else STOCK
-            lines.append(f'pipe.scheduler = {name}.from_pretrained("{output}", subfolder="scheduler")')
+            lines.append(f'pipe.scheduler = {name}.from_pretrained({str(output)!r}, subfolder="scheduler")')
     call = ", ".join(f"{name}={value!r}" for name, value in options.items())
     lines.append(f'picture = pipe("a red cube", {call}).images[0]')
     code = "\n".join(lines)
-    return f"# {output.name}\n\nMade by `apexflow export`. With stock diffusers:\n\n```python\n{code}\n```\n"
+    return f"# {' '.join(output.name.split())}\n\nMade by `apexflow export`. With stock diffusers:\n\n```python\n{code}\n```\n"
 
 
 STOCK = "diffusers.FlowMatchEulerDiscreteScheduler"

@@ -58,16 +58,20 @@ def read_lora(path: Path) -> dict[str, Pair]:
     try:
         said = {key.removeprefix(f"{prefix}."): value for key, value in metadata.items()}
         scales = {module: _scale(said, module.removeprefix(f"{prefix}.")) for module in sorted(modules)}
-    except (AttributeError, TypeError, ValueError, ArithmeticError, re.error) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"{path} does not say its scale (lora_adapter_metadata: {error}): export the LoRA again"
         ) from error
-    return {
+    pairs = {
         module.removeprefix(f"{prefix}."): Pair(
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"], scale
         )
         for module, scale in scales.items()
     }
+    for module, pair in pairs.items():
+        if fault := _fault(pair):
+            raise UserError(f"{path} is damaged: {module}: {fault}; restore the LoRA file")
+    return pairs
 
 
 def _scale(said: Mapping[str, Any], module: str) -> float:
@@ -75,13 +79,39 @@ def _scale(said: Mapping[str, Any], module: str) -> float:
 
     def setting(name: str, pattern: str) -> Any:
         special = (said.get(pattern) or {}).items()
-        return next((value for key, value in special if re.match(rf"(.*\.)?({key})$", module)), said.get(name, 1))
+        return next((value for key, value in special if _names(key, module)), said.get(name, 1))
 
     alpha, rank = setting("lora_alpha", "alpha_pattern"), setting("r", "rank_pattern")
+    if isinstance(alpha, bool) or isinstance(rank, bool) or not (alpha > 0 and rank > 0):
+        raise ValueError(f"alpha {alpha}, rank {rank}")
     scale = alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
-    if not (rank > 0 and math.isfinite(scale)):
+    if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"alpha {alpha}, rank {rank}")
     return scale
+
+
+def _names(key: str, module: str) -> bool:
+    """Whether the key of a pattern of peft's names a module: by its whole name after "^", else by that or its last parts.
+
+    Keys are regular expressions to peft, but names as it and diffusers write them; ValueError for any other, since one from a
+    file may run for ever.
+    """
+    name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{key!r} is no name of a module")
+    return module == name or (not key.startswith("^") and module.endswith(f".{name}"))
+
+
+def _fault(pair: Pair) -> str | None:
+    """What is wrong with a pair of any model."""
+    for side in (pair.down, pair.up):
+        if not side.is_floating_point():
+            return f"it holds {str(side.dtype).removeprefix('torch.')}, no real numbers"
+        if side.ndim < 2 or not side.numel():
+            return f"a tensor of the shape {tuple(side.shape)} is no side of a product"
+        if not bool(side.float().isfinite().all()):
+            return "it holds what is not a finite number"
+    return None
 
 
 def check_lora(path: Path, pairs: dict[str, Pair], part: Path) -> None:

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from apexflow.sampler import extrapolate, refresh, shift_times, time_grid
+from apexflow.sampler import check_times, extrapolate, refresh, shift_times, time_grid
 from apexflow.transport import LINEAR
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -184,12 +184,6 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self._unit
-
-
-def check_times(times: Tensor) -> None:
-    """ValueError unless `times` is a grid: at least two times, strictly descending from at most 1 to exactly 0."""
-    if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()) or times[0] > 1 or times[-1] != 0:
-        raise ValueError(f"times must descend strictly within [0, 1] and end at 0, got {times.tolist()}")
 
 
 def _floats(values: Sequence[float]) -> list[float]:

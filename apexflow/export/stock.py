@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from apexflow.backbones import Backbone, Settings
-from apexflow.export.scheduler import check_times
-from apexflow.sampler import shift_times, time_grid
+from apexflow.sampler import check_times, shift_times, time_grid
 
 
 def stock_scheduler_config(

@@ -154,6 +154,35 @@ def test_a_tokenizer_of_older_files_is_read_and_known_again_when_saved(name, fol
     assert text_fingerprint(tmp_path / "saved", backbone.settings) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "beside"),
+    [
+        ("pixart_alpha", "transformer", "caption_projection.y_embedding"),
+        ("sdxl", "text_encoder", "text_model.embeddings.position_ids"),
+        ("sdxl", "text_encoder", "vision_model.encoder.layers.9.mlp.fc1.weight"),
+        ("sdxl", "text_encoder", "logit_scale"),
+        ("pixart_sigma", "text_encoder", "decoder.block.9.layer.0.SelfAttention.q.weight"),
+        ("z_image", "text_encoder", "lm_head.weight"),
+        ("lumina2", "text_encoder", "layers.0.self_attn.rotary_emb.inv_freq"),
+    ],
+)
+def test_what_published_weights_hold_beside_the_network_is_passed_over(name, part, beside, folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of(name), tmp_path / "m"))
+    file = next((folder / part).glob("*.safetensors"))
+    save_file(load_file(file) | {beside: torch.zeros(3)}, file, {"format": "pt"})
+    assert load_backbone(str(folder)).encode_prompts(["a cat"]).embeds.isfinite().all()
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_text_encoder_saved_under_its_head_is_read(prefix, folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of("z_image"), tmp_path / "m"))
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = {prefix + name: tensor for name, tensor in load_file(file).items()}
+    save_file(tensors | {"lm_head.weight": torch.zeros(3)}, file, {"format": "pt"})
+    ours, same = load_backbone(str(folder)), load_backbone(str(folder_of("z_image")))
+    assert torch.equal(ours.encode_prompts(["a cat"]).embeds, same.encode_prompts(["a cat"]).embeds)
+
+
 @pytest.fixture
 def hub(cluttered, monkeypatch):
     """A hub that serves one repository, and records what is asked of it."""
@@ -200,3 +229,11 @@ def test_a_hub_repository_without_an_index_is_called_so(cluttered, hub):
     (cluttered / "model_index.json").unlink()
     with pytest.raises(UserError, match="'owner/name' is no diffusers checkpoint"):
         resolve("owner/name")
+
+
+def test_what_an_index_names_is_no_pattern_for_the_hub(cluttered, hub):
+    index = cluttered / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"*": ["a", "b"]}))
+    with pytest.raises(UserError, match=r"'\*', which is no plain name"):
+        resolve("owner/name")
+    assert hub["allow_patterns"] == ["model_index.json"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import little
@@ -14,6 +16,7 @@ import torch
 import transformers
 from little import question, rows_of, settings
 from PIL import Image
+from planted import plant
 
 from apexflow.errors import UserError
 from apexflow.evaluation import wise
@@ -134,6 +137,21 @@ def test_a_local_judge_keeps_to_the_length_asked_for(judge_folder: Path, tmp_pat
         LocalJudge(tmp_path / "absent", {})
     with pytest.raises(UserError, match="cannot load"):
         LocalJudge(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_map", "said"),
+    [
+        ("config.json", {"AutoConfig": "evil.Evil"}, {"model_type": "evil"}),
+        ("processor_config.json", {"AutoProcessor": "evil.Evil"}, {"processor_class": "Evil"}),
+    ],
+)
+def test_code_beside_a_judge_is_not_run(judge_folder, tmp_path, monkeypatch, name, auto_map, said) -> None:
+    folder = Path(shutil.copytree(judge_folder, tmp_path / "judge"))
+    marker = plant(folder / name, auto_map, monkeypatch, **said)
+    with suppress(UserError):  # what transformers knows itself, it takes instead
+        LocalJudge(folder, {})
+    assert not marker.exists()
 
 
 def test_a_judge_whose_processor_needs_torchvision_says_how_to_get_it(judge_folder, monkeypatch) -> None:

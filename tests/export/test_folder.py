@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
@@ -140,14 +141,36 @@ def foreign(folder, metadata):
 def test_the_readme_of_a_lora_for_a_shipped_model_names_its_folder(tmp_path):
     file = save_lora(tuned(BUILT_IN / "mini-teacher"), tmp_path / "lora")
     export(str(file), tmp_path / "copy", base="mini-teacher")
-    named = re.search(r'from_pretrained\("([^"]+)"', (tmp_path / "copy" / "README.md").read_text())
+    named = re.search(r"from_pretrained\('([^']+)'", (tmp_path / "copy" / "README.md").read_text())
     assert named is not None and (Path(named[1]) / "model_index.json").is_file()
 
 
 def test_the_readme_of_a_model_called_as_a_shipped_one_names_the_copy(folder_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export(str(student(folder_of, "sana", tmp_path)), Path("mini-student"))
-    assert 'from_pretrained("mini-student"' in (tmp_path / "mini-student" / "README.md").read_text()
+    assert "from_pretrained('mini-student'" in (tmp_path / "mini-student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_lines_of_a_readme_are_python_whatever_the_output_is_called(lora, folder_of, tmp_path):
+    source, base = str(folder_of("sana")), None
+    if lora:
+        source, base = str(save_lora(tuned(folder_of("sana")), tmp_path / "lora")), str(folder_of("sana"))
+    output = tmp_path / "my \"best\"\n'model'"
+    export(source, output, base=base)
+    text = (output / "README.md").read_text()
+    code = re.fullmatch(r"# my \"best\" 'model'\n\n.*```python\n(.*)\n```\n", text, re.DOTALL)
+    assert code is not None
+    calls = [node for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Constant)]
+    assert str(output) in [call.value for call in calls]
+
+
+def test_a_folder_of_licenses_is_passed_over(folder_of, tmp_path):
+    model = Path(shutil.copytree(folder_of("sana"), tmp_path / "m"))
+    (model / "LICENSES").mkdir()
+    (model / "LICENSE.txt").write_text("free")
+    export(str(model), tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE.txt").is_file() and not (tmp_path / "out" / "LICENSES").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -206,7 +229,19 @@ def test_a_lora_for_another_model(folder_of, tmp_path):
 
 @pytest.mark.parametrize(
     "said",
-    [[], {"r": None}, {"r": 0}, {"r": "4"}, {"rank_pattern": [1]}, {"rank_pattern": {"(": 4}}, {"lora_alpha": 1e400}],
+    [
+        [],
+        {"r": None},
+        {"r": 0},
+        {"r": True},
+        {"r": "4"},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": {"(x+x+)+y": 4}},
+        {"lora_alpha": -1},
+        {"lora_alpha": True},
+        {"lora_alpha": 1e400},
+    ],
 )
 def test_a_lora_that_does_not_say_its_scale(folder_of, tmp_path, said):
     metadata = {f"transformer.{key}": value for key, value in said.items()} if said else said
@@ -214,11 +249,40 @@ def test_a_lora_that_does_not_say_its_scale(folder_of, tmp_path, said):
     refused(tmp_path, ("does not say its scale", str(file)), str(file), output, merge=True, base=str(folder_of("sana")))
 
 
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.tensor(1.0), "shape ()"),
+        (torch.ones(1), "shape (1,)"),
+        (torch.ones(0, 1), "shape (0, 1)"),
+        (torch.ones(1, 1, dtype=torch.int8), "int8"),
+        (torch.tensor([[float("nan")]]), "not a finite number"),
+    ],
+    ids=str,
+)
+def test_a_lora_whose_tensors_are_none(folder_of, tmp_path, tensor, words):
+    tensors = load_file(foreign(tmp_path, {})) | {"transformer.blocks.0.to_k.lora_A.weight": tensor}
+    save_file(tensors, tmp_path / FILE)
+    arguments = (str(tmp_path / FILE), tmp_path / "o")
+    refused(tmp_path, (FILE, "blocks.0.to_k", words), *arguments, merge=True, base=str(folder_of("sana")))
+
+
+def test_the_pattern_of_a_lora_is_no_search_without_end(tmp_path):
+    names = [f"transformer.{'x' * 60}.lora_{side}.weight" for side in "AB"]
+    metadata = {"transformer.alpha_pattern": {"(x+x+)+y": 2}}
+    tensors = {name: torch.ones(1, 1) for name in names}
+    save_file(tensors, tmp_path / FILE, {"lora_adapter_metadata": json.dumps(metadata)})
+    with pytest.raises(UserError, match="is no name of a module"):
+        read_lora(tmp_path / FILE)
+
+
 def test_sources_that_are_none(folder_of, tmp_path):
     output, empty = tmp_path / "o", tmp_path / "empty"
     empty.mkdir()
     refused(tmp_path, ("no run", "no model"), str(empty), output)
     refused(tmp_path, ("not found",), "nosuch", output)
+    refused(tmp_path, ("is empty",), "", output)
+    refused(tmp_path, ("no LoRA file", "leave out --base"), str(folder_of("sana")), output, base="mini-teacher")
     (empty / "recipe.json").write_text(json.dumps({"model": "x", "tuning": {"kind": "full"}}))
     refused(tmp_path, ("not finished", "--resume"), str(empty), output)
     (empty / "model").mkdir()
@@ -268,6 +332,27 @@ def test_a_one_step_student_is_asked_at_pure_noise_by_a_scheduler_of_its_own(nam
     else:
         four = call_options(backbone, replace(backbone.settings, steps=4), stock=False)["timesteps"]
         assert four[0] == 999 and all(later > earlier > 0 for later, earlier in itertools.pairwise(four))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
+def test_a_model_without_one_of_its_parts_is_not_exported(part, folder_of, tmp_path):
+    model = Path(shutil.copytree(folder_of("sana"), tmp_path / "m"))
+    index = json.loads((model / "model_index.json").read_text())
+    for entry in (None, [None, None]):
+        (model / "model_index.json").write_text(json.dumps(index | {part: entry}))
+        refused(tmp_path, (f"names no {part}",), str(model), tmp_path / "o")
+    (model / "model_index.json").write_text(json.dumps(index))
+    for weights in (model / part).glob("*.safetensors"):
+        weights.unlink()
+        refused(tmp_path, ("incomplete", f"{part}/"), str(model), tmp_path / "o")
+    shutil.rmtree(model / part)
+    refused(tmp_path, ("incomplete", f"{part}/"), str(model), tmp_path / "o")
+
+
+def test_a_second_time_that_does_not_fit_is_not_exported(folder_of, tmp_path):
+    model = Path(shutil.copytree(folder_of("sana"), tmp_path / "m"))
+    (model / "second_time.safetensors").write_bytes(b"nothing")
+    refused(tmp_path, ("second_time.safetensors does not fit",), str(model), tmp_path / "o")
 
 
 def test_a_truncated_model_and_a_full_disk(folder_of, tmp_path, monkeypatch):
