@@ -74,9 +74,9 @@ class Generator:
     ) -> list[Image.Image]:
         """One picture a prompt, by `steps` network evaluations (twice that with guidance other than 1).
 
-        What is None comes from the model's settings. Picture i depends on `seed` and i alone, not on the batch. Raises
-        UserError for steps < 1, a size that the model cannot take or a prompt that is no text; warns when a prompt is empty or
-        has no word that the model knows.
+        One step unless asked otherwise; what is None comes from the model's settings. Picture i depends on `seed` and i alone,
+        not on the batch. Raises UserError for steps < 1, a size that the model cannot take or a prompt that is no text; warns
+        when a prompt is empty or has no word that the model knows.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
@@ -122,13 +122,15 @@ class Generator:
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> list[Image.Image]:
         pictures: list[Image.Image] = []
+        latents: list[Tensor] = []
         self.finite = []
         most = MAX_BATCH // 2 if plan.guidance != 1 and self.backbone.guided_at_once else MAX_BATCH  # rows of a pass
         for start in range(0, len(prompts), most):
             part = slice(start, start + most)
             z = noise(seeds[part], plan.shape).to(self.backbone.device)
-            latents = self._sample(prompts[part], z, plan, seeds[part])
-            images = (self.decode or self.backbone.decode)(latents)
+            latents.append(self._sample(prompts[part], z, plan, seeds[part]))
+        for drawn in latents:  # after all of them: in a sharded run the others take part in the drawing alone
+            images = (self.decode or self.backbone.decode)(drawn)
             self.finite += images.isfinite().flatten(1).all(1).tolist()
             if not all(self.finite):
                 warnings.warn(f"the model's answer is not finite: {NOT_FINITE}", stacklevel=2)
@@ -261,7 +263,7 @@ def load(
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    if dtype is not None and found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UserError(f"dtype is {dtype!r}: take float32, bfloat16 or float16")
     return found
 

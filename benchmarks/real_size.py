@@ -33,7 +33,6 @@ from provenance import provenance
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import presets, write_configs
 from apexflow.files import write_json
-from apexflow.training.check import suited_objective
 from apexflow.training.config import Data, Recipe, Tuning
 from apexflow.training.distributed import own_device
 from apexflow.training.engine import Engine
@@ -44,6 +43,7 @@ from apexflow.training.plan import GIB, plan
 from apexflow.training.roles import loaded_dtype, make_roles
 from apexflow.training.run import Run, Trainee
 from apexflow.training.step import training_step
+from apexflow.training.suited import suited_objective
 
 METHODS = ("apex", "flow_matching")
 LORA = Tuning(kind="lora", rank=64, checkpointing=True)

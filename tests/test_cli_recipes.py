@@ -73,7 +73,7 @@ LAUGHS = "output: x\nobjective: {a0: &a0 [1],\n" + ",".join(
         ("output: x\nsteps: !!int seven\n", ("YAML", "seven")),
         ("output: x\nsteps: !!bool seven\n", ("YAML", "seven")),
         ("output: x\nsteps: true\n", ("steps: Input should be a number",)),
-        ("output: x\nminutes: no\n", ("minutes: Input should be a number",)),
+        ("output: x\nminutes: no\n", ("minutes: Input should be a valid number",)),
         ("output: x\noptimizer: {betas: [true, false]}\n", ("optimizer.betas",)),
         ("output: x\nobjective: {path_weight: true}\n", ("objective: path_weight: Input should be a number",)),
         ("output: x\nminutes: 1:30\n", ("minutes", "'1:30'")),

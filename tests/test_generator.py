@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import apexflow
+from apexflow.backbones import second_time
 from apexflow.errors import UserError
 from apexflow.generator import Generator
 
@@ -93,3 +94,33 @@ def test_a_long_prompt_is_shown_by_its_beginning() -> None:
 def test_settings_may_be_why_an_answer_is_not_finite() -> None:
     with pytest.warns(UserWarning, match="not finite: the weights are .*, or guidance or kappa is too large"):
         apexflow.load("mini-student", "cpu").generate("a red star", 1, guidance=-1e300)
+
+
+@pytest.mark.parametrize("with_second_time", [False, True])
+@pytest.mark.parametrize("prompts", [[PROMPT], [PROMPT, "a photo of three green hearts"]], ids=len)
+def test_guidance_asks_once_a_step_where_the_family_allows_and_draws_the_same(
+    prompts: list[str], with_second_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = apexflow.load("mini-teacher", "cpu")
+    network, kind = model.backbone.transformer, type(model.backbone)
+    if with_second_time:
+        torch.manual_seed(0)
+        for parameter in second_time.attach(network).parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape)  # a fresh one adds nothing
+    rows: list[int] = []
+    plain = kind.velocity
+
+    def counted(self: Any, network: Any, x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(x_t))
+        return plain(self, network, x_t, *rest)
+
+    monkeypatch.setattr(kind, "velocity", counted)
+    drawn, asked = [], []
+    for at_once in (True, False):
+        monkeypatch.setattr(kind, "guided_at_once", at_once)
+        rows.clear()
+        drawn.append([np.asarray(picture, int) for picture in model.generate(prompts, 2, guidance=2.5)])
+        asked.append(list(rows))
+        assert model.evaluations == 4
+    assert asked == [[2 * len(prompts)] * 2, [len(prompts)] * 4]
+    assert np.abs(np.subtract(*drawn)).max() <= 1

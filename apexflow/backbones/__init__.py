@@ -17,10 +17,8 @@ from apexflow.backbones import hub, second_time
 from apexflow.backbones.folder import INDEX, PICKLES, read_index
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError, check_built_in
-from apexflow.sampler import check_times
+from apexflow.sampler import MOST_STEPS, check_times
 from apexflow.transport import Transport
-
-MOST_STEPS = 100_000  # of what a model may say for itself: more are no one's wish
 
 
 def _grid(times: list[float] | None) -> list[float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +22,9 @@ from apexflow.conditioning import Condition
 class StableDiffusionXL(Family):
     """A `StableDiffusionXLPipeline` folder; `discrete_vp` says how epsilon becomes F and what happens above `t_max`.
 
-    A U-Net that takes a guidance scale (LCM-SDXL) is fed `settings.embedded_guidance`, by default 8. The sizes that it
-    takes are those of the picture, uncropped. CLIP's padding is attended: conditions carry no
-    mask and one given is not read.
+    A U-Net that takes a guidance scale (LCM-SDXL) is fed `settings.embedded_guidance`, by default 8, and is drawn in four steps
+    without other guidance. The sizes that it takes are those of the picture, uncropped. CLIP's padding is attended: conditions
+    carry no mask and one given is not read.
     """
 
     family: ClassVar[str] = "sdxl"
@@ -62,7 +63,9 @@ class StableDiffusionXL(Family):
             "tokenizer_2": AutoTokenizer,
         }
         zero_null = bool(read_index(folder).get("force_zeros_for_empty_prompt", True))
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults), zero_null)
+        parts = load_parts(folder, kinds, device, dtype, hollow)
+        defaults = cls.defaults if parts["unet"].config.time_cond_proj_dim is None else LCM
+        return cls(parts, read_settings(folder, defaults), zero_null)
 
     @property
     def text_width(self) -> tuple[int, int | None]:
@@ -129,3 +132,6 @@ class StableDiffusionXL(Family):
 
     def index(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.zero_null}
+
+
+LCM = replace(StableDiffusionXL.defaults, steps=4, guidance=1.0)

@@ -60,7 +60,8 @@ def read_lora(path: Path) -> dict[str, Pair]:
         scales = {module: _scale(said, module.removeprefix(f"{prefix}.")) for module in sorted(modules)}
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
-            f"{path} does not say its scale (lora_adapter_metadata: {error}): export the LoRA again"
+            f"{path} does not say its scale so that it can be read (lora_adapter_metadata: {error}): export the LoRA again, or "
+            "merge it with diffusers"
         ) from error
     pairs = {
         module.removeprefix(f"{prefix}."): Pair(

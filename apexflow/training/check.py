@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from apexflow.backbones import Backbone, check_shift
+from apexflow.backbones import Backbone
 from apexflow.data.cache import CachedSet
 from apexflow.data.readers import recognise
 from apexflow.errors import UserError
@@ -46,18 +46,6 @@ def check_data(recipe: Recipe, finished: Path | None) -> None:
         found = sum(1 for _ in islice(origin.samples(broken), recipe.batch))
         if not broken:  # what cannot be read is told with its reason when the cache is made
             check_batch(recipe, found)
-
-
-def suited_objective(recipe: Recipe, backbone: Backbone, teacher: Backbone | None = None) -> Objective:
-    """The recipe's objective; what it does not give of condition shift and guidance is the model's and its teacher's own.
-
-    UserError for a shift that the family cannot see.
-    """
-    scale = (teacher or backbone).settings.guidance
-    objective = recipe.build_objective().for_model(backbone.shift_defaults, scale, recipe.objective)
-    if objective.condition_shift is not None:
-        check_shift(backbone, *objective.condition_shift)
-    return objective
 
 
 def check_pictures(recipe: Recipe, pictures: bool) -> None:

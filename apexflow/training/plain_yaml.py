@@ -13,6 +13,7 @@ from yaml.reader import ReaderError
 from yaml.scanner import ScannerError
 
 WHOLE, FRACTION = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"  # YAML's numbers
+TRUTH, DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 DECIMAL = re.compile(
     r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
@@ -38,11 +39,13 @@ def fault(error: yaml.YAMLError) -> str:
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML as people read it: numbers are decimal (not 010 as 8, nor 1:30 as 90), and 3e-4 is one; a key is given once, for of
-    two nobody would see which counts; an alias stands for no more than is written."""
+    """YAML as people read it: numbers are decimal (not 010 as 8, nor 1:30 as 90), and 3e-4 is one; true and false alone are truth
+    values (not on and no), and a date is text; a key is given once, for of two nobody would see which counts; an alias stands
+    for no more than is written.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in known if tag not in (WHOLE, FRACTION)]
+        first: [(tag, pattern) for tag, pattern in known if tag not in (WHOLE, FRACTION, TRUTH, DATE)]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -76,4 +79,5 @@ class _Plain(yaml.SafeLoader):
 
 _Plain.add_implicit_resolver(WHOLE, re.compile(r"^[-+]?[0-9][0-9_]*$"), [*"-+0123456789"])
 _Plain.add_implicit_resolver(FRACTION, DECIMAL, [*"-+.0123456789"])
+_Plain.add_implicit_resolver(TRUTH, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
 _Plain.add_constructor(WHOLE, _Plain.construct_whole)

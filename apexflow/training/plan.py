@@ -14,7 +14,6 @@ import torch
 from apexflow.backbones import BUILT_IN, Backbone
 from apexflow.backbones.parts import bytes_of
 from apexflow.backbones.presets import load_shapes
-from apexflow.training.check import suited_objective
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import rows_each
 from apexflow.training.engine import parallel_kind
@@ -22,6 +21,7 @@ from apexflow.training.memory import activations, kept_for_backward, network_siz
 from apexflow.training.passes import Pass, trace_passes
 from apexflow.training.roles import checkpointed, loaded_dtype
 from apexflow.training.storage import Kind
+from apexflow.training.suited import suited_objective
 
 GIB = 2**30
 # Not counted but allowed for: the CUDA context, workspaces of the kernels, and what the allocator loses to fragments. Both were

@@ -24,11 +24,12 @@ from apexflow.files import new_folder
 from apexflow.locking import alone_in
 from apexflow.objectives import Objective
 from apexflow.progress import counted
-from apexflow.training.check import check_batch, check_data, check_networks, check_teacher, suited_objective
+from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
 from apexflow.training.config import Data, Recipe
 from apexflow.training.distributed import world
 from apexflow.training.engine import memory_of, parallel_kind
 from apexflow.training.roles import loaded_dtype
+from apexflow.training.suited import suited_objective
 
 CACHE_HOME = Path("runs") / "cache"
 # What two models are asked to tell whether their encoders are the same.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from apexflow.backbones import Backbone, Settings, second_time
 from apexflow.errors import Diverged
@@ -34,6 +35,8 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
         guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
         card={"recipe": recipe.to_dict()} | card,
     )
+    with together():
+        _check_finite(roles.average, folder)
     if isinstance(roles, LoraRoles):
         roles.gather_average()
         with together():
@@ -43,16 +46,16 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
     with together():
         if leads():
             with roles.shipped():
-                encoders = [backbone.text_encoder] if recipe.tuning.text_encoder else []
-                _check_finite([transformer, *encoders], folder)
                 tuned, backbone.transformer = backbone.transformer, transformer
                 _write(backbone, settings, folder)
                 backbone.transformer = tuned
     return folder / "model"
 
 
-def _check_finite(networks: Sequence[nn.Module], folder: Path) -> None:
-    if all(bool(weight.isfinite().all()) for network in networks for weight in network.parameters()):
+def _check_finite(average: Mapping[str, Tensor], folder: Path) -> None:
+    """Of sharded weights each process looks at its own."""
+    shares = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in average.values())
+    if all(bool(share.isfinite().all()) for share in shares):
         return
     raise Diverged(
         f"the weights that {folder} has trained are not finite, and no model is saved of them: delete its last checkpoints "
