@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -223,6 +224,9 @@ data_app.command("scenes")(data_scenes)
 
 def main() -> None:
     """Entry point: every mistake of the user is one line and exit code 2."""
+    # Read when torch loads: its threads then sleep soon while they wait for one another. By default they spin, and beside any
+    # other program that takes the core of one of them from time to time, all are about ten times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)

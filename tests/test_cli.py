@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,3 +235,16 @@ def test_out_of_memory_says_what_the_plan_says(
 def test_a_shift_that_the_model_cannot_see_and_a_side_that_it_cannot_take(run: Run, recipe_file: Path) -> None:
     refused(run("train", recipe_file, "data.size=50"), "50", "multiples")
     refused(run("train", recipe_file, "tuning.storage=fp8"), "tuning.storage", "tuning.kind=lora")
+
+
+def test_threads_are_told_not_to_spin_before_torch_is_there() -> None:
+    lines = (
+        "import os, sys",
+        "from apexflow import cli",
+        "sys.argv = ['apexflow', '--version']",
+        "try: cli.main()",
+        "except SystemExit: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)",
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=environment)
+    assert done.stdout.split()[-2:] == ["1000", "False"], done.stderr
