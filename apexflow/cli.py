@@ -224,8 +224,8 @@ data_app.command("scenes")(data_scenes)
 
 def main() -> None:
     """Entry point: every mistake of the user is one line and exit code 2."""
-    # Read when torch loads: its threads then sleep soon while they wait for one another. By default they spin, and beside any
-    # other program that takes the core of one of them from time to time, all are about ten times slower.
+    # Read when torch loads: its threads then sleep soon while they wait for one another. By default they spin, which beside
+    # another busy program made a training run on two cores six times slower (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", category=DeprecationWarning)

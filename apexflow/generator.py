@@ -122,14 +122,13 @@ class Generator:
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> list[Image.Image]:
         pictures: list[Image.Image] = []
-        latents: list[Tensor] = []
         self.finite = []
         most = MAX_BATCH // 2 if plan.guidance != 1 and self.backbone.guided_at_once else MAX_BATCH  # rows of a pass
-        for start in range(0, len(prompts), most):
-            part = slice(start, start + most)
-            z = noise(seeds[part], plan.shape).to(self.backbone.device)
-            latents.append(self._sample(prompts[part], z, plan, seeds[part]))
-        for drawn in latents:  # after all of them: in a sharded run the others take part in the drawing alone
+        latents = (
+            self._sample(prompts[at : at + most], seeds[at : at + most], plan) for at in range(0, len(prompts), most)
+        )
+        # A decoder of its own works alone, in a sharded run: the drawing, in which all processes take part, is done by then.
+        for drawn in latents if self.decode is None else list(latents):
             images = (self.decode or self.backbone.decode)(drawn)
             self.finite += images.isfinite().flatten(1).all(1).tolist()
             if not all(self.finite):
@@ -151,14 +150,9 @@ class Generator:
         shift = self.backbone.time_shift if size is None else self.backbone.time_shift_at(size)
         return shift_times(time_grid(steps), shift)
 
-    def _sample(
-        self,
-        prompts: Sequence[str],
-        z: Tensor,
-        plan: Sampling,
-        seeds: Sequence[tuple[int, int]],
-    ) -> Tensor:
+    def _sample(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> Tensor:
         backbone, guidance = self.backbone, plan.guidance
+        z = noise(seeds, plan.shape).to(backbone.device)
         # While training, the encoders do not stand on the transformer's device.
         c = self.encode(prompts).to(backbone.device)
         null = self.encode([""]).expand(len(prompts)).to(backbone.device) if guidance != 1 else None

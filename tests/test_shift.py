@@ -10,8 +10,7 @@ import pytest
 from apexflow.errors import UserError
 from apexflow.objectives import guided, objectives
 from apexflow.training.config import Recipe
-from apexflow.training.run import changed
-from apexflow.training.suited import saying, suited_objective
+from apexflow.training.suited import suited_objective
 
 
 def family(normalizes: bool = False, guidance: float = 4.0) -> SimpleNamespace:
@@ -64,14 +63,3 @@ def test_no_guidance_is_put_on_top_of_a_teacher_that_is_drawn_without(method: st
     }
     kept = suited_objective(Recipe(output="x", method=method, objective=given), family(guidance=1.0))
     assert guided(kept, 3.0) == {name: getattr(kept, name) for name in given}
-
-
-def test_a_run_says_what_its_model_has_put_in_so_that_a_resume_can_tell() -> None:
-    recipe = Recipe(output="x", objective={"b": 2.0})
-    said = saying(recipe, suited_objective(recipe, family()))
-    assert said.objective == {"a": -0.7, "b": 2.0, "guidance": 4.0}
-    assert suited_objective(said, family(guidance=1.0)).guidance == 4.0
-    assert changed(said.to_dict(), saying(recipe, suited_objective(recipe, family(guidance=1.0))).to_dict())
-    assert saying(said, suited_objective(said, family())) == said
-    nested = Recipe(output="x", method="sana_sprint")
-    assert saying(nested, suited_objective(nested, family(guidance=1.0))).build_objective().scm.guidance == 1.0

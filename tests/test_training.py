@@ -517,3 +517,27 @@ def test_moments_in_eight_bits_are_resumed(recipe_file: Path, tmp_path: Path, mo
     assert_same(run.roles.trained, again.roles.trained)
     states = [list(one.trainees["student"].optimizer.state.values()) for one in (run, again)]
     assert [s["step"] for s in states[0]] == [s["step"] for s in states[1]] and states[0][0]["step"] == 3
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_resumed_run_tells_what_its_model_says_otherwise(
+    recipe_file: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], told: bool
+) -> None:
+    """No recipe says the scale at which its teacher is drawn; a checkpoint does, and one of before then compares recipes."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    settings = json.loads((model / "apexflow.json").read_text())
+    ways = [f"model={model}", "checkpoint_every=1", f"output={tmp_path / 'scaled'}"]
+    (model / "apexflow.json").write_text(json.dumps(settings | {"guidance": 4.0}))
+    train(load_recipe(recipe_file, [*ways, "steps=1"]))
+    assert json.loads((tmp_path / "scaled" / "recipe.json").read_text())["objective"] == {}
+    train(load_recipe(recipe_file, [*ways, "steps=1"]), resume=True)  # ended, and nothing is otherwise
+    (state,) = (tmp_path / "scaled" / "checkpoints").glob("*/state.json")
+    if not told:
+        kept = json.loads(state.read_text())
+        assert kept.pop("objective")["guidance"] == 4.0
+        state.write_text(json.dumps(kept))
+    (model / "apexflow.json").write_text(json.dumps(settings | {"guidance": 3.0}))
+    capsys.readouterr()
+    train(load_recipe(recipe_file, [*ways, "steps=2"]), resume=True)
+    seen = "".join(capsys.readouterr())
+    assert ("objective.guidance 3.0 instead of 4.0" in " ".join(seen.split())) == told

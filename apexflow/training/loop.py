@@ -37,7 +37,6 @@ from apexflow.training.saving import save_model
 from apexflow.training.sharding import Place, all_processes, spread
 from apexflow.training.step import training_step
 from apexflow.training.storage import storing
-from apexflow.training.suited import saying
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -92,7 +91,6 @@ def start(recipe: Recipe, resume: bool) -> Run:
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
     made = in_turn(lambda: prepare(recipe, folder, device))
     backbone, objective = made.backbone, made.objective
-    recipe = saying(recipe, objective)
     multiply_in_tf32(backbone.transformer, device)
     null = null_condition(recipe, backbone, made.data).to(device)
     with together():

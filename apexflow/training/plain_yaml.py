@@ -40,7 +40,7 @@ def fault(error: yaml.YAMLError) -> str:
 
 class _Plain(yaml.SafeLoader):
     """YAML as people read it: numbers are decimal (not 010 as 8, nor 1:30 as 90), and 3e-4 is one; true and false alone are truth
-    values (not on and no), and a date is text; a key is given once, for of two nobody would see which counts; an alias stands
+    values (on and no are text, as a date is); a key is given once, for of two nobody would see which counts; an alias stands
     for no more than is written.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def save(run: Run) -> Path:
         "memory": {f"{rank()}/{name}": tensor for name, tensor in run.memory.items()},
     }
     state = {"step": run.step, "bad": run.bad, "seconds": run.seconds, "world": world(), "recipe": run.recipe.to_dict()}
+    state["objective"] = asdict(run.objective)  # with what its model has put in, which no recipe says
     return save_checkpoint(run.folder / CHECKPOINTS, Checkpoint(tensors, state), run.recipe.keep)
 
 
@@ -140,6 +141,9 @@ def restore(run: Run, path: Path) -> None:
     console.print(f"resumed {path}")
     before = state["recipe"] | {"output": run.recipe.output}  # a folder may be moved
     said = changed(before, run.recipe.to_dict())
+    if isinstance(objective := state.get("objective"), dict):
+        said = [one for one in said if not one.startswith("objective ")]
+        said += changed(objective, asdict(run.objective), "objective.")
     _check_left(run, said)
     if said:
         console.print(f"other settings than at the last step: {', '.join(said)}")
@@ -168,7 +172,9 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any], section: str = ""
     said = []
     for key, old in before.items():
         new = json.loads(json.dumps(now.get(key, old)))  # as a checkpoint keeps it
-        if isinstance(old, dict) and isinstance(new, dict) and key != "objective":  # which names no more than was given
+        if (
+            isinstance(old, dict) and isinstance(new, dict) and key != "objective"
+        ):  # which in a recipe names no more than was given
             said += changed(old, new, f"{section}{key}.")
         elif new != old:
             said.append(f"{section}{key} {new} instead of {old}")

@@ -25,7 +25,7 @@ from apexflow.training.roles import Roles
 def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, card: dict[str, Any]) -> Path:
     """Write `folder/model` as a diffusers folder, whole or not at all; a LoRA is merged there, and alone in `folder/lora`.
 
-    All processes take part, one writes. Diverged where what would be saved is not finite.
+    All processes take part, one writes. Diverged where the averaged weights are not finite.
     """
     # A student is drawn as its previews were, a teacher as the model that it went on from.
     default: Settings | Preview = backbone.settings if recipe.build_objective().keeps_sampling else recipe.preview

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass, replace
-
 from apexflow.backbones import Backbone, check_shift
 from apexflow.objectives import Objective
 from apexflow.training.config import Recipe
@@ -19,11 +17,3 @@ def suited_objective(recipe: Recipe, backbone: Backbone, teacher: Backbone | Non
     if objective.condition_shift is not None:
         check_shift(backbone, *objective.condition_shift)
     return objective
-
-
-def saying(recipe: Recipe, objective: Objective) -> Recipe:
-    """The recipe with what its model has put in said: a run is resumed with that, or told that the model now says otherwise."""
-    plain, suited = vars(recipe.build_objective()), vars(objective)
-    said = {name: value for name, value in suited.items() if value != plain[name]}
-    whole = {name: asdict(value) if is_dataclass(value) else value for name, value in said.items()}  # type: ignore[arg-type]
-    return replace(recipe, objective=recipe.objective | whole)
