@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Family, pack, unpack
-from apexflow.backbones.parts import compute_dtype, load_parts, running_dtype
+from apexflow.backbones.parts import load_parts
+from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import clip_states, t5_states
 from apexflow.conditioning import Condition
 

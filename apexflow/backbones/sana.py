@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Family, stock_parameters
-from apexflow.backbones.parts import compute_dtype, load_parts
+from apexflow.backbones.parts import load_parts
+from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import device_of, tokenize, unknown_words
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings
-from apexflow.backbones.parts import compute_dtype
+from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.sana import Sana
 from apexflow.conditioning import Condition
 

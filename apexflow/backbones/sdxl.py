@@ -14,7 +14,8 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.discrete_vp import DiscreteVP
 from apexflow.backbones.family import Family
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import compute_dtype, load_parts
+from apexflow.backbones.parts import load_parts
+from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import clip_states, is_null
 from apexflow.conditioning import Condition
 

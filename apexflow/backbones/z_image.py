@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Family
-from apexflow.backbones.parts import compute_dtype, load_parts
+from apexflow.backbones.parts import load_parts
+from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import decoder_states, rows_of
 from apexflow.conditioning import Condition
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apexflow.backbones import Backbone
-from apexflow.backbones.parts import bytes_of
+from apexflow.backbones.precision import bytes_of
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Networks
 from apexflow.training.config import Recipe

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from apexflow.backbones import Backbone
-from apexflow.backbones.parts import multiply_in_tf32
+from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
 from apexflow.errors import Stopped, UserError, is_taken, writing
 from apexflow.evaluation.runner import Settings, evaluate

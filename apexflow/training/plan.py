@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones import BUILT_IN, Backbone
-from apexflow.backbones.parts import bytes_of
+from apexflow.backbones.precision import bytes_of
 from apexflow.backbones.presets import load_shapes
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import rows_each

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apexflow.backbones import Backbone, second_time
-from apexflow.backbones.parts import is_large
+from apexflow.backbones.precision import is_large
 from apexflow.conditioning import Condition
 from apexflow.objectives import Field, Networks
 from apexflow.training.adapters import LoraRoles

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import second_time
-from apexflow.backbones.parts import compute_dtype
+from apexflow.backbones.precision import compute_dtype
 from apexflow.errors import UserError
 
 Kind = Literal["fp8", "nf4"]

@@ -8,7 +8,7 @@ import torch
 from tiny import BUILDERS
 
 from apexflow import generator
-from apexflow.backbones import load_backbone, parts
+from apexflow.backbones import load_backbone, precision
 from apexflow.generator import load, suited_dtype
 
 PROMPTS = ["a red cube", "a cat"]
@@ -39,10 +39,10 @@ def test_large_networks_in_float32_multiply_in_tf32_on_a_gpu(folder_of, monkeypa
     whole, half = (
         load_backbone(str(folder_of("sana")), "cpu", dtype).transformer for dtype in (torch.float32, torch.bfloat16)
     )
-    parts.multiply_in_tf32(whole, "cuda")  # small
-    monkeypatch.setattr(parts, "LARGE", 1000)
-    parts.multiply_in_tf32(whole, "cpu")
-    parts.multiply_in_tf32(half, "cuda")
+    precision.multiply_in_tf32(whole, "cuda")  # small
+    monkeypatch.setattr(precision, "LARGE", 1000)
+    precision.multiply_in_tf32(whole, "cpu")
+    precision.multiply_in_tf32(half, "cuda")
     assert asked == []
-    parts.multiply_in_tf32(whole, torch.device("cuda", 1))
+    precision.multiply_in_tf32(whole, torch.device("cuda", 1))
     assert asked == ["high"]
