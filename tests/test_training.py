@@ -232,7 +232,7 @@ def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(
 ) -> None:
     run = start(load_recipe(recipe_file, ["bad_steps=3"]), resume=False)
     before = {name: p.detach().clone() for name, p in run.roles.trained.items()}
-    shape = run.data.index["latent_shape"]
+    shape = run.data.latents([0]).shape[1:]
     monkeypatch.setattr(run.data, "latents", lambda rows: torch.full((len(rows), *shape), float("nan")))
     assert training_step(run)["skipped"] == 1
     training_step(run)
