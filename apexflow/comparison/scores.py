@@ -16,12 +16,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from apexflow.comparison.plan import TEACHER, Plan
 from apexflow.data.cache import CachedSet
+from apexflow.data.pictures import PICTURES
 from apexflow.data.scenes import scenes
 from apexflow.evaluation.drawing import features
 from apexflow.evaluation.fid import fid_from_statistics, statistics
 from apexflow.evaluation.files import open_picture
 from apexflow.evaluation.runner import Settings, evaluate, over_seeds
-from apexflow.evaluation.suite import SUFFIXES
 from apexflow.generator import MAX_BATCH, Generator, load
 from apexflow.objectives import objectives
 
@@ -78,7 +78,7 @@ def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
 
 
 def _pictures_features(generator: Generator, folder: Path) -> Tensor:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in PICTURES)
     shape = generator.backbone.latent_shape((generator.backbone.default_size,) * 2)
     parts = []
     for begin in range(0, len(paths), MAX_BATCH):

@@ -15,7 +15,6 @@ from PIL import Image
 from apexflow.data.pictures import open_upright
 from apexflow.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Where a caption is looked for: the .txt beside a picture first. input_prompt is ShareGPT-4o-Image's.
 CAPTIONS = ("txt", "caption", "prompt", "text", "input_prompt")
 Loaded = tuple[bytes | None, Mapping[str, Any]]  # a picture's bytes, None where it is not there, and fields of text

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from apexflow.data.pictures import PICTURES
 from apexflow.errors import UserError
-from apexflow.evaluation.files import SUFFIXES
 from apexflow.evaluation.judge import Ask
 
 Row = dict[str, Any]
@@ -170,7 +170,7 @@ def find_by_stem(folder: Path, prompts: Sequence[Prompt], names: Sequence[str]) 
     there: dict[str, Path] = {}
     found = Found()
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+        if path.suffix.lower() in PICTURES and not path.name.startswith("."):
             stem = path.name.split(".")[0]
             if stem in there:
                 found.extra.append(path.name)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from apexflow.data.captioned import PICTURES, Loaded, Sample
+from apexflow.data.captioned import Loaded, Sample
+from apexflow.data.pictures import PICTURES
 from apexflow.data.readers import lines_of, named, read_within, text_of
 from apexflow.data.readers.tars import MANIFEST
 

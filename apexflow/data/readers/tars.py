@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apexflow.data.captioned import PICTURES, Loaded, Sample
+from apexflow.data.captioned import Loaded, Sample
+from apexflow.data.pictures import PICTURES
 from apexflow.data.readers import files_of, text_of
 
 # The list beside ShareGPT-4o-Image's tars; its twin, text_and_image_to_image.json, is for editing.

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from apexflow.data.fingerprint import fingerprint
+from apexflow.data.pictures import PICTURES
 from apexflow.errors import UserError
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.features import (
@@ -29,7 +30,7 @@ from apexflow.evaluation.features import (
     statistics,
 )
 from apexflow.evaluation.fid import Array, fid_from_statistics
-from apexflow.evaluation.files import SUFFIXES, Unreadable, open_picture
+from apexflow.evaluation.files import Unreadable, open_picture
 from apexflow.evaluation.inception import PROTOCOLS, Inception
 from apexflow.evaluation.suite import Drawing, Found, Picture, Prompt, Row, Suite, find_by_stem, needs, one_each
 from apexflow.files import read_json
@@ -217,7 +218,7 @@ class Mjhq(Suite):
 
 
 def _pictures(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not paths:
         raise UserError(f"no reference picture below {folder}: unzip mjhq30k_imgs.zip there, or name --reference")
     return paths
