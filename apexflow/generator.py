@@ -177,6 +177,11 @@ class Generator:
         return sample(velocity, z, plan.times, plan.kappa, plan.rho, plan.order, backbone.transport, fresh, jumps)
 
 
+def at_once(size: int) -> int:
+    """How many pictures of `size` pixels a side are drawn in a batch: 32 small ones, 8 of 512 or two of 1024."""
+    return max(1, min(MAX_BATCH, MAX_BATCH * 256**2 // size**2))
+
+
 def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape), row i from seeds[i] alone, drawn on the CPU so that every device gives the same picture."""
     return RowRandom.of_pictures(seeds, 0).normal(shape)
