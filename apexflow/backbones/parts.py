@@ -28,7 +28,7 @@ from apexflow.backbones.folder import (
     weight_paths,
 )
 from apexflow.backbones.precision import autoencoder_dtype
-from apexflow.errors import UserError
+from apexflow.errors import UserError, first_line
 
 READERS = "diffusers or transformers"
 # Asked of every reader of transformers: unless told, it asks on the terminal whether to run code of the checkpoint.
@@ -378,6 +378,6 @@ def guarded(path: Path, read: Any) -> Any:
     try:
         return read()
     except Exception as error:  # libraries raise many kinds for a damaged file; all mean the same to the user
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:160]
         mend = "apexflow runs none" if "custom code" in reason else "restore it from the original checkpoint"
         raise UserError(f"cannot read {path}: {reason}; {mend}") from error
