@@ -248,6 +248,11 @@ def load_backbone(
     return backbone
 
 
+def write_settings(folder: Path, settings: Settings) -> None:
+    """`apexflow.json` of a model folder."""
+    (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+
+
 def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
     """`apexflow.json` of a model folder over the family's `defaults`; UserError for a file that does not fit."""
     defaults, path = defaults or Settings(), folder / "apexflow.json"
