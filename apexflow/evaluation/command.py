@@ -85,7 +85,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Draw a suite's pictures and score them, or score pictures that are there."""
-    from apexflow.data.workers import Share, worker_device
+    from apexflow.data.workers import Share
+    from apexflow.devices import worker_device
     from apexflow.evaluation.suite import Settings, Tools
     from apexflow.progress import console
 

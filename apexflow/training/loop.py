@@ -16,10 +16,11 @@ from torch import nn
 from apexflow.backbones import Backbone
 from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
+from apexflow.devices import device_name
 from apexflow.errors import Stopped, UserError, is_taken, writing
 from apexflow.evaluation.runner import Settings, evaluate
 from apexflow.files import write_json
-from apexflow.generator import device_name, load
+from apexflow.generator import load
 from apexflow.objectives import Objective
 from apexflow.progress import Progress, console
 from apexflow.report import write_report
