@@ -12,7 +12,7 @@ from apexflow.evaluation.runner import Settings, evaluate
 from apexflow.files import write_json
 from apexflow.generator import Generator, load, picture_grid
 from apexflow.locking import alone_in
-from apexflow.report import write_report
+from apexflow.reporting.report import write_report
 from apexflow.training.config import Data, Preview, Recipe, short_recipe
 from apexflow.training.loop import train
 from apexflow.training.run import holds_run

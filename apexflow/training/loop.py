@@ -23,7 +23,7 @@ from apexflow.files import write_json
 from apexflow.generator import load
 from apexflow.objectives import Objective
 from apexflow.progress import Progress, console
-from apexflow.report import write_report
+from apexflow.reporting.report import write_report
 from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, in_turn, joined, leads, only_run_in, own_device, own_rows, together
