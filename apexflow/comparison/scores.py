@@ -21,7 +21,7 @@ from apexflow.data.scenes import scenes
 from apexflow.evaluation.drawing import features
 from apexflow.evaluation.fid import fid_from_statistics, statistics
 from apexflow.evaluation.files import open_picture
-from apexflow.evaluation.runner import Settings, evaluate, over_seeds
+from apexflow.evaluation.runner import EvaluationSettings, evaluate, over_seeds
 from apexflow.generator import MAX_BATCH, Generator, load
 from apexflow.objectives import objectives
 
@@ -60,7 +60,9 @@ def score(
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             folder = Path(scratch) / str(seed)
-            settings = Settings(steps=steps, guidance=1.0, per_prompt=per_prompt, seed=seed, limit=limit, **sampler)
+            settings = EvaluationSettings(
+                steps=steps, guidance=1.0, per_prompt=per_prompt, seed=seed, limit=limit, **sampler
+            )
             reports.append(evaluate(generator, settings, folder, name=f"{steps} step{'s' * (steps > 1)}"))
             seen.append(_pictures_features(generator, folder / "pictures"))
             shutil.rmtree(folder)
@@ -74,7 +76,7 @@ def score(
 def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
     """What a method recommends to sample with in so many steps; nothing for the teacher."""
     sampler = {} if name == TEACHER else objectives()[plan.entry(name)[0]].sampling(steps)
-    return {key: type(getattr(Settings(), key))(value) for key, value in sampler.items()}
+    return {key: type(getattr(EvaluationSettings(), key))(value) for key, value in sampler.items()}
 
 
 def _pictures_features(generator: Generator, folder: Path) -> Tensor:

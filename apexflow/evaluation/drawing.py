@@ -11,7 +11,7 @@ from PIL import Image
 from apexflow.data.pictures import to_tensor
 from apexflow.data.workers import Share
 from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture
-from apexflow.evaluation.suite import Drawing, Prompt, Settings, Suite
+from apexflow.evaluation.suite import Drawing, EvaluationSettings, Prompt, Suite
 from apexflow.files import write_json, write_text
 from apexflow.generator import MAX_BATCH, Generator, at_once
 from apexflow.progress import Progress
@@ -21,7 +21,7 @@ EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawi
 
 def draw(
     generator: Generator,
-    settings: Settings,
+    settings: EvaluationSettings,
     suite: Suite,
     prompts: Sequence[Prompt],
     folder: Path,
@@ -61,7 +61,7 @@ def _groups(drawings: Sequence[Drawing], batch: int) -> Iterator[Sequence[Drawin
 
 
 def _draw_group(
-    generator: Generator, settings: Settings, group: Sequence[Drawing], size: int
+    generator: Generator, settings: EvaluationSettings, group: Sequence[Drawing], size: int
 ) -> Iterator[tuple[Drawing, list[Image.Image]]]:
     samples = generator.generate_seeded(
         [drawing.text for drawing in group for _ in drawing.samples],

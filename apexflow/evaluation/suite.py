@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What moves a score beside the model and the scorers: all of it goes into the report."""
 
     suite: str = "mini-geneval"

@@ -18,7 +18,7 @@ from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
 from apexflow.devices import device_name
 from apexflow.errors import Stopped, UserError, is_taken, writing
-from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
 from apexflow.generator import load
 from apexflow.objectives import Objective
@@ -202,7 +202,7 @@ def finish(run: Run) -> Path:
         return model
     scores = {}
     if run.recipe.suite:
-        settings = Settings(suite=run.recipe.suite, per_prompt=1)
+        settings = EvaluationSettings(suite=run.recipe.suite, per_prompt=1)
         scores["student"] = evaluate(load(str(model), run.device.type), settings, name="student")
         write_json(run.folder / "scores.json", scores)
     write_report(run.folder, scores)
