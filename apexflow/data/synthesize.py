@@ -32,16 +32,17 @@ CLAIM = "synthesis.json"
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How pictures are drawn. None: the model's own."""
+    """How pictures are drawn. None: the model's own.
+
+    skip_limit: share of records without a usable prompt, and of pictures that are not finite, that is borne.
+    """
 
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
     size: int | None = None
     captions: tuple[str, ...] = ()
-    skip_limit: float = (
-        0.05  # share of records without a usable prompt, and of pictures that are not finite, that is borne
-    )
+    skip_limit: float = 0.05
 
 
 @dataclass(frozen=True)
