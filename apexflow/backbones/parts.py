@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from apexflow.backbones import Settings, write_settings
 from apexflow.backbones.folder import (
     INDEX,
     components,
@@ -27,6 +26,7 @@ from apexflow.backbones.folder import (
     write_index,
 )
 from apexflow.backbones.precision import autoencoder_dtype
+from apexflow.backbones.settings import Settings, write_settings
 from apexflow.errors import UserError, first_line
 
 READERS = "diffusers or transformers"
