@@ -15,8 +15,9 @@ import torch
 
 from apexflow.data.scenes import scenes
 from apexflow.data.shards import write_scenes
+from apexflow.devices import device_name
 from apexflow.errors import UserError
-from apexflow.generator import Generator, device_name, load
+from apexflow.generator import Generator, load
 from apexflow.progress import Progress
 from apexflow.training.config import Data, Recipe, Tuning
 from apexflow.training.loop import start

@@ -70,7 +70,7 @@ def generate(
 
     from PIL import Image
 
-    from apexflow.data.captioned import PICTURES
+    from apexflow.data.pictures import PICTURES
     from apexflow.generator import load, picture_grid
 
     if output.suffix.lower() not in PICTURES:

@@ -142,11 +142,9 @@ def guided_answer(
 def pad_tokens(tensor: Tensor, length: int) -> Tensor:
     """Append zeros to (B, L, ...) along the token axis until it is `length` long."""
     missing = length - tensor.shape[1]
-    return (
-        tensor
-        if missing <= 0
-        else torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
-    )
+    if missing <= 0:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
 def _mask(condition: Condition) -> Tensor:

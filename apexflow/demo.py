@@ -8,11 +8,11 @@ from typing import Any
 
 from apexflow.data.scenes import scenes
 from apexflow.errors import UserError, is_taken
-from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
 from apexflow.generator import Generator, load, picture_grid
 from apexflow.locking import alone_in
-from apexflow.report import write_report
+from apexflow.reporting.report import write_report
 from apexflow.training.config import Data, Preview, Recipe, short_recipe
 from apexflow.training.loop import train
 from apexflow.training.run import holds_run
@@ -51,9 +51,9 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
     model = train(demo_recipe(output, minutes))
     teacher, student = load("mini-teacher"), load(str(model))
     cases = {
-        "teacher, one step": (teacher, Settings(steps=1, guidance=1.0, per_prompt=2, limit=PROMPTS)),
-        "student, one step": (student, Settings(steps=1, guidance=1.0, per_prompt=2, limit=PROMPTS)),
-        "teacher, 50 steps, guided": (teacher, Settings(per_prompt=1, limit=PROMPTS)),
+        "teacher, one step": (teacher, EvaluationSettings(steps=1, guidance=1.0, per_prompt=2, limit=PROMPTS)),
+        "student, one step": (student, EvaluationSettings(steps=1, guidance=1.0, per_prompt=2, limit=PROMPTS)),
+        "teacher, 50 steps, guided": (teacher, EvaluationSettings(per_prompt=1, limit=PROMPTS)),
     }
     scores = {name: evaluate(generator, settings, name=name) for name, (generator, settings) in cases.items()}
     grids = [(name, draw_grid(g, s, output / "grids" / f"{i}.png")) for i, (name, (g, s)) in enumerate(cases.items())]
@@ -62,7 +62,7 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
     return {"scores": scores, "report": str(report), "model": str(model)}
 
 
-def draw_grid(generator: Generator, settings: Settings, path: Path) -> Path:
+def draw_grid(generator: Generator, settings: EvaluationSettings, path: Path) -> Path:
     """The same prompts and seeds for every case."""
     prompts = [scene.caption for scene in scenes(GRID, seed=GRID_SEED)]
     path.parent.mkdir(parents=True, exist_ok=True)

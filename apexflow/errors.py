@@ -34,6 +34,11 @@ def quoted(text: str, most: int = 80) -> str:
     return repr(text if len(text) <= most else f"{text[:most]}…")
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says in its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def going_on(told: Callable[[], str]) -> Iterator[None]:
     """Within, Ctrl-C is a Stopped with what is told then: what is kept, and how to go on."""

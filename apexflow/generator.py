@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -22,6 +21,7 @@ from apexflow.backbones.parts import stored_dtypes, weight_shapes
 from apexflow.backbones.precision import LARGE, multiply_in_tf32
 from apexflow.backbones.second_time import going_to, second_time_of
 from apexflow.conditioning import Condition, guided_answer
+from apexflow.devices import pick_device
 from apexflow.errors import UserError, quoted
 from apexflow.randomness import RowRandom
 from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
@@ -177,6 +177,11 @@ class Generator:
         return sample(velocity, z, plan.times, plan.kappa, plan.rho, plan.order, backbone.transport, fresh, jumps)
 
 
+def at_once(size: int) -> int:
+    """How many pictures of `size` pixels a side are drawn in a batch: 32 small ones, 8 of 512 or two of 1024."""
+    return max(1, min(MAX_BATCH, MAX_BATCH * 256**2 // size**2))
+
+
 def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape), row i from seeds[i] alone, drawn on the CPU so that every device gives the same picture."""
     return RowRandom.of_pictures(seeds, 0).normal(shape)
@@ -291,28 +296,3 @@ def _was_trained_in_it(folder: Path, denoiser: Path, name: str, card: Mapping[st
         return True
     recipe = (read_settings(folder).card if card is None else card).get("recipe")
     return isinstance(recipe, dict) and recipe.get("precision") == "bf16"
-
-
-def pick_device(name: str) -> str:
-    """ "auto" is CUDA where present, else the CPU. UserError for a device that is unknown or not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"unknown device {name!r}: take auto, cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"device {name!r} is not there (no GPU, or torch's CPU build): take cpu, or install torch for CUDA"
-        )
-    return name
-
-
-def device_name() -> str:
-    """The GPU, or the processor and the number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"

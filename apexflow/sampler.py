@@ -72,10 +72,13 @@ def sample(
     """Algorithm 2: data of the shape of the noise `z` (B, ...), by one evaluation of `velocity(x_t, t)` a step.
 
     times: descending (steps + 1,), as from `time_grid`; the velocity is told of them in the precision of `z`, or float32 for a
-    narrower one. kappa: extrapolation ratio of Eq. (21); rho in [0, 1]: the share of
-    fresh noise in the noise estimate, variance preserved (Appendix E); order 2: Heun's correction, which evaluates once more
-    on every step but the last (so `2 steps - 1` evaluations); jumps: `velocity(x_t, t, s)` takes a second time, to which the
-    step leads: the next of the grid, or 0 where fresh noise follows. Raises ValueError on a bad grid or ratio.
+        narrower one.
+    kappa: extrapolation ratio of Eq. (21). rho in [0, 1]: the share of fresh noise in the noise estimate, variance preserved
+        (Appendix E).
+    order 2: Heun's correction, which evaluates once more on every step but the last (so `2 steps - 1` evaluations).
+    jumps: `velocity(x_t, t, s)` takes a second time, to which the step leads: the next of the grid, or 0 where fresh noise
+        follows.
+    Raises ValueError on a bad grid or ratio.
     """
     if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
         raise ValueError("times must be a strictly descending vector of at least two times")

@@ -26,7 +26,7 @@ from provenance import provenance
 from apexflow.comparison.averages import mean_report
 from apexflow.comparison.plan import VARIANTS
 from apexflow.errors import Diverged
-from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
 from apexflow.generator import load
 from apexflow.progress import console
@@ -90,7 +90,7 @@ def run_one(
     generator = load(str(model))
     result: dict[str, Any] = {}
     for steps in (1, 4):
-        report = evaluate(generator, Settings(steps=steps, guidance=1.0, per_prompt=given.per_prompt))
+        report = evaluate(generator, EvaluationSettings(steps=steps, guidance=1.0, per_prompt=given.per_prompt))
         kept = ("overall", "overall_se", "strict", "diversity", "tasks")
         result[f"steps_{steps}"] = {key: report[key] for key in kept}
     return result

@@ -23,7 +23,7 @@ from provenance import provenance
 
 from apexflow.data.scenes import scenes
 from apexflow.errors import Diverged
-from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
 from apexflow.generator import load
 from apexflow.progress import console
@@ -73,7 +73,7 @@ def run_row(name: str, data: Data, given: argparse.Namespace, cells: dict[str, A
             cells |= {str(more): {"diverged": str(error)} for more in given.steps if more >= steps}
             keep()
             return
-        settings = Settings(steps=1, guidance=1.0, per_prompt=given.per_prompt, limit=given.limit)
+        settings = EvaluationSettings(steps=1, guidance=1.0, per_prompt=given.per_prompt, limit=given.limit)
         report = evaluate(load(str(model)), settings, name=f"{name}, {steps} steps")
         cells[str(steps)] = {key: report[key] for key in ("overall", "overall_se", "strict", "tasks")}
         keep()

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from apexflow.generator import device_name
+from apexflow.devices import device_name
 
 
 def provenance() -> dict[str, object]:

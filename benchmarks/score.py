@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 from apexflow.bench import Case
-from apexflow.evaluation.runner import Settings, evaluate, over_seeds
+from apexflow.evaluation.runner import EvaluationSettings, evaluate, over_seeds
 from apexflow.evaluation.table import score_table
 from apexflow.files import write_json
 from apexflow.generator import load
@@ -53,7 +53,7 @@ def main() -> None:
             reports = [
                 evaluate(
                     generator,
-                    Settings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common),
+                    EvaluationSettings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common),
                     folder=pictures / f"{suite}-{seed}",
                     name=name,
                 )

@@ -33,7 +33,7 @@ from apexflow.evaluation.files import save_picture
 from apexflow.evaluation.geneval import Mask2FormerDetector
 from apexflow.evaluation.geneval.convert import detector_config
 from apexflow.evaluation.inception import Inception, prepare
-from apexflow.evaluation.runner import Settings, score_folder
+from apexflow.evaluation.runner import EvaluationSettings, score_folder
 from apexflow.evaluation.suite import Tools
 from apexflow.evaluation.suites import make_suite
 from apexflow.files import write_json, write_text
@@ -74,7 +74,7 @@ def mini_geneval() -> dict[str, Any]:
             save_picture(render(scene.things), folder / drawing.path)
         for name, text in suite.notes(prompts).items():
             write_text(folder / name, text)
-        return {"pictures": len(drawings)} | timed(lambda: score_folder(folder, Settings()))
+        return {"pictures": len(drawings)} | timed(lambda: score_folder(folder, EvaluationSettings()))
 
 
 def networks() -> dict[str, dict[str, float]]:

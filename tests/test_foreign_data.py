@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Run
+from little_sets import COLORS, folder, picture, sharegpt, tar
 from PIL import Image, features
 from PIL.JpegImagePlugin import JpegImageFile
-from test_readers import COLORS, folder, picture, sharegpt, tar
 
 from apexflow.data.cache import CachedSet
 from apexflow.data.captioned import Skipped, read_captioned

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from apexflow.backbones import load_backbone
-from apexflow.report import LOOKS
+from apexflow.reporting.report import LOOKS
 from apexflow.training import loop, preview
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import start

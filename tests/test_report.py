@@ -18,9 +18,9 @@ from PIL import Image
 
 from apexflow.errors import UserError
 from apexflow.files import write_json
-from apexflow.report import write_report
 from apexflow.reporting import curves
 from apexflow.reporting.pictures import spaced
+from apexflow.reporting.report import write_report
 
 VOID = {"meta", "img", "br", "hr", "input", "link", "source"}
 LOADING = ("src", "href", "xlink:href", "srcset", "poster", "data", "action")

@@ -10,7 +10,7 @@ import torch
 
 import apexflow
 from apexflow.backbones import BUILT_IN, load_backbone
-from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.evaluation.runner import EvaluationSettings, evaluate
 
 NAMES = ("mini-teacher", "mini-student")
 SCORES = Path(__file__).parent.parent / "results" / "scores.json"
@@ -42,7 +42,7 @@ def test_stock_diffusers_loads_it(name: str) -> None:
 def test_the_student_scores_in_one_step_what_the_table_says() -> None:
     claimed = json.loads(SCORES.read_text())["scores"]["student, one step"]["overall"]
     student = apexflow.load("mini-student")
-    report = evaluate(student, Settings(steps=1, per_prompt=1, limit=240))
+    report = evaluate(student, EvaluationSettings(steps=1, per_prompt=1, limit=240))
     assert student.evaluations == 1
     # 240 pictures scatter by about .03; five times that would be a broken model, not bad luck.
     assert report["overall"] > claimed - 0.15

@@ -2,159 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
-from torch import Tensor, nn
 
 from apexflow.backbones import hub, second_time
+from apexflow.backbones.family import Backbone
 from apexflow.backbones.folder import INDEX, PICKLES, read_index
-from apexflow.conditioning import Condition
+from apexflow.backbones.settings import Settings, read_settings, write_settings
 from apexflow.errors import UserError, check_built_in
-from apexflow.sampler import MOST_STEPS, check_times
-from apexflow.transport import Transport
+
+__all__ = [
+    "BUILT_IN",
+    "Backbone",
+    "Settings",
+    "backbones",
+    "built_in",
+    "check_shift",
+    "load_backbone",
+    "read_settings",
+    "resolve",
+    "write_settings",
+]
 
 
-def _grid(times: list[float] | None) -> list[float] | None:
-    if times is not None:
-        check_times(torch.tensor(times, dtype=torch.float64))
-    return times
-
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a model folder may say for apexflow in `apexflow.json`; a stock folder without the file gets the defaults.
-
-    steps, guidance, times: how the model is meant to be sampled (`times`: an explicit descending grid, or None).
-    instruction: whether the family's instruction text is put before the prompt (SANA).
-    max_tokens: prompts longer than this are cut. embedded_guidance: the scale fed to a network that takes one as an
-    input (FLUX.1 dev, SANA-Sprint, LCM-SDXL); None is the family's own. card: recipe, seed, hardware, time and scores,
-    for people.
-    """
-
-    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
-    guidance: Finite = 1.0
-    times: Annotated[list[float] | None, AfterValidator(_grid)] = None
-    instruction: bool = True
-    max_tokens: Annotated[int, Field(ge=1)] = 300
-    size: Annotated[int | None, Field(ge=1)] = None
-    embedded_guidance: Finite | None = None
-    card: dict = field(default_factory=dict)
-
-
-class Backbone(Protocol):
-    """A loaded text-to-image model. Pictures are (B, 3, H, W) in [-1, 1]; latents have about unit variance.
-
-    pipeline: the stock class; network_part: the folder of the denoiser. text_encoder: one module, or a ModuleDict of
-    several. lora_targets: module names or their last parts, as peft takes them. without_gradient: first parts of the
-    names of parameters that no loss can reach (their output is dropped), which DDP must be told of. shift_defaults: (a,
-    b) of Eq. (16). normalizes_text: whether the network RMS-normalises the text first, so that scaling it by a positive
-    factor changes nothing (see `check_shift`). time_shift: s of `t' = s t / (1 + (s - 1) t)` for pictures of
-    `default_size` pixels a side. flow_scheduler: whether the stock pipeline hands its network's answer to the scheduler
-    as z - x on linear transport. depth: the key of the transformer's config that counts its like blocks, if it has such.
-    bfloat16: whether weights that are not stored in bfloat16 draw well in it. guided_at_once: whether a guided teacher is asked
-    for caption and null in one pass; not where the null would be padded to a caption's length within the picture's attention.
-    kinds: the parts of its folder by name, with the class of each network.
-    """
-
-    family: ClassVar[str]
-    pipeline: str
-    network_part: ClassVar[str]
-    transport: Transport
-    transformer: nn.Module
-    text_encoder: nn.Module
-    vae: nn.Module
-    tokenizer: Any
-    settings: Settings
-    lora_targets: Sequence[str]
-    without_gradient: Sequence[str]
-    time_shift: float
-    shift_defaults: tuple[float, float]
-    normalizes_text: bool
-    flow_scheduler: bool
-    depth: str | None
-    bfloat16: ClassVar[bool]
-    guided_at_once: ClassVar[bool]
-    kinds: Mapping[str, Any]
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def default_size(self) -> int: ...
-
-    def draw_at(self, size: int) -> None:
-        """Make `size` the `default_size`, with the time shift of such pictures."""
-        ...
-
-    def time_shift_at(self, size: tuple[int, int]) -> float:
-        """`time_shift` for pictures of `size` (height, width)."""
-        ...
-
-    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
-        """`F(x_t, t, c)` of the paper, answered by `network`, a module of the transformer's class; t (B,) in [0, 1]."""
-        ...
-
-    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        """One answer of two, as the stock pipeline guides; scale 1 is the first."""
-        ...
-
-    @property
-    def text_width(self) -> tuple[int, int | None]:
-        """Width of a condition's embeddings, and of its pooled vector where there is one."""
-        ...
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """Text to condition, differentiable in the text encoder. The empty prompt is the null condition."""
-        ...
-
-    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
-        """Prompts of which the tokenizer knows no word at all."""
-        ...
-
-    def encode_images(self, images: Tensor) -> Tensor: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
-
-    def encoders_on(self, device: torch.device) -> AbstractContextManager[None]:
-        """Within, autoencoder and text encoder stand on `device`; both are read when they are first called for."""
-        ...
-
-    def autoencoder_on(self, device: torch.device) -> AbstractContextManager[None]:
-        """Within, the autoencoder alone stands on `device`; afterwards where it stood."""
-        ...
-
-    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """(C, h, w) for a picture of `size` (height, width); UserError for a size that the model cannot take."""
-        ...
-
-    def round_time(self, t: Tensor) -> Tensor:
-        """Times as the network really sees them."""
-        ...
-
-    def stock_options(self, settings: Settings) -> dict[str, Any]:
-        """Keyword arguments of the stock pipeline's call that guide it, and have it read prompts, as `settings` say."""
-        ...
-
-    def stock_places(self, times: Tensor) -> dict[str, Any]:
-        """How a stock pipeline that keeps its own scheduler is told where to ask, given a grid (steps + 1,)."""
-        ...
-
-    def save(self, folder: Path, settings: Settings) -> None:
-        """Write a diffusers folder that the stock pipeline loads, with `settings` beside it."""
-        ...
-
-
-def backbones() -> dict[str, Any]:
+def backbones() -> dict[str, type[Backbone]]:
     """The table of families by the pipeline class that `model_index.json` names: one line each."""
     from apexflow.backbones.flux import Flux
     from apexflow.backbones.lumina2 import Lumina2
@@ -254,17 +126,3 @@ def load_backbone(
     if torch.device(device).type != "meta":
         second_time.load(backbone.transformer, folder)
     return backbone
-
-
-def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
-    """`apexflow.json` of a model folder over the family's `defaults`; UserError for a file that does not fit."""
-    defaults, path = defaults or Settings(), folder / "apexflow.json"
-    if not path.is_file():
-        return defaults
-    try:
-        settings = replace(defaults, **json.loads(path.read_text()))
-        return TypeAdapter(Settings).validate_python(asdict(settings))
-    except (TypeError, ValueError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{first['loc'][0]}: {first['msg']}" if first else str(error)
-        raise UserError(f"{path} does not fit this version of apexflow ({reason}): restore or delete it") from error

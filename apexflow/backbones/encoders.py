@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from apexflow.backbones import Settings
 from apexflow.backbones.parts import Later
 from apexflow.backbones.text import device_of
 
@@ -23,9 +21,6 @@ ROLES = ("vae", "text_encoder")
 
 class Encoders:
     """Base of the families, with `vae` and `text_encoder`: one module, or a ModuleDict of several."""
-
-    settings: Settings
-    time_shift: float
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         """parts: by the names of their folders; networks, or `Later`."""
@@ -43,14 +38,6 @@ class Encoders:
     def vae_config(self) -> Any:
         """The autoencoder's config, known before its weights are read."""
         return self._parts["vae"]["vae"].config
-
-    def draw_at(self, size: int) -> None:
-        """Make `size` what the model draws unasked, in pixels a side."""
-        self.settings = replace(self.settings, size=size)
-
-    def time_shift_at(self, size: tuple[int, int]) -> float:
-        """`time_shift` for pictures of `size` (height, width): the same for all, unless the family's shift follows the size."""
-        return self.time_shift
 
     def _first(self, role: str) -> Any:
         networks = {n: part.read() if isinstance(part, Later) else part for n, part in self._parts[role].items()}

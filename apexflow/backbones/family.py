@@ -1,30 +1,43 @@
-"""What most families share: one denoiser, an AutoencoderKL, one or more text encoders, and a diffusers folder."""
+"""What a backbone is, and most families share: one denoiser, an AutoencoderKL, text encoders, and a diffusers folder."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from apexflow.backbones import Settings
 from apexflow.backbones.encoders import Encoders
 from apexflow.backbones.parts import check_factors, save_folder, scheduler_shift
+from apexflow.backbones.settings import Settings
 from apexflow.backbones.text import device_of, unknown_words
-from apexflow.conditioning import guide
+from apexflow.conditioning import Condition, guide
 from apexflow.errors import UserError
 from apexflow.transport import LINEAR, Transport
 
 
-class Family(Encoders):
-    """Base of a family's file, which adds `load`, `encode_prompts` and `velocity`, and overrides what differs.
+class Backbone(Encoders, ABC):
+    """A loaded text-to-image model. Pictures are (B, 3, H, W) in [-1, 1]; latents have about unit variance.
 
-    With several text encoders, `text_encoder` is a ModuleDict of them by the names of their folders, so that whoever
-    trains, copies or hashes "the text encoder" gets all of them.
+    Base of a family's file, which adds `load`, `encode_prompts` and `velocity`, and overrides what differs. With several text
+    encoders, `text_encoder` is a ModuleDict of them by the names of their folders, so that whoever trains, copies or hashes
+    "the text encoder" gets all of them.
+
+    pipeline: the stock class; network_part: the folder of the denoiser. lora_targets: module names or their last parts, as
+    peft takes them. without_gradient: first parts of the names of parameters that no loss can reach (their output is
+    dropped), which DDP must be told of. shift_defaults: (a, b) of Eq. (16). normalizes_text: whether the network
+    RMS-normalises the text first, so that scaling it by a positive factor changes nothing (see `check_shift`). time_shift: s
+    of `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side. flow_scheduler: whether the stock pipeline
+    hands its network's answer to the scheduler as z - x on linear transport. depth: the key of the transformer's config that
+    counts its like blocks, if it has such. bfloat16: whether weights that are not stored in bfloat16 draw well in it.
+    guided_at_once: whether a guided teacher is asked for caption and null in one pass; not where the null would be padded to
+    a caption's length within the picture's attention. kinds: the parts of its folder by name, with the class of each network.
     """
 
     family: ClassVar[str]
@@ -57,6 +70,19 @@ class Family(Encoders):
             tokenizer.padding_side = "right"  # velocities and caches expect real tokens first
         self.tokenizer = next(iter(self.tokenizers.values()))
         self.time_shift = self._scheduled_shift((self.default_size, self.default_size))
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Backbone:
+        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+
+    @abstractmethod
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+        """`F(x_t, t, c)` of the paper, answered by `network`, a module of the transformer's class; t (B,) in [0, 1]."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Text to condition, differentiable in the text encoder. The empty prompt is the null condition."""
 
     @property
     def device(self) -> torch.device:
@@ -120,12 +146,12 @@ class Family(Encoders):
         return self.settings.size or (self.config.get("sample_size") or 128) * self.factor
 
     def draw_at(self, size: int) -> None:
-        """Make `size` what the model draws unasked, with the time shift of such pictures."""
-        super().draw_at(size)
+        """Make `size` the `default_size`, in pixels a side, with the time shift of such pictures."""
+        self.settings = replace(self.settings, size=size)
         self.time_shift = self.time_shift_at((size, size))
 
     def time_shift_at(self, size: tuple[int, int]) -> float:
-        """`time_shift` for pictures of `size` (height, width), which a dynamic shift follows."""
+        """`time_shift` for pictures of `size` (height, width): the same for all, unless the scheduler's shift is dynamic."""
         dynamic = self.scheduler.config.get("use_dynamic_shifting")
         return self._scheduled_shift(size) if dynamic else self.time_shift
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.family import Family, pack, unpack
+from apexflow.backbones.family import Backbone, pack, unpack
 from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import clip_states, t5_states
@@ -22,7 +22,7 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_contex
 SCHNELL = Settings(steps=4, instruction=False, max_tokens=256)
 
 
-class Flux(Family):
+class Flux(Backbone):
     """A `FluxPipeline` folder. The raw output is z - x on 2 x 2 packed latents; time goes in as t in [0, 1].
 
     The network casts t to the dtype of its activations and multiplies it by 1000 there: bf16 rounds twice. The dev

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         if not PLAIN.fullmatch(name):
             raise UserError(f"{folder / INDEX} names a part {name!r}, which is no plain name: restore the original")
     return index
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """`model_index.json`."""
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def read_object(path: Path) -> dict[str, Any]:

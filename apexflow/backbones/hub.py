@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 from apexflow.backbones.folder import INDEX, OWN, components
-from apexflow.errors import UserError
+from apexflow.errors import UserError, is_full_disk
 
 READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # The same weights in another precision, or another average.
@@ -38,6 +37,6 @@ def _reason(hub_id: str, error: Exception) -> str:
         return f"accept its owners' terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "it knows no such model: check the name, or log in with `hf auth login` if it is private"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if is_full_disk(error):
         return "no space is left; HF_HOME says where it goes"
     return f"check the name and the network ({type(error).__name__})"

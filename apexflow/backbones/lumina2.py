@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.family import Family
+from apexflow.backbones.family import Backbone
 from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import decoder_states, is_null
 from apexflow.conditioning import Condition, guide_at_length
 
 
-class Lumina2(Family):
+class Lumina2(Backbone):
     """A `Lumina2Pipeline` folder. The network takes 1 - t in float32 and answers x - z: both are turned."""
 
     family: ClassVar[str] = "lumina2"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from apexflow.backbones import Settings
 from apexflow.backbones.folder import (
     INDEX,
     components,
@@ -26,9 +23,11 @@ from apexflow.backbones.folder import (
     read_object,
     refuse_pickles,
     weight_paths,
+    write_index,
 )
 from apexflow.backbones.precision import autoencoder_dtype
-from apexflow.errors import UserError
+from apexflow.backbones.settings import Settings, write_settings
+from apexflow.errors import UserError, first_line
 
 READERS = "diffusers or transformers"
 # Asked of every reader of transformers: unless told, it asks on the terminal whether to run code of the checkpoint.
@@ -319,8 +318,8 @@ def save_folder(
     for name in sorted(parts):
         parts[name].save_pretrained(folder / name)
         index[name] = index_entry(getattr(parts[name], "kind", type(parts[name])))
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    write_index(folder, index)
+    write_settings(folder, settings)
 
 
 def index_entry(kind: type) -> list[str]:
@@ -378,6 +377,6 @@ def guarded(path: Path, read: Any) -> Any:
     try:
         return read()
     except Exception as error:  # libraries raise many kinds for a damaged file; all mean the same to the user
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:160]
         mend = "apexflow runs none" if "custom code" in reason else "restore it from the original checkpoint"
         raise UserError(f"cannot read {path}: {reason}; {mend}") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.discrete_vp import DiscreteVP
-from apexflow.backbones.family import Family
+from apexflow.backbones.family import Backbone
 from apexflow.backbones.folder import read_index
 from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
@@ -22,7 +22,7 @@ from apexflow.conditioning import Condition
 MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 
-class PixArt(Family):
+class PixArt(Backbone):
     """A `PixArtAlphaPipeline` or `PixArtSigmaPipeline` folder; see `discrete_vp` for how epsilon becomes F.
 
     The variance that the network predicts beside epsilon is dropped. The alpha model for 1024 pixels also takes the

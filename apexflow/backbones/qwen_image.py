@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.family import Family, pack, unpack
+from apexflow.backbones.family import Backbone, pack, unpack
 from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import is_null, tokenize, unless_full
@@ -24,7 +24,7 @@ LORA_TARGETS = (
 )
 
 
-class QwenImage(Family):
+class QwenImage(Backbone):
     """A `QwenImagePipeline` folder. The raw output is z - x on 2 x 2 packed latents; time goes in as t in [0, 1].
 
     The network casts t to the dtype of its activations before the sinusoid: in bf16, times near 1 lie 2^-8 apart.

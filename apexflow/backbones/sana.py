@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.family import Family, stock_parameters
+from apexflow.backbones.family import Backbone, stock_parameters
 from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import device_of, tokenize, unknown_words
@@ -19,7 +19,7 @@ from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 
 
-class Sana(Family):
+class Sana(Backbone):
     """A `SanaPipeline` folder. The raw output already is z - x and time goes in as 1000 t in float32."""
 
     family: ClassVar[str] = "sana"

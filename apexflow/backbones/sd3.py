@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.family import Family
+from apexflow.backbones.family import Backbone
 from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import clip_states, t5_states
 from apexflow.conditioning import Condition
 
 
-class StableDiffusion3(Family):
+class StableDiffusion3(Backbone):
     """A `StableDiffusion3Pipeline` folder. The raw output is z - x; time goes in as 1000 t in float32.
 
     All text tokens are attended, padding too, so conditions carry no mask and one given is not read.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.discrete_vp import DiscreteVP
-from apexflow.backbones.family import Family
+from apexflow.backbones.family import Backbone
 from apexflow.backbones.folder import read_index
 from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
@@ -20,7 +20,7 @@ from apexflow.backbones.text import clip_states, is_null
 from apexflow.conditioning import Condition
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(Backbone):
     """A `StableDiffusionXLPipeline` folder; `discrete_vp` says how epsilon becomes F and what happens above `t_max`.
 
     A U-Net that takes a guidance scale (LCM-SDXL) is fed `settings.embedded_guidance`, by default 8, and is drawn in four steps

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.family import Family
+from apexflow.backbones.family import Backbone
 from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import decoder_states, rows_of
@@ -19,7 +19,7 @@ from apexflow.conditioning import Condition
 TURBO, TURBO_SHIFT = Settings(steps=8, instruction=False, max_tokens=512), 3.0
 
 
-class ZImage(Family):
+class ZImage(Backbone):
     """A `ZImagePipeline` folder. The network takes 1 - t in float32 and answers x - z: both are turned.
 
     The base model's stock guidance of 5 adds 5 (F(c) - F(null)), which is scale 6 here. Turbo, known by its scheduler's shift

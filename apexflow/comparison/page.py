@@ -13,9 +13,9 @@ from apexflow.comparison.scores import grid_prompts, strips
 from apexflow.comparison.tables import SWEPT, budget_table, sweep_table, task_table, told
 from apexflow.comparison.train import run_folder
 from apexflow.objectives import objectives
-from apexflow.report import page, write
 from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import section, tag, text
+from apexflow.reporting.report import page, write
 from apexflow.training.journal import read_metrics
 
 

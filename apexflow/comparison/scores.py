@@ -16,12 +16,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from apexflow.comparison.plan import TEACHER, Plan
 from apexflow.data.cache import CachedSet
+from apexflow.data.pictures import PICTURES
 from apexflow.data.scenes import scenes
 from apexflow.evaluation.drawing import features
 from apexflow.evaluation.fid import fid_from_statistics, statistics
 from apexflow.evaluation.files import open_picture
-from apexflow.evaluation.runner import Settings, evaluate, over_seeds
-from apexflow.evaluation.suite import SUFFIXES
+from apexflow.evaluation.runner import EvaluationSettings, evaluate, over_seeds
 from apexflow.generator import MAX_BATCH, Generator, load
 from apexflow.objectives import objectives
 
@@ -60,7 +60,9 @@ def score(
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             folder = Path(scratch) / str(seed)
-            settings = Settings(steps=steps, guidance=1.0, per_prompt=per_prompt, seed=seed, limit=limit, **sampler)
+            settings = EvaluationSettings(
+                steps=steps, guidance=1.0, per_prompt=per_prompt, seed=seed, limit=limit, **sampler
+            )
             reports.append(evaluate(generator, settings, folder, name=f"{steps} step{'s' * (steps > 1)}"))
             seen.append(_pictures_features(generator, folder / "pictures"))
             shutil.rmtree(folder)
@@ -74,11 +76,11 @@ def score(
 def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
     """What a method recommends to sample with in so many steps; nothing for the teacher."""
     sampler = {} if name == TEACHER else objectives()[plan.entry(name)[0]].sampling(steps)
-    return {key: type(getattr(Settings(), key))(value) for key, value in sampler.items()}
+    return {key: type(getattr(EvaluationSettings(), key))(value) for key, value in sampler.items()}
 
 
 def _pictures_features(generator: Generator, folder: Path) -> Tensor:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in PICTURES)
     shape = generator.backbone.latent_shape((generator.backbone.default_size,) * 2)
     parts = []
     for begin in range(0, len(paths), MAX_BATCH):

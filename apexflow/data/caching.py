@@ -88,9 +88,8 @@ def make_cache(
             return True
     claim(folder, made_by)
     broken: dict[str, str] = {}
-    seen = sum(
-        1 for _ in origin.samples(broken)
-    )  # cheap beside encoding, and the share that is borne is one of all records
+    # Cheap beside encoding, and the share that is borne is one of all records.
+    seen = sum(1 for _ in origin.samples(broken))
     total = Skipped(seen, {}, len(origin.files) if origin.kind.many_to_a_file else 0, broken)
     job.check(total, [])
     with Progress(f"caching {source.name}", seen) as progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -15,23 +15,23 @@ from PIL import Image
 from apexflow.data.pictures import open_upright
 from apexflow.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Where a caption is looked for: the .txt beside a picture first. input_prompt is ShareGPT-4o-Image's.
 CAPTIONS = ("txt", "caption", "prompt", "text", "input_prompt")
-
-MISSING = b"no picture"  # stands for the bytes of one that is not there; b"" are those of an empty file
+Loaded = tuple[bytes | None, Mapping[str, Any]]  # a picture's bytes, None where it is not there, and fields of text
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One record, not read yet: `load` gives the picture's bytes (MISSING, or None in a list of prompts) and its fields of text.
+    """One record, not read yet: `load` does that.
 
     key: decides which of several captions it gets. folder: where the file lies that its key begins with, if it does.
+    pictured: whether it is meant to have a picture, as in all but a list of prompts.
     """
 
     key: str
-    load: Callable[[], tuple[bytes | None, Mapping[str, Any]]]
+    load: Callable[[], Loaded]
     folder: Path = Path()
+    pictured: bool = True
 
     @property
     def name(self) -> str:
@@ -77,9 +77,9 @@ def read_sample(sample: Sample, captions: Sequence[str] = ()) -> Captioned | str
     if isinstance(record, str):
         return record
     caption, picture = record
-    if picture is None:
+    if not sample.pictured:
         return Captioned(sample.key, caption, None)
-    image = "picture missing" if picture == MISSING else _decode(picture) if picture else "picture empty"
+    image = "picture missing" if picture is None else _decode(picture) if picture else "picture empty"
     return image if isinstance(image, str) else Captioned(sample.key, caption, image)
 
 

@@ -12,7 +12,8 @@ from apexflow.backbones import load_backbone, resolve
 from apexflow.data.cache import read_index
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.data.synthesize import Synthesis, synthesize
-from apexflow.data.workers import Share, worker_device
+from apexflow.data.workers import Share
+from apexflow.devices import worker_device
 from apexflow.generator import Generator, suited_dtype
 from apexflow.progress import console
 

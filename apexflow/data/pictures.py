@@ -10,6 +10,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # by their names
 # What strangers' files may be: pillow knows more, and of those EPS would start Ghostscript. MPO is read as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 TURNS = {

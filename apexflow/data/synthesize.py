@@ -22,27 +22,27 @@ from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, quoted, writing
 from apexflow.files import drop_partial
-from apexflow.generator import MAX_BATCH, NOT_FINITE, Generator, check_sampling
+from apexflow.generator import NOT_FINITE, Generator, at_once, check_sampling
 from apexflow.locking import made_once
 from apexflow.progress import Progress
 
 SHARD = 64  # pictures: what a kill can cost
-BATCH_PIXELS = MAX_BATCH * 256**2  # drawn at once: 32 small pictures, or 8 of 512 x 512
 CLAIM = "synthesis.json"
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How pictures are drawn. None: the model's own."""
+    """How pictures are drawn. None: the model's own.
+
+    skip_limit: share of records without a usable prompt, and of pictures that are not finite, that is borne.
+    """
 
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
     size: int | None = None
     captions: tuple[str, ...] = ()
-    skip_limit: float = (
-        0.05  # share of records without a usable prompt, and of pictures that are not finite, that is borne
-    )
+    skip_limit: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _draw(
 ) -> None:
     """Write a shard of the pictures that are finite; UserError where too many are not, before any of them is written."""
     records: list[Record] = []
-    for group in groups(chosen, max(1, min(MAX_BATCH, BATCH_PIXELS // size**2))):
+    for group in groups(chosen, at_once(size)):
         texts = [wish.prompt for wish in group]
         for prompt in generator.backbone.unknown_words(texts):
             warnings.warn(f"the model knows no word of {quoted(prompt)}: the picture will not follow it", stacklevel=2)

@@ -10,13 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
-from apexflow.errors import UserError
-from apexflow.generator import pick_device
 from apexflow.locking import alone_in
 from apexflow.progress import Progress
-from apexflow.torchrun import local_rank, rank_and_world
+from apexflow.torchrun import rank_and_world
 
 Thing = TypeVar("Thing")
 WAIT = 1.0  # seconds between looks at what the other processes have made
@@ -57,17 +53,3 @@ class Share:
                 time.sleep(WAIT)
                 before, left = len(left), [thing for thing in left if not is_there(thing)]
                 progress.advance(before - len(left))
-
-
-def worker_device(name: str) -> torch.device:
-    """The device that a name means for this process: of several GPUs on a machine, the one of its number.
-
-    UserError for a machine that has fewer of them than processes.
-    """
-    device = torch.device(pick_device(name))
-    if device.type != "cuda" or device.index is not None:
-        return device
-    index, count = local_rank(), torch.cuda.device_count()
-    if index >= count:
-        raise UserError(f"this machine has {count} GPUs: start torchrun with --nproc-per-node={count}")
-    return torch.device("cuda", index)

@@ -89,12 +89,8 @@ class Clip:
     def is_large(self) -> bool:
         """Whether it has the shape of ViT-L/14 at 224 pixels, with which published scores are made."""
         vision = self.model.config.vision_config
-        return (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size) == (
-            1024,
-            24,
-            14,
-            224,
-        )
+        shape = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size)
+        return shape == (1024, 24, 14, 224)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from apexflow.options import MOST_SEED, Device, Guidance, Json, Kappa, Model, Or
 
 if TYPE_CHECKING:
     from apexflow.data.workers import Share
-    from apexflow.evaluation.suite import Settings, Tools
+    from apexflow.evaluation.suite import EvaluationSettings, Tools
 
 SCORE = "Scoring"
 OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order")
@@ -85,8 +85,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Draw a suite's pictures and score them, or score pictures that are there."""
-    from apexflow.data.workers import Share, worker_device
-    from apexflow.evaluation.suite import Settings, Tools
+    from apexflow.data.workers import Share
+    from apexflow.devices import worker_device
+    from apexflow.evaluation.suite import EvaluationSettings, Tools
     from apexflow.progress import console
 
     if images is not None:
@@ -99,7 +100,7 @@ def evaluate(
     console.quiet = not share.leads
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
-    settings = Settings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
+    settings = EvaluationSettings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
     with going_on(partial(_kept, output)), _alone_in(output, share, None if images else range(seed, seed + seeds)):
         if images is not None:
             from apexflow.evaluation.runner import score_folder
@@ -143,7 +144,7 @@ def _refuse_for_images(ctx: typer.Context) -> None:
 
 
 def _draw_and_score(
-    model: str, settings: Settings, seeds: int, output: Path | None, tools: Tools, score: bool, share: Share
+    model: str, settings: EvaluationSettings, seeds: int, output: Path | None, tools: Tools, score: bool, share: Share
 ) -> list[dict[str, Any]]:
     from dataclasses import replace
 

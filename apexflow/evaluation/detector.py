@@ -19,6 +19,7 @@ from apexflow.data.scenes import COLORS, GROUND, SHAPES, SIZE, Thing, render
 Array = NDArray[np.floating]
 SMALLEST = 24  # pixels: fewer are a speck
 TEMPLATE = 24  # side of the outlines that are compared
+PALETTE = np.array(list(COLORS.values()), dtype=np.float64)
 FOREGROUND = 60.0  # distance in RGB from the ground at which a pixel is surely part of a thing
 
 
@@ -50,14 +51,13 @@ def detect(image: Image.Image) -> list[Detection]:
 def _split(patch: NDArray[np.bool_], pixels: Array) -> list[NDArray[np.bool_]]:
     """A patch that holds two colours in earnest is two things that touch."""
     core = _core(patch)
-    names = _nearest_colors(pixels[core])
+    names = _nearest(pixels[core], PALETTE)
     shares = np.bincount(names, minlength=len(COLORS)) / max(len(names), 1)
     strong = [color for color in range(len(COLORS)) if shares[color] > 0.25]
     if len(strong) < 2:
         return [patch]
     labels = np.full(patch.shape, -1)
-    palette = np.array(list(COLORS.values()), dtype=np.float64)[strong]
-    labels[patch] = np.argmin(((pixels[patch][:, None] - palette) ** 2).sum(-1), axis=1)
+    labels[patch] = _nearest(pixels[patch], PALETTE[strong])
     return [labels == index for index in range(len(strong))]
 
 
@@ -67,17 +67,21 @@ def _core(patch: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return inside if inside.sum() >= 4 else patch
 
 
-def _nearest_colors(pixels: Array) -> NDArray[np.intp]:
-    palette = np.array(list(COLORS.values()), dtype=np.float64)
+def _nearest(pixels: Array, palette: Array) -> NDArray[np.intp]:
+    """The number of the nearest colour of a palette (C, 3) for each of some pixels (N, 3)."""
     return np.argmin(((pixels[:, None] - palette) ** 2).sum(-1), axis=1)
+
+
+def _cover(pixels: Array, color: str) -> Array:
+    """How far each pixel (H, W, 3) is on the way from ground to colour: 1 inside, a fraction on the edge."""
+    way = np.array(COLORS[color], dtype=np.float64) - GROUND
+    return np.clip((pixels - GROUND) @ way / (way @ way), 0, 1)
 
 
 def _describe(patch: NDArray[np.bool_], pixels: Array) -> Detection:
     """Colour by vote of the inside, shape by the best overlap of soft masks."""
-    color = list(COLORS)[int(np.bincount(_nearest_colors(pixels[_core(patch)]), minlength=len(COLORS)).argmax())]
-    # How far each pixel is on the way from ground to colour: 1 inside, a fraction on the edge.
-    way = np.array(COLORS[color], dtype=np.float64) - GROUND
-    cover = np.clip((pixels - GROUND) @ way / (way @ way), 0, 1) * ndimage.binary_dilation(patch)
+    color = list(COLORS)[int(np.bincount(_nearest(pixels[_core(patch)], PALETTE), minlength=len(COLORS)).argmax())]
+    cover = _cover(pixels, color) * ndimage.binary_dilation(patch)
     rows, columns = np.nonzero(cover > 0.5)
     if len(rows) == 0:
         rows, columns = np.nonzero(patch)
@@ -109,8 +113,7 @@ def resample(mask: Array) -> Array:
 def template_of(shape: str) -> tuple[Array, float]:
     """The outline of a shape as a soft mask in its own bounding box, and the box's aspect ratio."""
     picture = np.asarray(render((Thing(shape, "black", 32, 32, 24),)), dtype=np.float64)
-    way = np.array(COLORS["black"], dtype=np.float64) - GROUND
-    cover = np.clip((picture - GROUND) @ way / (way @ way), 0, 1)
+    cover = _cover(picture, "black")
     rows, columns = np.nonzero(cover > 0.5)
     cut = cover[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     return resample(cut), cut.shape[1] / cut.shape[0]

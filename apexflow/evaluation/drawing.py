@@ -11,18 +11,17 @@ from PIL import Image
 from apexflow.data.pictures import to_tensor
 from apexflow.data.workers import Share
 from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture
-from apexflow.evaluation.suite import Drawing, Prompt, Settings, Suite
+from apexflow.evaluation.suite import Drawing, EvaluationSettings, Prompt, Suite
 from apexflow.files import write_json, write_text
-from apexflow.generator import MAX_BATCH, Generator
+from apexflow.generator import MAX_BATCH, Generator, at_once
 from apexflow.progress import Progress
 
 EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawing
-BATCH_PIXELS = MAX_BATCH * 256**2  # a batch holds 32 small pictures, or two of 1024 x 1024
 
 
 def draw(
     generator: Generator,
-    settings: Settings,
+    settings: EvaluationSettings,
     suite: Suite,
     prompts: Sequence[Prompt],
     folder: Path,
@@ -41,7 +40,7 @@ def draw(
     todo = [drawing for drawing in mine if not is_whole(pictures / drawing.path)]
     size = settings.size or generator.backbone.default_size
     with Progress(f"{title}: drawing", len(mine), len(mine) - len(todo)) as progress:
-        for group in _groups(todo, max(1, min(MAX_BATCH, BATCH_PIXELS // size**2))):
+        for group in _groups(todo, at_once(size)):
             for drawing, samples in _draw_group(generator, settings, group, size):
                 if not (folder / EVALUATIONS).is_file():
                     write_json(folder / EVALUATIONS, generator.evaluations)
@@ -62,7 +61,7 @@ def _groups(drawings: Sequence[Drawing], batch: int) -> Iterator[Sequence[Drawin
 
 
 def _draw_group(
-    generator: Generator, settings: Settings, group: Sequence[Drawing], size: int
+    generator: Generator, settings: EvaluationSettings, group: Sequence[Drawing], size: int
 ) -> Iterator[tuple[Drawing, list[Image.Image]]]:
     samples = generator.generate_seeded(
         [drawing.text for drawing in group for _ in drawing.samples],

@@ -19,7 +19,6 @@ from apexflow.files import replacing, write_text
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
 JPEG_QUALITY = 75  # what Sana's pictures have; FID sees it
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from apexflow.backbones.parts import SAFELY
-from apexflow.errors import UserError
+from apexflow.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -35,5 +35,4 @@ def guarded(folder: str | Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {folder}: {reason}") from error
+        raise UserError(f"cannot load {folder}: {first_line(error)[:160]}") from error

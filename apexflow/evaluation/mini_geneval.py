@@ -103,9 +103,8 @@ def _by_class(found: Sequence[Detection]) -> dict[str, ArrayLike]:
 
 def _color_lookup(found: Sequence[Detection]) -> Any:
     """The colour of a box is that of the detection it came from."""
-    colors: dict[Any, str] = {
-        (d.shape, d.box): d.color for d in found
-    }  # boxes lie on whole pixels, so they compare exactly
+    # Boxes lie on whole pixels, so they compare exactly.
+    colors: dict[Any, str] = {(d.shape, d.box): d.color for d in found}
     return lambda shape, boxes: [colors[shape, tuple(float(side) for side in box[:4])] for box in boxes]
 
 

@@ -23,20 +23,20 @@ from apexflow.errors import UserError, writing
 from apexflow.evaluation.drawing import EVALUATIONS, diversity, draw, pending
 from apexflow.evaluation.files import is_whole
 from apexflow.evaluation.scoring import Scored, score
-from apexflow.evaluation.suite import Found, Prompt, Settings, Suite, Tools, prompts_sha256
+from apexflow.evaluation.suite import EvaluationSettings, Found, Prompt, Suite, Tools, prompts_sha256
 from apexflow.evaluation.suites import SUITES, make_suite
 from apexflow.files import read_json, write_json
 from apexflow.generator import Generator, check_sampling
 from apexflow.locking import alone_in
 
-__all__ = ["SUITES", "Settings", "Share", "Tools", "evaluate", "over_seeds", "score_folder"]
+__all__ = ["SUITES", "EvaluationSettings", "Share", "Tools", "evaluate", "over_seeds", "score_folder"]
 
 VERSIONS = ("apexflow", "torch", "transformers", "diffusers", "numpy", "pillow")
 
 
 def evaluate(
     generator: Generator,
-    settings: Settings,
+    settings: EvaluationSettings,
     folder: Path | None = None,
     name: str = "model",
     tools: Tools | None = None,
@@ -79,7 +79,11 @@ def evaluate(
 
 
 def score_folder(
-    images: Path, settings: Settings, folder: Path | None = None, name: str = "pictures", tools: Tools | None = None
+    images: Path,
+    settings: EvaluationSettings,
+    folder: Path | None = None,
+    name: str = "pictures",
+    tools: Tools | None = None,
 ) -> dict[str, Any]:
     """Score pictures that any program wrote in the suite's official layout; the report. `images` is never written to."""
     if not images.is_dir():
@@ -98,7 +102,7 @@ def score_folder(
     return _score(suite, settings, prompts, all_prompts, images, folder, {"name": name} | drawn)
 
 
-def _suite(settings: Settings, tools: Tools | None) -> Suite:
+def _suite(settings: EvaluationSettings, tools: Tools | None) -> Suite:
     if (settings.per_prompt is not None and settings.per_prompt < 1) or (
         settings.limit is not None and settings.limit < 1
     ):
@@ -108,7 +112,7 @@ def _suite(settings: Settings, tools: Tools | None) -> Suite:
 
 def _score(
     suite: Suite,
-    settings: Settings,
+    settings: EvaluationSettings,
     prompts: Sequence[Prompt],
     all_prompts: bool,
     images: Path,
@@ -150,7 +154,7 @@ def _completeness(all_prompts: bool, found: Found, scored: Scored) -> dict[str, 
     }
 
 
-def _generation(generator: Generator, settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _generation(generator: Generator, settings: EvaluationSettings, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything of the drawing that moves a score."""
     backbone = generator.backbone
     size = settings.size or backbone.default_size

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from apexflow.data.pictures import PICTURES
 from apexflow.errors import UserError
-from apexflow.evaluation.files import SUFFIXES
 from apexflow.evaluation.judge import Ask
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What moves a score beside the model and the scorers: all of it goes into the report."""
 
     suite: str = "mini-geneval"
@@ -157,29 +157,33 @@ def needs(value: Path | None, option: str, what: str, is_there: Callable[[Path],
     return value
 
 
-def one_each(prompts: Sequence[Prompt], names: Sequence[str], copies: int = 1) -> list[Drawing]:
-    """One file a prompt, holding `copies` samples."""
-    return [
-        Drawing(name, prompt.text, tuple(range(prompt.index * copies, (prompt.index + 1) * copies)))
-        for prompt, name in zip(prompts, names, strict=True)
-    ]
+class OneFileEach(Suite):
+    """A suite of one file a prompt, named after it, which holds all of the prompt's samples."""
 
+    @abstractmethod
+    def name_of(self, prompt: Prompt) -> str:
+        """The name of a prompt's file."""
 
-def find_by_stem(folder: Path, prompts: Sequence[Prompt], names: Sequence[str]) -> Found:
-    """Pictures named after their prompt, whatever their format. A second one of the same stem is extra."""
-    there: dict[str, Path] = {}
-    found = Found()
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            stem = path.name.split(".")[0]
-            if stem in there:
-                found.extra.append(path.name)
-            there.setdefault(stem, path)
-    for prompt, name in zip(prompts, names, strict=True):
-        path_of = there.pop(name.split(".")[0], None)
-        if path_of is None:
-            found.missing.append(name)
-        else:
-            found.pictures.append(Picture(path_of.name, path_of, prompt.metadata))
-    found.extra += [path.name for path in there.values()]
-    return found
+    def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+        count = self.per_prompt
+        return [Drawing(self.name_of(p), p.text, tuple(range(p.index * count, (p.index + 1) * count))) for p in prompts]
+
+    def find(self, folder: Path, prompts: Sequence[Prompt]) -> Found:
+        """Pictures of any format. A second one of the same stem is extra."""
+        there: dict[str, Path] = {}
+        found = Found()
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in PICTURES and not path.name.startswith("."):
+                stem = path.name.split(".")[0]
+                if stem in there:
+                    found.extra.append(path.name)
+                there.setdefault(stem, path)
+        for prompt in prompts:
+            name = self.name_of(prompt)
+            path_of = there.pop(name.split(".")[0], None)
+            if path_of is None:
+                found.missing.append(name)
+            else:
+                found.pictures.append(Picture(path_of.name, path_of, prompt.metadata))
+        found.extra += [path.name for path in there.values()]
+        return found

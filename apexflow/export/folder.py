@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from apexflow.backbones import (
     read_settings,
     resolve,
     second_time,
+    write_settings,
 )
-from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index
+from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index, write_index
 from apexflow.backbones.parts import check_whole, index_entry, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
@@ -147,7 +148,7 @@ def _whole(found: Source, partial: Path) -> None:
         shutil.copyfile(file, partial / file.name)
     if pairs is not None:
         merge_into(partial / found.backbone.network_part, pairs)
-    (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")
+    write_settings(partial, found.settings)
 
 
 def _lora(found: Source, partial: Path) -> None:
@@ -160,7 +161,7 @@ def _lora(found: Source, partial: Path) -> None:
         raise UserError(f"{pipeline} of diffusers loads no LoRA: pass --merge")
     check_lora(found.lora, read_lora(found.lora), found.model / found.backbone.network_part)
     shutil.copyfile(found.lora, partial / FILE)
-    (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")
+    write_settings(partial, found.settings)
 
 
 def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chosen: Scheduler) -> None:
@@ -177,8 +178,7 @@ def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chose
     shutil.rmtree(folder / "scheduler", ignore_errors=True)
     scheduler.save_pretrained(folder / "scheduler")
     if (folder / INDEX).is_file():
-        index = read_index(folder) | {"scheduler": index_entry(type(scheduler))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_index(folder, read_index(folder) | {"scheduler": index_entry(type(scheduler))})
 
 
 def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any], output: Path) -> str:

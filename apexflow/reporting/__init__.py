@@ -1,1 +1,1 @@
-"""Parts of the report page: curves, pictures, tables and the style sheet, each from plain values to markup."""
+"""The report page, and its parts: curves, pictures, tables and the style sheet, each from plain values to markup."""

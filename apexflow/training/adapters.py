@@ -17,7 +17,7 @@ from apexflow.errors import UserError
 from apexflow.objectives import Field, Networks
 from apexflow.training.config import Tuning
 from apexflow.training.distributed import leads
-from apexflow.training.fields import field_of, held, not_recomputed
+from apexflow.training.fields import field_of, held, networks_of, not_recomputed
 from apexflow.training.sharding import Place, gathered, leave, original_class
 from apexflow.training.storage import plain_weights
 
@@ -70,23 +70,9 @@ class LoraRoles:
 
     def networks(self, null: Condition | None) -> Networks:
         field = field_of(self.backbone, self.backbone.transformer)
-        reference, teacher = self._as("ema", field), self._as(None, field)
-        return Networks(
-            student=field,
-            reference=reference,
-            teacher=teacher,
-            null=null,
-            guide=self.backbone.guide,
-            transport=self.backbone.transport,
-            round_time=self.backbone.round_time,
-            time_shift=self.backbone.time_shift,
-            guided_at_once=self.backbone.guided_at_once,
-            frozen={
-                "student": held(field, self.trained.values, self.backbone.transformer),
-                "reference": reference,
-                "teacher": teacher,
-            },
-        )
+        others = {"reference": self._as("ema", field), "teacher": self._as(None, field)}
+        frozen = {"student": held(field, self.trained.values, self.backbone.transformer)} | others
+        return networks_of(self.backbone, self.backbone, {"student": field} | others, frozen, null)
 
     def _as(self, name: str | None, field: Field) -> Field:
         def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:

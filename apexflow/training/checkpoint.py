@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from apexflow.data.files import Fields, read_record
-from apexflow.errors import UserError
+from apexflow.errors import UserError, first_line
 from apexflow.training.distributed import control_group, leads, together, world
 
 NAME = "step-{:07d}"
@@ -160,7 +160,7 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong; of a process's own error, where torch wraps it."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def check_fit(targets: Mapping[str, Tensor], found: Mapping[str, Tensor], part: str, what: str) -> None:

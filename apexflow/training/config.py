@@ -128,9 +128,8 @@ class Recipe:
     # What the saved model says of how to sample it: by default as its previews; after flow matching, as the model before.
     sampling_steps: SamplingSteps | None = None
     sampling_guidance: float | None = None
-    suite: Literal["mini-geneval", "mini-geneval-held-out"] | None = (
-        None  # scored at the end, one picture a prompt, for the report
-    )
+    # Scored at the end, one picture a prompt, for the report.
+    suite: Literal["mini-geneval", "mini-geneval-held-out"] | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer.kind == "adamw8bit" and self.parallel == "fsdp":

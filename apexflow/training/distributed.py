@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apexflow.data.workers import worker_device
+from apexflow.devices import worker_device
 from apexflow.errors import ToldElsewhere, UserError
 from apexflow.locking import alone_in
 from apexflow.progress import console

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Backbone, second_time
 from apexflow.conditioning import Condition
-from apexflow.objectives import Field
+from apexflow.objectives import Field, Networks
 
 
 @contextmanager
@@ -48,6 +48,27 @@ def held(field: Field, parameters: Callable[[], Iterable[nn.Parameter]], network
                 parameter.requires_grad_(True)
 
     return answer
+
+
+def networks_of(
+    backbone: Backbone, like: Backbone, fields: Mapping[str, Field], frozen: Mapping[str, Field], null: Condition | None
+) -> Networks:
+    """What an objective calls: `fields` of student, reference and teacher, and asked with their weights held (`frozen`).
+
+    like: whose network the teacher is, and so who guides it.
+    """
+    return Networks(
+        student=fields["student"],
+        reference=fields["reference"],
+        teacher=fields["teacher"],
+        null=null,
+        guide=like.guide,
+        transport=backbone.transport,
+        round_time=backbone.round_time,
+        time_shift=backbone.time_shift,
+        guided_at_once=like.guided_at_once,
+        frozen=frozen,
+    )
 
 
 def field_of(backbone: Backbone, network: nn.Module) -> Field:

@@ -16,13 +16,14 @@ from torch import nn
 from apexflow.backbones import Backbone
 from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
+from apexflow.devices import device_name
 from apexflow.errors import Stopped, UserError, is_taken, writing
-from apexflow.evaluation.runner import Settings, evaluate
+from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
-from apexflow.generator import device_name, load
+from apexflow.generator import load
 from apexflow.objectives import Objective
 from apexflow.progress import Progress, console
-from apexflow.report import write_report
+from apexflow.reporting.report import write_report
 from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, in_turn, joined, leads, only_run_in, own_device, own_rows, together
@@ -202,7 +203,7 @@ def finish(run: Run) -> Path:
         return model
     scores = {}
     if run.recipe.suite:
-        settings = Settings(suite=run.recipe.suite, per_prompt=1)
+        settings = EvaluationSettings(suite=run.recipe.suite, per_prompt=1)
         scores["student"] = evaluate(load(str(model), run.device.type), settings, name="student")
         write_json(run.folder / "scores.json", scores)
     write_report(run.folder, scores)

@@ -33,7 +33,7 @@ LASTING = ("trained weights", "frozen weights", "further networks", "average (EM
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes on each of `gpus` GPUs, by what they are: `backward` at its start, and `update` in the optimizer's step.
 
     cached: bytes a picture that the cache of latents and embeddings holds, on disk or in main memory. host: main memory that
@@ -80,7 +80,7 @@ class Plan:
         }
 
 
-def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
+def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan:
     """What a recipe takes on each of `gpus` GPUs; `tokens` of text a prompt, by default the most that the model reads.
 
     Reads configs alone. `recipe.micro_batch` counts rows on one GPU; with `parallel=auto` no weights are shared out (see
@@ -127,7 +127,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> Plan:
     saving = denoiser + encoder if shared > 1 else 0
     if recipe.tuning.kind == "lora":
         saving = denoiser + sizes.average  # merged on the CPU, however the base is stored
-    return Plan(backward, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
+    return MemoryPlan(backward, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
 
 
 def shapes_of(recipe: Recipe) -> Backbone:
@@ -165,12 +165,12 @@ def blocks_of(backbone: Backbone) -> int:
 Change = tuple[str, Recipe, int]  # what to add to the command, and recipe and GPUs then
 
 
-def advise(recipe: Recipe, limit: int, gpus: int = 1, tokens: int | None = None) -> list[tuple[str, Plan]]:
+def advise(recipe: Recipe, limit: int, gpus: int = 1, tokens: int | None = None) -> list[tuple[str, MemoryPlan]]:
     """Changes that make a recipe fit into `limit` bytes, each on top of those before it, up to the first that fits.
 
     Each is (what to add to the command, the plan then). Empty if it fits as it is.
     """
-    found: list[tuple[str, Plan]] = []
+    found: list[tuple[str, MemoryPlan]] = []
     if plan(recipe, gpus, tokens).peak <= limit:
         return found
     for change, then in _changes(recipe, gpus, tokens, lambda now, then: then.peak < now.peak):
@@ -190,8 +190,8 @@ def out_of_memory(recipe: Recipe, gpus: int = 1) -> str:
 
 
 def _changes(
-    recipe: Recipe, gpus: int, tokens: int | None, is_better: Callable[[Plan, Plan], bool]
-) -> Iterator[tuple[str, Plan]]:
+    recipe: Recipe, gpus: int, tokens: int | None, is_better: Callable[[MemoryPlan, MemoryPlan], bool]
+) -> Iterator[tuple[str, MemoryPlan]]:
     """Changes by which a plan gets better, each on top of those before it, in the order of what they cost: time, then precision,
     then money, then what is tuned."""
     now, again = plan(recipe, gpus, tokens), True
@@ -245,7 +245,7 @@ def _adapter(recipe: Recipe, gpus: int) -> Iterator[Change]:
         yield "tuning.kind=lora", replace(recipe, tuning=replace(recipe.tuning, kind="lora")), gpus
 
 
-def plan_table(found: Plan, advice: list[tuple[str, Plan]], memory: float) -> str:
+def plan_table(found: MemoryPlan, advice: list[tuple[str, MemoryPlan]], memory: float) -> str:
     """A plan and its advice as text."""
     shown = found.to_dict()
     lines = [f"{name:20} {size:8.2f} GiB" for name, size in shown["parts_gib"].items() if size >= 0.005]

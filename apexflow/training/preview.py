@@ -14,7 +14,7 @@ from torch import Tensor
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet
-from apexflow.errors import writing
+from apexflow.errors import first_line, writing
 from apexflow.files import write_json
 from apexflow.generator import Generator, picture_grid
 from apexflow.progress import console
@@ -84,7 +84,7 @@ def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
     except RuntimeError as error:
         if device.type == "cpu":
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     console.print(f"the previews could not be decoded on {device} ({reason}): the CPU does it, which takes longer")
     return _decoded_on(torch.device("cpu"), backbone, latents)
 

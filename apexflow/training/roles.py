@@ -14,7 +14,7 @@ from apexflow.conditioning import Condition
 from apexflow.objectives import Field, Networks
 from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Recipe, Tuning
-from apexflow.training.fields import field_of, held
+from apexflow.training.fields import field_of, held, networks_of
 from apexflow.training.sharding import Place, fill, hollow, unsharded
 from apexflow.training.storage import storing
 
@@ -70,18 +70,8 @@ class FullRoles:
             "teacher": (self._like, teacher),
         }
         fields = {name: field_of(*asked) for name, asked in networks.items()}
-        return Networks(
-            student=fields["student"],
-            reference=fields["reference"],
-            teacher=fields["teacher"],
-            null=null,
-            guide=self._like.guide,
-            transport=self.backbone.transport,
-            round_time=self.backbone.round_time,
-            time_shift=self.backbone.time_shift,
-            guided_at_once=self._like.guided_at_once,
-            frozen={name: held(fields[name], part.parameters, part) for name, (_, part) in networks.items()},
-        )
+        frozen = {name: held(fields[name], part.parameters, part) for name, (_, part) in networks.items()}
+        return networks_of(self.backbone, self._like, fields, frozen, null)
 
     @property
     def everything(self) -> list[nn.Module]:

@@ -173,9 +173,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any], section: str = ""
     said = []
     for key, old in before.items():
         new = json.loads(json.dumps(now.get(key, old)))  # as a checkpoint keeps it
-        if (
-            isinstance(old, dict) and isinstance(new, dict) and key != "objective"
-        ):  # which in a recipe names no more than was given
+        # What a recipe says of its objective is no more than was given, so it is told whole.
+        if isinstance(old, dict) and isinstance(new, dict) and key != "objective":
             said += changed(old, new, f"{section}{key}.")
         elif new != old:
             said.append(f"{section}{key} {new} instead of {old}")

@@ -29,7 +29,8 @@ from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.order import batch_rows, data_row
 from apexflow.data.pictures import to_tensor
 from apexflow.data.scenes import render, scenes
-from apexflow.data.workers import Share, worker_device
+from apexflow.data.workers import Share
+from apexflow.devices import worker_device
 from apexflow.errors import UserError
 from apexflow.progress import console
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from apexflow.evaluation.judge import picture_url
-from apexflow.evaluation.runner import Settings
+from apexflow.evaluation.runner import EvaluationSettings
 
 WORDS = [
     "<|startoftext|>",
@@ -199,9 +199,9 @@ def question(text: str, image: Image.Image | Path) -> list[dict]:
     return [{"role": "user", "content": [{"type": "text", "text": text}, picture]}]
 
 
-def settings(suite: str, **changes: object) -> Settings:
+def settings(suite: str, **changes: object) -> EvaluationSettings:
     """Two prompts in one step."""
-    return Settings(**{"suite": suite, "steps": 1, "guidance": 1.0, "limit": 2, **changes})
+    return EvaluationSettings(**{"suite": suite, "steps": 1, "guidance": 1.0, "limit": 2, **changes})
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -13,9 +13,9 @@ from PIL import Image
 from apexflow.errors import UserError
 from apexflow.evaluation import judging
 from apexflow.evaluation.judge import Judge
-from apexflow.evaluation.runner import Settings, Tools, score_folder
+from apexflow.evaluation.runner import EvaluationSettings, Tools, score_folder
 
-VERIFIED = Settings(suite="wise")
+VERIFIED = EvaluationSettings(suite="wise")
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_dpg_loses_one_picture_and_asks_only_what_it_has_no_reply_to(server: Ser
     data = little.dpg_folder(tmp_path / "data", 2)
     for item in range(2):
         Image.new("RGB", (8, 8), (item, 0, 0)).save(tmp_path / "grids" / f"{item}.png")
-    settings = Settings(suite="dpg", per_prompt=1)
+    settings = EvaluationSettings(suite="dpg", per_prompt=1)
     server.script = [answer("Yes."), answer("no"), status(500), status(500), *[answer("yes")] * 3]
     report = score_folder(tmp_path / "grids", settings, tmp_path / "e", "x", tools(server, data, None))
     assert "1 of 3 requests" in report["failed"]["0.png"] and report["overall"] == 100

@@ -16,13 +16,13 @@ from apexflow.evaluation import mini_geneval
 from apexflow.evaluation.files import read_rows
 from apexflow.evaluation.geneval.prompt_set import PROMPTS_SHA256
 from apexflow.evaluation.geneval.prompt_set import prompts as geneval_prompts
-from apexflow.evaluation.runner import Settings, Share, Tools, evaluate, score_folder
+from apexflow.evaluation.runner import EvaluationSettings, Share, Tools, evaluate, score_folder
 from apexflow.evaluation.suite import prompts_sha256
 from apexflow.evaluation.suites.mini_geneval import MiniGenEval
 from apexflow.evaluation.table import score_table
 from apexflow.generator import Generator, load
 
-QUICK = Settings(steps=1, guidance=1.0, per_prompt=2, limit=24)
+QUICK = EvaluationSettings(steps=1, guidance=1.0, per_prompt=2, limit=24)
 COMPARED = ("tasks", "overall", "strict", "evaluations", "prompts_sha256", "weights", "times", "pictures")
 
 
@@ -185,9 +185,9 @@ def test_fresh_noise_belongs_to_the_picture_not_to_the_batch(generator: Generato
 
 def test_other_settings_need_another_folder(generator: Generator, whole: Path) -> None:
     with pytest.raises(UserError, match="other seed"):
-        evaluate(generator, Settings(**{**vars(QUICK), "seed": 1}), whole)
+        evaluate(generator, EvaluationSettings(**{**vars(QUICK), "seed": 1}), whole)
     with pytest.raises(UserError, match="other limit"):
-        score_folder(whole / "pictures", Settings(limit=3, per_prompt=2), whole)
+        score_folder(whole / "pictures", EvaluationSettings(limit=3, per_prompt=2), whole)
 
 
 def foreign(root: Path, count: int = 12) -> list[dict]:
@@ -209,7 +209,7 @@ def foreign(root: Path, count: int = 12) -> list[dict]:
 def test_a_folder_of_another_program_is_scored_and_what_lacks_is_named(tmp_path: Path) -> None:
     root = tmp_path / "theirs"
     foreign(root)
-    once = Settings(per_prompt=1)
+    once = EvaluationSettings(per_prompt=1)
     before = sorted(root.rglob("*"))
     report = score_folder(root, once, tmp_path / "scores")
     assert sorted(root.rglob("*")) == before
@@ -234,10 +234,10 @@ def test_a_folder_of_another_program_is_scored_and_what_lacks_is_named(tmp_path:
 
 def test_reworded_prompts_are_scored_and_change_the_hash(tmp_path: Path) -> None:
     metadata = foreign(tmp_path / "theirs", 2)
-    plain = score_folder(tmp_path / "theirs", Settings(per_prompt=1), tmp_path / "scores")
+    plain = score_folder(tmp_path / "theirs", EvaluationSettings(per_prompt=1), tmp_path / "scores")
     place = sorted((tmp_path / "theirs").iterdir())[0]
     (place / "metadata.jsonl").write_text(json.dumps(metadata[0] | {"prompt": "in other words"}))
-    reworded = score_folder(tmp_path / "theirs", Settings(per_prompt=1), tmp_path / "scores")
+    reworded = score_folder(tmp_path / "theirs", EvaluationSettings(per_prompt=1), tmp_path / "scores")
     assert reworded["pictures"] == 2 and reworded["prompts_sha256"] != plain["prompts_sha256"]
     rows = [json.loads(line) for line in (tmp_path / "scores" / "results.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["in other words", metadata[1]["prompt"]]  # no row of the old prompt
@@ -267,14 +267,14 @@ def test_a_hole_in_the_numbering_is_named(there: list[str], wanted: int, missing
 
 def test_folders_that_hold_nothing_to_score(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pictures folder"):
-        score_folder(tmp_path / "none", Settings())
+        score_folder(tmp_path / "none", EvaluationSettings())
     with pytest.raises(UserError, match="layout"):
-        score_folder(tmp_path, Settings())
+        score_folder(tmp_path, EvaluationSettings())
     root = tmp_path / "theirs"
     foreign(root, 1)
     next(root.rglob("00000.png")).write_bytes(b"x")
     with pytest.raises(UserError, match="could be scored"):
-        score_folder(root, Settings())
+        score_folder(root, EvaluationSettings())
 
 
 def test_a_link_to_nowhere_is_told_of(whole: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from apexflow.data.captioned import MISSING, Sample
+from apexflow.data.captioned import Sample
 from apexflow.errors import UserError
 
 TEXT = "utf-8-sig"  # some editors begin a file of UTF-8 with a mark
@@ -107,13 +107,13 @@ def recognise(path: Path) -> Source:
     return found[0]
 
 
-def read_within(home: Path, path: Path) -> bytes:
-    """A file that a set's own text names, MISSING where there is none. ValueError for one outside of the set's folder `home`: a
+def read_within(home: Path, path: Path) -> bytes | None:
+    """A file that a set's own text names, None where there is none. ValueError for one outside of the set's folder `home`: a
     set that others made must not reach for the user's files."""
     inside = Path(os.path.abspath(path))
     if not inside.is_relative_to(os.path.abspath(home)):
         raise ValueError("outside of the set's folder")
-    return inside.read_bytes() if inside.is_file() else MISSING
+    return inside.read_bytes() if inside.is_file() else None
 
 
 def files_of(path: Path, *suffixes: str) -> list[Path]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from apexflow.data.captioned import MISSING, PICTURES, Sample
+from apexflow.data.captioned import Loaded, Sample
+from apexflow.data.pictures import PICTURES
 from apexflow.data.readers import lines_of, named, read_within, text_of
 from apexflow.data.readers.tars import MANIFEST
 
@@ -30,10 +30,10 @@ def pairs(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sam
         yield Sample(str(path), partial(_pair, path))
 
 
-def _pair(picture: Path) -> tuple[bytes, Mapping[str, Any]]:
+def _pair(picture: Path) -> Loaded:
     text = picture.with_suffix(".txt")
     fields = {"txt": text_of(text.read_bytes())} if text.is_file() else {}
-    return picture.read_bytes() if picture.is_file() else MISSING, fields
+    return picture.read_bytes() if picture.is_file() else None, fields
 
 
 def claim_metadata(path: Path) -> list[Path]:
@@ -48,7 +48,7 @@ def rows(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Samp
             yield Sample(f"{path}:{number}", partial(_row, home, path, line))
 
 
-def _row(home: Path, path: Path, line: bytes) -> tuple[bytes, Mapping[str, Any]]:
+def _row(home: Path, path: Path, line: bytes) -> Loaded:
     row = json.loads(text_of(line))
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise ValueError("no JSON object with file_name")

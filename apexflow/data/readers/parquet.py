@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from apexflow.data.captioned import MISSING, Sample
+from apexflow.data.captioned import Loaded, Sample
 from apexflow.data.readers import files_of
 from apexflow.errors import UserError
 
@@ -49,13 +49,13 @@ def _columns(path: Path, schema: Any) -> tuple[str, tuple[str, ...]]:
     return ("image" if "image" in pictures else pictures[0]), texts
 
 
-def _load(path: Path, group: int, row: int, picture: str, texts: tuple[str, ...]) -> tuple[bytes, Mapping[str, Any]]:
+def _load(path: Path, group: int, row: int, picture: str, texts: tuple[str, ...]) -> Loaded:
     table = _row_group(path, group, (picture, *texts))
     content = table[picture][row].as_py()
     content = content.get("bytes") if isinstance(content, dict) else content
     # An empty cell is no caption at all: the fields that are filled decide.
     filled = {name: value for name in texts if (value := table[name][row].as_py()) is not None}
-    return MISSING if content is None else content, filled
+    return content, filled
 
 
 @lru_cache(maxsize=2)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from apexflow.data.captioned import Sample
+from apexflow.data.captioned import Loaded, Sample
 from apexflow.data.readers import lines_of, text_of
 
 
@@ -21,10 +20,10 @@ def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[S
     for path in files:
         as_json = path.suffix.lower() == ".jsonl"
         for number, line in lines_of(path):
-            yield Sample(f"{path.name}:{number}", partial(_load, line, as_json))
+            yield Sample(f"{path.name}:{number}", partial(_load, line, as_json), pictured=False)
 
 
-def _load(line: bytes, as_json: bool) -> tuple[None, Mapping[str, Any]]:
+def _load(line: bytes, as_json: bool) -> Loaded:
     text = text_of(line)
     content = json.loads(text) if as_json else text
     if isinstance(content, str):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apexflow.data.captioned import Sample
+from apexflow.data.captioned import Loaded, Sample
 from apexflow.data.readers import TEXT, read_within
 from apexflow.data.readers.tars import MANIFEST, Member, members
 
@@ -32,5 +32,5 @@ def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[S
         yield Sample(name, partial(_load, found.get(name), home, manifest.parent / name, fields))
 
 
-def _load(member: Member | None, home: Path, path: Path, fields: Mapping[str, Any]) -> tuple[bytes, Mapping[str, Any]]:
+def _load(member: Member | None, home: Path, path: Path, fields: Mapping[str, Any]) -> Loaded:
     return (read_within(home, path) if member is None else member.read()), fields

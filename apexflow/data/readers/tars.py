@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apexflow.data.captioned import MISSING, PICTURES, Sample
+from apexflow.data.captioned import Loaded, Sample
+from apexflow.data.pictures import PICTURES
 from apexflow.data.readers import files_of, text_of
 
 # The list beside ShareGPT-4o-Image's tars; its twin, text_and_image_to_image.json, is for editing.
@@ -76,8 +77,8 @@ def members(path: Path, broken: dict[str, str]) -> Iterator[Member]:
 
 
 def _sample(path: Path, key: str, parts: dict[str, Member]) -> Sample:
-    def load() -> tuple[bytes, Mapping[str, Any]]:
-        picture = next((parts[suffix].read() for suffix in PICTURES if suffix in parts), MISSING)
+    def load() -> Loaded:
+        picture = next((parts[suffix].read() for suffix in PICTURES if suffix in parts), None)
         fields = json_fields(parts[".json"].read()) if ".json" in parts else {}
         text = {"txt": text_of(parts[".txt"].read())} if ".txt" in parts else {}
         return picture, fields | text

@@ -18,14 +18,14 @@ from apexflow.evaluation.files import Unreadable, open_picture
 from apexflow.evaluation.judge import picture_url, strip_thinking
 from apexflow.evaluation.judging import MPLUG, Panel, ask_about, check_judge, make_panel
 from apexflow.evaluation.replies import Request
-from apexflow.evaluation.suite import Drawing, Found, Picture, Prompt, Row, Suite, find_by_stem, needs, one_each
+from apexflow.evaluation.suite import OneFileEach, Picture, Prompt, Row, needs
 
 CSV = "dpg_bench.csv"
 CHUNK = 8  # pictures, each with some 60 questions
 OPTIONS = {"temperature": 0, "max_tokens": 16, "chat_template_kwargs": {"enable_thinking": False}}
 
 
-class DpgBench(Suite):
+class DpgBench(OneFileEach):
     """One picture file a prompt: a grid of 4 samples, or 1 with --per-prompt 1."""
 
     allowed = (1, 4)
@@ -72,11 +72,8 @@ class DpgBench(Suite):
             prompts.append({"item_id": item, "prompt": text})
         return prompts
 
-    def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
-        return one_each(prompts, _names(prompts), self.per_prompt)
-
-    def find(self, folder: Path, prompts: Sequence[Prompt]) -> Found:
-        return find_by_stem(folder, prompts, _names(prompts))
+    def name_of(self, prompt: Prompt) -> str:
+        return f"{prompt.metadata['item_id']}.png"
 
     def settings(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.csv.read_bytes()).hexdigest()
@@ -118,10 +115,6 @@ class DpgBench(Suite):
         text = question if self.official_answers else f"{question} Answer with yes or no only."
         image = {"type": "image_url", "image_url": {"url": address(crop)}}
         return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
-
-
-def _names(prompts: Sequence[Prompt]) -> list[str]:
-    return [f"{prompt.metadata['item_id']}.png" for prompt in prompts]
 
 
 def _cut(picture: Picture, count: int) -> list[Any]:

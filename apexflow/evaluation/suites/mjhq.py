@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from apexflow.data.fingerprint import fingerprint
+from apexflow.data.pictures import PICTURES
 from apexflow.errors import UserError
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.features import (
@@ -29,16 +30,16 @@ from apexflow.evaluation.features import (
     statistics,
 )
 from apexflow.evaluation.fid import Array, fid_from_statistics
-from apexflow.evaluation.files import SUFFIXES, Unreadable, open_picture
+from apexflow.evaluation.files import Unreadable, open_picture
 from apexflow.evaluation.inception import PROTOCOLS, Inception
-from apexflow.evaluation.suite import Drawing, Found, Picture, Prompt, Row, Suite, find_by_stem, needs, one_each
+from apexflow.evaluation.suite import Found, OneFileEach, Picture, Prompt, Row, needs
 from apexflow.files import read_json
 from apexflow.progress import Progress
 
 META = "meta_data.json"
 
 
-class Mjhq(Suite):
+class Mjhq(OneFileEach):
     """One JPEG a prompt, named after its id, in the order of meta_data.json."""
 
     pictures_a_prompt = 1
@@ -90,11 +91,11 @@ class Mjhq(Suite):
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{self.root / META} does not hold {{id: {{category, prompt}}}}: fetch it again") from None
 
-    def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
-        return one_each(prompts, _names(prompts))
+    def name_of(self, prompt: Prompt) -> str:
+        return f"{prompt.metadata['id']}.jpg"
 
     def find(self, folder: Path, prompts: Sequence[Prompt]) -> Found:
-        found = find_by_stem(folder, prompts, _names(prompts))
+        found = super().find(folder, prompts)
         self.asked, self.size = prompts, self.tools.fid_size or _side(found.pictures)
         return found
 
@@ -217,14 +218,10 @@ class Mjhq(Suite):
 
 
 def _pictures(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not paths:
         raise UserError(f"no reference picture below {folder}: unzip mjhq30k_imgs.zip there, or name --reference")
     return paths
-
-
-def _names(prompts: Sequence[Prompt]) -> list[str]:
-    return [f"{prompt.metadata['id']}.jpg" for prompt in prompts]
 
 
 def _side(pictures: Sequence[Picture]) -> int | None:

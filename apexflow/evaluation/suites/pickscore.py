@@ -21,13 +21,13 @@ from apexflow.data.fingerprint import fingerprint
 from apexflow.errors import UserError
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.files import Unreadable, open_picture, read_ahead
-from apexflow.evaluation.suite import Drawing, Found, Picture, Prompt, Row, Suite, find_by_stem, needs, one_each
+from apexflow.evaluation.suite import OneFileEach, Picture, Prompt, Row, needs
 
 BATCH = 16
 FOLDER = "a folder with yuvalkirstain/PickScore_v1"
 
 
-class PickScore(Suite):
+class PickScore(OneFileEach):
     """One picture a prompt, NNNNN.png, counted from 0 in the order of the file."""
 
     pictures_a_prompt = 1
@@ -49,11 +49,8 @@ class PickScore(Suite):
             raise UserError(f"{name}: {reason}: mend or remove it, for the pictures are numbered as the prompts are")
         return found
 
-    def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
-        return one_each(prompts, _names(prompts))
-
-    def find(self, folder: Path, prompts: Sequence[Prompt]) -> Found:
-        return find_by_stem(folder, prompts, _names(prompts))
+    def name_of(self, prompt: Prompt) -> str:
+        return f"{prompt.index:05d}.png"
 
     def settings(self) -> dict[str, Any]:
         return {"clip_weights": fingerprint(self.clip.model)}
@@ -83,7 +80,3 @@ class PickScore(Suite):
         scores = [row["pickscore"] for row in rows]
         error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
         return {"tasks": {"pickscore": mean(scores)}, "overall": mean(scores), "overall_se": error}
-
-
-def _names(prompts: Sequence[Prompt]) -> list[str]:
-    return [f"{prompt.index:05d}.png" for prompt in prompts]

@@ -18,13 +18,13 @@ from apexflow.evaluation import wise
 from apexflow.evaluation.files import open_picture
 from apexflow.evaluation.judging import Panel, ask_about, check_judge, make_panel
 from apexflow.evaluation.replies import Request
-from apexflow.evaluation.suite import Drawing, Found, Picture, Prompt, Row, Suite, find_by_stem, needs, one_each
+from apexflow.evaluation.suite import OneFileEach, Picture, Prompt, Row, needs
 
 CHUNK = 32  # pictures asked about before their rows are written
 JUDGES = {"legacy": "gpt-4o-2024-05-13", "verified": "Qwen3.5-35B-A3B"}  # the published scores'
 
 
-class Wise(Suite):
+class Wise(OneFileEach):
     """One picture a prompt, named after its prompt_id."""
 
     pictures_a_prompt = 1
@@ -58,11 +58,8 @@ class Wise(Suite):
             )
         return [record | {"prompt": record["Prompt"]} for record in records]
 
-    def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
-        return one_each(prompts, _names(prompts))
-
-    def find(self, folder: Path, prompts: Sequence[Prompt]) -> Found:
-        return find_by_stem(folder, prompts, _names(prompts))
+    def name_of(self, prompt: Prompt) -> str:
+        return f"{prompt.metadata['prompt_id']}.png"
 
     def settings(self) -> dict[str, Any]:
         comparable = str(self.panel.identity["judge"]).split("/")[-1] == JUDGES[self.protocol]
@@ -96,7 +93,3 @@ class Wise(Suite):
         any_prompt = {"Prompt": "P", "Explanation": "E", "Category": "C", "Subcategory": "S", "prompt_id": 0}
         messages = wise.judge_messages(self.root, self.protocol, any_prompt, b"")
         return hashlib.sha256(json.dumps(messages).encode()).hexdigest()
-
-
-def _names(prompts: Sequence[Prompt]) -> list[str]:
-    return [f"{prompt.metadata['prompt_id']}.png" for prompt in prompts]

@@ -1,0 +1,63 @@
+"""What a model folder says for apexflow, in `apexflow.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from apexflow.errors import UserError
+from apexflow.sampler import MOST_STEPS, check_times
+
+
+def _grid(times: list[float] | None) -> list[float] | None:
+    if times is not None:
+        check_times(torch.tensor(times, dtype=torch.float64))
+    return times
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model folder may say for apexflow in `apexflow.json`; a stock folder without the file gets the defaults.
+
+    steps, guidance, times: how the model is meant to be sampled (`times`: an explicit descending grid, or None).
+    instruction: whether the family's instruction text is put before the prompt (SANA).
+    max_tokens: prompts longer than this are cut. embedded_guidance: the scale fed to a network that takes one as an
+    input (FLUX.1 dev, SANA-Sprint, LCM-SDXL); None is the family's own. card: recipe, seed, hardware, time and scores,
+    for people.
+    """
+
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
+    guidance: Finite = 1.0
+    times: Annotated[list[float] | None, AfterValidator(_grid)] = None
+    instruction: bool = True
+    max_tokens: Annotated[int, Field(ge=1)] = 300
+    size: Annotated[int | None, Field(ge=1)] = None
+    embedded_guidance: Finite | None = None
+    card: dict = field(default_factory=dict)
+
+
+def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
+    """`apexflow.json` of a model folder over the family's `defaults`; UserError for a file that does not fit."""
+    defaults, path = defaults or Settings(), folder / "apexflow.json"
+    if not path.is_file():
+        return defaults
+    try:
+        settings = replace(defaults, **json.loads(path.read_text()))
+        return TypeAdapter(Settings).validate_python(asdict(settings))
+    except (TypeError, ValueError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{first['loc'][0]}: {first['msg']}" if first else str(error)
+        raise UserError(f"{path} does not fit this version of apexflow ({reason}): restore or delete it") from error
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    """`apexflow.json` of a model folder."""
+    (folder / "apexflow.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
