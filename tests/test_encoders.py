@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from apexflow.backbones import load_backbone
-from apexflow.data.cache import CachedSet
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.errors import UserError
 from apexflow.training.config import load_recipe
@@ -90,15 +90,14 @@ def test_an_encoder_that_was_changed_in_place_is_saved_as_it_is(tiny_model: Path
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
-def test_previews_draw_what_the_text_encoder_would_say(recipe_file: Path) -> None:
-    from apexflow.training.preview import cached_prompts
-
-    run = start(load_recipe(recipe_file), resume=False)
-    data: CachedSet = run.data
-    rows = [0, 9, 33]
-    encode = cached_prompts(data, rows)
-    for prompts in (data.captions(rows)[::-1], [""]):
-        cached, fresh = encode(prompts), run.backbone.encode_prompts(prompts)
-        assert cached.embeds.shape == fresh.embeds.shape
+@pytest.mark.parametrize("own", [(), ("a photo of two red stars", "a circle", "a photo of two red stars")])
+def test_previews_draw_what_the_text_encoder_would_say(recipe_file: Path, own: tuple[str, ...]) -> None:
+    run = start(load_recipe(recipe_file, ["preview.count=5", f"preview.prompts={json.dumps(own)}"]), resume=False)
+    shown = run.shown
+    assert shown.captions == (list(own[:2]) if own else run.data.captions([0, 16, 32]))
+    assert shown.pictures == (4 if own else 5) and shown.encode is not None
+    for prompts in (shown.captions[::-1], [""]):
+        looked_up, fresh = shown.encode(prompts), run.backbone.encode_prompts(prompts)
+        assert looked_up.embeds.shape == fresh.embeds.shape
         mask = 1 if fresh.mask is None else fresh.mask[..., None]
-        assert ((cached.embeds - fresh.embeds) * mask).abs().max() < 1e-5
+        assert ((looked_up.embeds - fresh.embeds) * mask).abs().max() < 1e-5

@@ -32,6 +32,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Rows = Annotated[int, Field(ge=1, le=2**16)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Text = Annotated[str, Field(min_length=1)]
 Parsed = TypeVar("Parsed", bound="DataclassInstance")
 
 
@@ -88,12 +89,14 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Preview:
-    """Sample grids while training, at the step count that ships."""
+    """Sample grids while training, at the step count that ships: `count` pictures of the data's captions, or two of each of
+    `prompts`."""
 
     every: Count = 200
     steps: SamplingSteps = 1
     guidance: float = 1.0
     count: Count = 16
+    prompts: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)

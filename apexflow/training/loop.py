@@ -100,7 +100,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
     engine = _engine(made.parallel, backbone, roles, recipe, null)
     trainees = {"student": Trainee(roles.trained, optimizer_of(recipe, list(roles.trained.values())))}
     trainees |= _further(recipe, objective, backbone, roles, engine, null)
-    run = Run(recipe, folder, backbone, made.data, objective, roles, engine, trainees, device)
+    run = Run(recipe, folder, backbone, made.data, objective, roles, engine, trainees, device, made.shown)
     saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0]
     if resume and saved:
         restore(run, Path(saved[-1]))
@@ -188,10 +188,11 @@ def adam_in_eight_bits() -> Any:
 def preview(run: Run) -> dict[str, float]:
     """A sample grid, and what its pictures look like, in the first process. Sharded networks need all of them for it."""
     with together():
-        if leads() or isinstance(run.engine, Sharded):
-            cached = not run.recipe.tuning.text_encoder
+        if run.shown is not None and (leads() or isinstance(run.engine, Sharded)):
             with answering(run.recipe, run.device):
-                return save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step, cached)
+                return save_preview(
+                    run.backbone, run.roles, run.shown, run.data.size, run.recipe.preview, run.folder, run.step
+                )
     return {}
 
 

@@ -28,6 +28,7 @@ from apexflow.training.check import check_batch, check_data, check_networks, che
 from apexflow.training.config import Data, Recipe
 from apexflow.training.distributed import world
 from apexflow.training.engine import memory_of, parallel_kind
+from apexflow.training.preview import Shown, choose
 from apexflow.training.roles import loaded_dtype
 from apexflow.training.suited import suited_objective
 
@@ -44,6 +45,7 @@ class Prepared:
     objective: Objective
     teacher: Backbone | None
     data: CachedSet
+    shown: Shown
     parallel: str
 
 
@@ -73,7 +75,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
         check_teaches(recipe, (backbone, teacher), folders)
     data = cached_data(recipe, folder, device, backbone, model, finished)
     check_batch(recipe, len(data))
-    return Prepared(backbone, objective, teacher, data, parallel)
+    return Prepared(backbone, objective, teacher, data, choose(recipe, backbone, data, device), parallel)
 
 
 def cached_data(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from apexflow.errors import first_line, writing
 from apexflow.files import write_json
 from apexflow.generator import Generator, picture_grid
 from apexflow.progress import console
-from apexflow.training.config import Preview
+from apexflow.training.config import Preview, Recipe
 from apexflow.training.distributed import leads
 from apexflow.training.roles import Roles
 
@@ -26,22 +27,61 @@ PREVIEW_SEED = 7
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # of red, green and blue (ITU-R BT.709)
 
 
-def save_preview(
-    backbone: Backbone, roles: Roles, data: CachedSet, preview: Preview, folder: Path, step: int, cached_text: bool
-) -> dict[str, float]:
-    """Write `previews/step-N.png`: captions spread over the data, each from two noises, the same every time, one row above the
-    other. Beside it `step-N.json` has what they look like (`appearance`), which is returned.
+@dataclass(frozen=True)
+class Shown:
+    """What previews draw: so many `pictures` of these captions, going through them twice. `encode` None: by the text encoder."""
 
-    With `cached_text` their embeddings are the cache's, and no text encoder runs. Whoever calls draws latents; the first process
-    makes them pictures, and writes.
+    captions: list[str]
+    pictures: int
+    encode: Callable[[Sequence[str]], Condition] | None
+
+
+@torch.no_grad()
+def choose(recipe: Recipe, backbone: Backbone, data: CachedSet, device: torch.device) -> Shown:
+    """The recipe's own prompts, encoded now, or captions spread over the data, whose embeddings are cached.
+
+    A text encoder that is trained encodes them anew each time.
     """
+    preview, cached = recipe.preview, not recipe.tuning.text_encoder
+    if preview.prompts:
+        captions = list(dict.fromkeys(preview.prompts))
+        encode = None
+        if cached:
+            with backbone.encoders_on(device):
+                encode = _looked_up(captions, backbone.encode_prompts(captions).to("cpu"), data)
+        return Shown(captions, 2 * len(captions), encode)
     half = min(-(-preview.count // 2), len(data))
     rows = [index * len(data) // half for index in range(half)]
-    prompts = (data.captions(rows) * 2)[: preview.count]
+    captions = data.captions(rows)
+    return Shown(
+        captions, min(preview.count, 2 * half), _looked_up(captions, data.condition(rows), data) if cached else None
+    )
+
+
+def _looked_up(captions: Sequence[str], conditions: Condition, data: CachedSet) -> Callable[[Sequence[str]], Condition]:
+    """What encodes these captions, and the empty prompt, without a text encoder."""
+    row_of = {caption: row for row, caption in enumerate(captions)}
+
+    def encode(prompts: Sequence[str]) -> Condition:
+        null = data.null()
+        return null if null is not None and list(prompts) == [""] else conditions[[row_of[p] for p in prompts]]
+
+    return encode
+
+
+def save_preview(
+    backbone: Backbone, roles: Roles, shown: Shown, size: int, preview: Preview, folder: Path, step: int
+) -> dict[str, float]:
+    """Write `previews/step-N.png`: each caption from two noises, the same every time, one row above the other. Beside it
+    `step-N.json` has what they look like (`appearance`), which is returned.
+
+    Whoever calls draws latents; the first process makes them pictures, and writes.
+    """
+    half = len(shown.captions)
     with roles.shipped():
-        decode = partial(decoded, backbone) if leads() else nothing
-        generator = Generator(backbone, cached_prompts(data, rows) if cached_text else None, decode)
-        pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, data.size, guidance=preview.guidance)
+        generator = Generator(backbone, shown.encode, partial(decoded, backbone) if leads() else nothing)
+        prompts = (shown.captions * 2)[: shown.pictures]
+        pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, size, guidance=preview.guidance)
     if not leads():
         return {}
     numbers = appearance(pictures, half)
@@ -98,14 +138,3 @@ def _decoded_on(device: torch.device, backbone: Backbone, latents: Tensor) -> Te
 def nothing(latents: Tensor) -> Tensor:
     """No picture of any latents, where nobody would look at them."""
     return latents[:0]
-
-
-def cached_prompts(data: CachedSet, rows: Sequence[int]) -> Callable[[Sequence[str]], Condition]:
-    """What encodes the captions of some rows, and the empty prompt, out of the cache."""
-    row_of = dict(zip(data.captions(rows), rows, strict=True))
-
-    def encode(prompts: Sequence[str]) -> Condition:
-        null = data.null()
-        return null if null is not None and list(prompts) == [""] else data.condition([row_of[p] for p in prompts])
-
-    return encode

@@ -27,6 +27,7 @@ from apexflow.training.checkpoint import (
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import rank, together, world
 from apexflow.training.engine import Engine
+from apexflow.training.preview import Shown
 from apexflow.training.roles import Roles
 
 CHECKPOINTS = "checkpoints"
@@ -77,6 +78,7 @@ class Run:
     engine: Engine
     trainees: dict[str, Trainee]
     device: torch.device
+    shown: Shown | None = None  # by previews; None: there are none
     memory: dict[str, Tensor] = field(default_factory=dict)  # this process's own
     step: int = 0
     bad: int = 0
