@@ -102,7 +102,9 @@ def generate(
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="The folder of a run, a model, or a LoRA file (then with --base).")],
+    source: Annotated[
+        str, typer.Argument(help="A run, one of its checkpoints, a model, or a LoRA file (then with --base).")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     merge: Annotated[
         bool, typer.Option("--merge", help="Add the LoRA into the weights: a whole model folder.")
@@ -115,10 +117,16 @@ def export(
 ) -> None:
     """Hand a student to stock diffusers and ComfyUI: a LoRA file or a model folder, with a scheduler."""
     from apexflow.export import export as hand_over
+    from apexflow.training.recall import export_checkpoint, is_checkpoint
 
     if scheduler not in (None, "stock", "any-step", "original"):
         raise UserError(f"unknown scheduler {scheduler!r}: take stock, any-step or original")
-    result = hand_over(source, output, scheduler, merge, base)  # type: ignore[arg-type]
+    if is_checkpoint(Path(source)):
+        if base is not None:
+            raise UserError(f"{source} is a checkpoint, whose run knows its base: leave out --base")
+        result = export_checkpoint(Path(source), output, scheduler, merge)
+    else:
+        result = hand_over(source, output, scheduler, merge, base)  # type: ignore[arg-type]
     show(result, as_json, f"{result['kind']}: {result['output']}\nhow to use it: {output / 'README.md'}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from apexflow.backbones import load_backbone
+from apexflow.reporting.report import LOOKS
 from apexflow.training import loop, preview
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import start
-from apexflow.training.preview import decoded
+from apexflow.training.preview import appearance, decoded
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -113,5 +115,43 @@ def test_only_who_writes_a_preview_decodes_it(
     monkeypatch.setattr(preview, "leads", lambda: True)
     loop.preview(run)
     assert calls == [1, 1]
-    (path,) = (run.folder / "previews").iterdir()
-    assert Image.open(path).width > 2 * 64
+    (path,) = (run.folder / "previews").glob("*.png")
+    width, height = Image.open(path).size
+    assert width == 2 * 64 < height // 2 + 1  # one caption, from two noises: one above the other, at twice their size
+    assert set(json.loads(path.with_suffix(".json").read_text())) == {*LOOKS}
+
+
+def picture(red: int, green: int, blue: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (red, green, blue))
+
+
+def test_what_pictures_look_like() -> None:
+    grey, red, black = picture(128, 128, 128), picture(255, 0, 0), picture(0, 0, 0)
+    halves = black.copy()
+    halves.paste(picture(255, 255, 255), (0, 4))
+    assert appearance([grey], 1) == pytest.approx({"brightness": 128 / 255, "contrast": 0, "saturation": 0}, abs=1e-5)
+    assert appearance([red], 1) == pytest.approx({"brightness": 0.2126, "contrast": 0, "saturation": 1}, abs=1e-5)
+    assert appearance([black], 1) == {"brightness": 0, "contrast": 0, "saturation": 0}
+    assert appearance([halves], 1) == pytest.approx({"brightness": 0.5, "contrast": 0.5, "saturation": 0})
+
+
+def test_diversity_is_between_pictures_of_one_caption() -> None:
+    grey, black, white = picture(128, 128, 128), picture(0, 0, 0), picture(255, 255, 255)
+    assert "diversity" not in appearance([grey, black], 2)
+    assert appearance([black, white, black, white], 2)["diversity"] == 0
+    assert appearance([black, white, white, black], 2)["diversity"] == 1
+    assert appearance([black, white, grey], 2)["diversity"] == pytest.approx(128 / 255, abs=1e-5)  # of the pair alone
+
+
+def test_a_preview_draws_each_caption_from_two_noises(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(load_recipe(recipe_file, ["preview.count=5"]), resume=False)
+    drawn: list[list[str]] = []
+    generate = preview.Generator.generate
+    monkeypatch.setattr(
+        preview.Generator,
+        "generate",
+        lambda own, prompts, *more, **named: drawn.append(prompts) or generate(own, prompts, *more, **named),
+    )
+    first = loop.preview(run)
+    assert [len(set(prompts)) for prompts in drawn] == [3] and drawn[0][:2] == drawn[0][3:]
+    assert first == loop.preview(run) and first["diversity"] > 0

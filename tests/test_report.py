@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from apexflow.errors import UserError
+from apexflow.files import write_json
 from apexflow.reporting import curves
 from apexflow.reporting.pictures import spaced
 from apexflow.reporting.report import write_report
@@ -166,6 +167,21 @@ def test_previews_are_embedded_in_order(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "run", previews=5)))
     assert [shown.convert("RGB").getpixel((0, 0)) for shown in page.pictures()] == [(i, 2 * i, 90) for i in range(5)]
     assert re.findall(r"^step ([\d,]+)$", page.text, re.M) == ["100", "200", "300", "400", "500"]
+
+
+def test_what_previews_look_like_is_charted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", previews=3)
+    assert "What the samples look like" not in Page(write_report(folder)).text
+    for step, brightness in ((100, 0.5), (200, 0.4), (300, 0.25)):
+        write_json(folder / "previews" / f"step-{step:07d}.json", {"brightness": brightness, "contrast": 0.1})
+    (folder / "previews" / "step-0000400.json").write_text('{"brightness": ')  # cut off by a crash
+    page = Page(write_report(folder))
+    every = [str(svg["aria-label"]) for svg in page.all("svg")]
+    spoken = [label for label in every if label.startswith(("brightness", "contrast", "diversity"))]
+    assert spoken == [
+        "brightness over steps: from 0.500 to 0.250, lowest 0.250, highest 0.500",
+        "contrast over steps: from 0.100 to 0.100, lowest 0.100, highest 0.100",
+    ]
 
 
 def test_many_previews_are_spaced_from_first_to_last(tmp_path: Path) -> None:

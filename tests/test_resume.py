@@ -64,7 +64,7 @@ def test_a_run_whose_time_is_up_is_saved_once(recipe_file: Path, tmp_path: Path)
     before = (saved / "state.json").stat().st_ino
     train(recipe, resume=True)
     assert checkpoints(saved.parent) == [saved] and (saved / "state.json").stat().st_ino == before
-    assert [p.name for p in (tmp_path / "run" / "previews").iterdir()] == ["step-0000001.png"]
+    assert [p.name for p in (tmp_path / "run" / "previews").glob("*.png")] == ["step-0000001.png"]
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(recipe_file: Path, tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def resolve(path_or_id: str) -> Path:
     )
 
 
+def _no_model(folder: Path) -> str:
+    """What a folder without an index is, and which one to name in its place."""
+    if (folder / "model" / INDEX).is_file():
+        return f"{folder} is a run, not a model: name {folder / 'model'}"
+    saved = folder if (folder / "state.json").is_file() else next((folder / "checkpoints").glob("step-*"), None)
+    if saved is not None:
+        return f"{folder} is no model: `apexflow export {saved} -o MODEL` makes one of what was trained (of a LoRA with --merge)"
+    return f"{folder} is no diffusers checkpoint: {INDEX} is missing"
+
+
 def load_backbone(
     path_or_id: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, hollow: bool = False
 ) -> Backbone:
@@ -105,9 +115,7 @@ def load_backbone(
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
         raise UserError(f"{folder} is {what}; give the folder of a diffusers checkpoint")
     if not (folder / INDEX).is_file():
-        if (folder / "model" / INDEX).is_file():
-            raise UserError(f"{folder} is a run, not a model: name {folder / 'model'}")
-        raise UserError(f"{folder} is no diffusers checkpoint: {INDEX} is missing")
+        raise UserError(_no_model(folder))
     pipeline = read_index(folder).get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"{folder / INDEX} names no pipeline (_class_name): restore it from the original checkpoint")

@@ -28,7 +28,7 @@ INDEX_FIELDS: Fields = {
     "made_by": dict,
     "rows": int,
     "pictures": bool,
-    "latent_shape": list,
+    "latent_shapes": dict,
     "seen": int,
     "skipped": dict,
     "broken": dict,
@@ -67,6 +67,7 @@ class CachedSet:
             sizes = {folder / entry["file"]: entry["bytes"] for entry in self._shards}
             self._ends = list(accumulate(sum(count for _, count in entry["buckets"]) for entry in self._shards))
             self.buckets = self._find_buckets()
+            self._shapes = {name: self.index["latent_shapes"][name] for name in self.buckets}
             self.has_text = bool(self.index["made_by"]["text"])  # embeddings are kept, not captions alone
             self.size = int(self.index["made_by"]["size"])  # the side of a square picture, in pixels
         except (KeyError, TypeError, ValueError) as error:
@@ -99,7 +100,9 @@ class CachedSet:
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Latents (B, C, h, w) in float32 of rows of one bucket; zeros for a list of prompts, which has no pictures."""
         if not self.has_pictures:
-            return torch.zeros(len(rows), *self.index["latent_shape"])
+            number, local = self._locate(rows[0])
+            name, _ = self._bucket(self._open(number), local)
+            return torch.zeros(len(rows), *self._shapes[name])
         return torch.stack([self._latent(row) for row in rows]).float()
 
     def condition(self, rows: Sequence[int]) -> Condition:
@@ -131,8 +134,13 @@ class CachedSet:
     def _latent(self, row: int) -> Tensor:
         number, local = self._locate(row)
         shard = self._open(number)
-        name, first = next((name, first) for name, first, end in shard.buckets if local < end)
+        name, first = self._bucket(shard, local)
         return shard.file.get_slice(f"latents.{name}")[local - first]
+
+    @staticmethod
+    def _bucket(shard: Shard, local: int) -> tuple[str, int]:
+        """The bucket of a shard's row, and where in the shard it begins."""
+        return next((name, first) for name, first, end in shard.buckets if local < end)
 
     def _text(self, row: int) -> tuple[Tensor, Tensor | None]:
         number, local = self._locate(row)

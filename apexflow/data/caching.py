@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -132,8 +133,6 @@ class Job:
     share: Share
 
     def __post_init__(self) -> None:
-        side = self.settings.size or self.backbone.default_size
-        self.latent_shape = self.backbone.latent_shape((side, side))
         self.sizes = picture_sizes(self.backbone, self.settings)
 
     def made_by(self, model: Path) -> dict[str, Any]:
@@ -187,7 +186,8 @@ class Job:
         if isinstance(record, str):
             return record
         if record.image is None:
-            return record.caption, self.sizes[0], None
+            # A prompt alone has no shape of its own: prompts take turns, by what does not change where a cache goes on.
+            return record.caption, self.sizes[crc32(sample.key.encode(errors="surrogatepass")) % len(self.sizes)], None
         size = nearest(self.sizes, record.image.height, record.image.width)
         return record.caption, size, to_bytes(record.image, size)
 
@@ -257,7 +257,7 @@ class Job:
             "made_from": str(self.origin.path),
             "rows": sum(len(shard["rows"]) for shard in shards),
             "pictures": self.origin.kind.pictures,
-            "latent_shape": self.latent_shape,
+            "latent_shapes": {_name(size): self.backbone.latent_shape(size) for size in self.sizes},
             "seen": total.seen,
             "skipped": total.reasons,
             "broken": total.broken,

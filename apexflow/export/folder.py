@@ -105,7 +105,10 @@ def find_source(source: str, base: str | None) -> Source:
 def _run(folder: Path) -> Source:
     model, file = folder / "model", folder / "lora" / FILE
     if not (model / INDEX).is_file():
-        raise UserError(f"the run {folder} is not finished: go on with `apexflow train` and --resume, then export")
+        raise UserError(
+            f"the run {folder} is not finished: export one of its checkpoints ({folder / 'checkpoints' / 'step-...'}), or go on "
+            "with `apexflow train` and --resume"
+        )
     try:
         recipe = json.loads((folder / "recipe.json").read_text())
         kind, named = recipe["tuning"]["kind"], recipe["model"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw
 
@@ -71,10 +73,22 @@ def previews(folder: Path) -> list[tuple[int, str]]:
 
     A damaged file (a crash while it was written) is left out.
     """
-    named = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("step-*.png"))
-    found = sorted((int(match[1]), path) for match, path in named if match)
-    shown = ((step, _preview(step, path)) for step, path in spaced(found, MOST_PREVIEWS))
+    shown = ((step, _preview(step, path)) for step, path in spaced(_of_steps(folder, "png"), MOST_PREVIEWS))
     return [(step, picture) for step, picture in shown if picture]
+
+
+def beside_previews(folder: Path) -> list[dict[str, Any]]:
+    """The numbers in a run's `previews/step-N.json` with their step, in order. What is damaged is left out."""
+    found = []
+    for step, path in _of_steps(folder, "json"):
+        with suppress(OSError, ValueError, TypeError):
+            found.append({"step": step} | json.loads(path.read_text("utf-8")))
+    return found
+
+
+def _of_steps(folder: Path, kind: str) -> list[tuple[int, Path]]:
+    named = ((re.fullmatch(rf"step-(\d+)\.{kind}", path.name), path) for path in folder.glob(f"step-*.{kind}"))
+    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def _preview(step: int, path: Path) -> str:

@@ -20,6 +20,7 @@ FINAL_STEPS = 50  # the final loss is the mean over this many
 FIRST_CURVES, LAST_CURVES = ("loss",), ("grad_norm", "learning_rate")
 NO_CURVE = ("step", "seconds", "skipped")
 TITLES = {"loss": "loss (total)", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
+LOOKS = ("brightness", "contrast", "saturation", "diversity")  # of previews; measured too seldom for a running mean
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page could load nothing even if it asked
 Line = Mapping[str, Any]
 
@@ -117,7 +118,7 @@ def _curve(lines: Sequence[Line], key: str) -> curves.Curve:
     values = ((line["step"], line[key]) for line in lines if key in line)
     kept = [(step, float("nan") if value is None else value) for step, value in values]
     points = [(step, float(value)) for step, value in kept if is_number(value)]
-    return curves.Curve(TITLES.get(key, key), points, smooth=key != "learning_rate")
+    return curves.Curve(TITLES.get(key, key), points, smooth=key not in ("learning_rate", *LOOKS))
 
 
 def _curves(lines: Sequence[Line]) -> str:
@@ -127,11 +128,14 @@ def _curves(lines: Sequence[Line]) -> str:
     keys = [key for key in (*FIRST_CURVES, *middle, *LAST_CURVES) if key in found]
     if not keys:
         return ""
+    note = "Over steps: single values faint, their running mean in full colour. Red strokes: a value was not finite."
+    return section("Training curves", _charts(lines, keys), note)
+
+
+def _charts(lines: Sequence[Line], keys: Sequence[str]) -> str:
     first, last = lines[0]["step"], lines[-1]["step"]
     span = (0 if first <= 0.05 * last else first, last)
-    charts = "".join(curves.figure(_curve(lines, key), span) for key in keys)
-    note = "Over steps: single values faint, their running mean in full colour. Red strokes: a value was not finite."
-    return section("Training curves", tag("div", charts, class_="charts"), note)
+    return tag("div", "".join(curves.figure(_curve(lines, key), span) for key in keys), class_="charts")
 
 
 def _samples(folder: Path, recipe: Mapping[str, Any]) -> str:
@@ -143,7 +147,17 @@ def _samples(folder: Path, recipe: Mapping[str, Any]) -> str:
         for index, (step, picture) in enumerate(found)
     ]
     shown = tag("div", "".join(figures), class_="pictures") if figures else ""
-    return section("Samples over time", shown, _samples_note(recipe.get("preview")))
+    return section("Samples over time", shown, _samples_note(recipe.get("preview"))) + _looks(folder / "previews")
+
+
+def _looks(folder: Path) -> str:
+    """What the previews look like over the steps, where there are two at least."""
+    lines = pictures.beside_previews(folder)
+    keys = [key for key in LOOKS if any(key in line for line in lines)]
+    if len(lines) < 2 or not keys:
+        return ""
+    note = "Means over the sample pictures, from 0 to 1. Diversity: how far apart two pictures of one caption are."
+    return section("What the samples look like", _charts(lines, keys), note)
 
 
 def _samples_note(preview: Any) -> str:

@@ -40,9 +40,14 @@ class Journal:
         with writing(self.path):
             plain = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
             self._file.write(json.dumps({"step": step} | plain) + "\n")
+        self.show(step, {name: value for name, value in numbers.items() if name != "seconds"})
+
+    def show(self, step: int, numbers: dict[str, float]) -> None:
+        """Tensorboard alone."""
+        if self.silent:
+            return
         for name, value in numbers.items():
-            if name != "seconds":
-                self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self.silent:

@@ -72,7 +72,7 @@ def steps(run: Run) -> None:
             if run.step % recipe.checkpoint_every == 0 or last or stopped:
                 save(run)
             if run.step % recipe.preview.every == 0 or last:
-                preview(run)
+                journal.show(run.step, {f"previews/{name}": value for name, value in preview(run).items()})
             if stopped:
                 journal.close()
                 raise Stopped(f"saved at step {run.step}; go on with the same command and --resume")
@@ -185,13 +185,14 @@ def adam_in_eight_bits() -> Any:
     return AdamW8bit
 
 
-def preview(run: Run) -> None:
-    """A sample grid. Sharded networks need all processes for it, others one."""
+def preview(run: Run) -> dict[str, float]:
+    """A sample grid, and what its pictures look like, in the first process. Sharded networks need all of them for it."""
     with together():
         if leads() or isinstance(run.engine, Sharded):
             cached = not run.recipe.tuning.text_encoder
             with answering(run.recipe, run.device):
-                save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step, cached)
+                return save_preview(run.backbone, run.roles, run.data, run.recipe.preview, run.folder, run.step, cached)
+    return {}
 
 
 def finish(run: Run) -> Path:

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet
 from apexflow.errors import first_line, writing
+from apexflow.files import write_json
 from apexflow.generator import Generator, picture_grid
 from apexflow.progress import console
 from apexflow.training.config import Preview
@@ -20,29 +23,53 @@ from apexflow.training.distributed import leads
 from apexflow.training.roles import Roles
 
 PREVIEW_SEED = 7
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # of red, green and blue (ITU-R BT.709)
 
 
 def save_preview(
     backbone: Backbone, roles: Roles, data: CachedSet, preview: Preview, folder: Path, step: int, cached_text: bool
-) -> Path:
-    """Write `previews/step-N.png`: captions spread over the data, the same ones and the same seeds every time.
+) -> dict[str, float]:
+    """Write `previews/step-N.png`: captions spread over the data, each from two noises, the same every time, one row above the
+    other. Beside it `step-N.json` has what they look like (`appearance`), which is returned.
 
     With `cached_text` their embeddings are the cache's, and no text encoder runs. Whoever calls draws latents; the first process
     makes them pictures, and writes.
     """
-    count = min(preview.count, len(data))
-    rows = [index * len(data) // count for index in range(count)]
-    prompts = data.captions(rows)
+    half = min(-(-preview.count // 2), len(data))
+    rows = [index * len(data) // half for index in range(half)]
+    prompts = (data.captions(rows) * 2)[: preview.count]
     with roles.shipped():
         decode = partial(decoded, backbone) if leads() else nothing
         generator = Generator(backbone, cached_prompts(data, rows) if cached_text else None, decode)
         pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, data.size, guidance=preview.guidance)
+    if not leads():
+        return {}
+    numbers = appearance(pictures, half)
     path = folder / "previews" / f"step-{step:07d}.png"
-    if leads():
-        with writing(path):
-            path.parent.mkdir(exist_ok=True)
-            picture_grid(pictures, scale=2 if pictures[0].width <= 64 else 1).save(path)
-    return path
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        picture_grid(pictures, min(half, 8), 2 if pictures[0].width <= 64 else 1).save(path)
+    write_json(path.with_suffix(".json"), numbers)
+    return numbers
+
+
+def appearance(pictures: Sequence[Image.Image], half: int) -> dict[str, float]:
+    """Mean brightness, contrast and saturation of pictures, in 0 to 1, and where picture `half + i` shares picture i's caption,
+    diversity: the root mean square of their difference.
+
+    A student that darkens, burns in, or gives one picture whatever the noise, shows it here long before its loss does.
+    """
+    pixels = np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in pictures])
+    grey, top = pixels @ LUMINANCE, pixels.max(-1)
+    numbers = {
+        "brightness": grey.mean(),
+        "contrast": grey.std((1, 2)).mean(),
+        "saturation": ((top - pixels.min(-1)) / np.maximum(top, 1 / 255)).mean(),
+    }
+    if len(pixels) > half:
+        pairs = pixels[half:] - pixels[: len(pixels) - half]
+        numbers["diversity"] = np.sqrt(np.square(pairs).mean((1, 2, 3))).mean()
+    return {name: round(float(value), 5) for name, value in numbers.items()}
 
 
 def decoded(backbone: Backbone, latents: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def save(run: Run) -> Path:
     }
     state = {"step": run.step, "bad": run.bad, "seconds": run.seconds, "world": world(), "recipe": run.recipe.to_dict()}
     state["objective"] = asdict(run.objective)  # with what its model has put in, which no recipe says
+    state["size"] = run.data.size
     return save_checkpoint(run.folder / CHECKPOINTS, Checkpoint(tensors, state), run.recipe.keep)
 
 

@@ -27,21 +27,14 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
 
     All processes take part, one writes. Diverged where the averaged weights are not finite.
     """
-    # A student is drawn as its previews were, a teacher as the model that it went on from.
-    default: Settings | Preview = backbone.settings if recipe.build_objective().keeps_sampling else recipe.preview
-    settings = replace(
-        backbone.settings,
-        steps=recipe.sampling_steps or default.steps,
-        guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
-        card={"recipe": recipe.to_dict()} | card,
-    )
+    settings = shipped_settings(backbone, recipe, card)
     with together():
-        _check_finite(roles.average, folder)
+        check_finite(roles.average, folder)
     if isinstance(roles, LoraRoles):
         roles.gather_average()
         with together():
             if leads():  # before the merge, which takes room for the whole model and may find none
-                _save_adapter(roles, folder / "lora")
+                save_adapter(roles, folder / "lora")
     transformer = roles.final()
     with together():
         if leads():
@@ -52,8 +45,19 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
     return folder / "model"
 
 
-def _check_finite(average: Mapping[str, Tensor], folder: Path) -> None:
-    """Of sharded weights each process looks at its own."""
+def shipped_settings(backbone: Backbone, recipe: Recipe, card: dict[str, Any]) -> Settings:
+    """How the saved model is drawn: a student as its previews were, a teacher as the model that it went on from."""
+    default: Settings | Preview = backbone.settings if recipe.build_objective().keeps_sampling else recipe.preview
+    return replace(
+        backbone.settings,
+        steps=recipe.sampling_steps or default.steps,
+        guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
+        card={"recipe": recipe.to_dict()} | card,
+    )
+
+
+def check_finite(average: Mapping[str, Tensor], folder: Path) -> None:
+    """Diverged unless the weights that `folder` has trained are finite; of sharded ones each process looks at its own."""
     shares = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in average.values())
     if all(bool(share.isfinite().all()) for share in shares):
         return
@@ -78,8 +82,8 @@ def _save_parts(backbone: Backbone, folder: Path, settings: Settings) -> None:
         second_time.save(second, folder)
 
 
-def _save_adapter(roles: LoraRoles, folder: Path) -> None:
-    """The adapter alone, for stock diffusers and ComfyUI. A family whose stock pipeline loads no LoRA goes without."""
+def save_adapter(roles: LoraRoles, folder: Path) -> None:
+    """Write the adapter alone, for stock diffusers and ComfyUI. A family whose stock pipeline loads no LoRA goes without."""
     if is_loadable(roles.backbone):
         save_lora(roles, folder)
     else:

@@ -273,7 +273,7 @@ def test_a_cache_without_checksums_of_its_captions_gets_them(
     assert files(copy) == files(whole) and (copy / "shard-000000.json").stat().st_mtime_ns == made
 
 
-@pytest.mark.parametrize("field", ["made_by", "pictures", "latent_shape", "null", "shards", "rows"])
+@pytest.mark.parametrize("field", ["made_by", "pictures", "latent_shapes", "null", "shards", "rows"])
 @pytest.mark.parametrize("value", [1.5, {}])
 def test_a_damaged_index_is_named(copy: Path, field: str, value: object) -> None:
     index = json.loads((copy / "cache.json").read_text())

@@ -108,6 +108,24 @@ def test_training_on_a_finished_cache_equals_training_on_its_source_and_calls_no
     assert [training_step(run) for _ in range(2)] == expected
 
 
+def test_prompts_alone_are_spread_over_the_buckets(any_aspect: Path, recipe_file: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a photo of {number} stars\n" for number in range(60)))
+    overrides = [f"data.source={prompts}", "data.buckets=true", f"model={any_aspect}", "steps=12", "objective.share=1"]
+    recipe = load_recipe(recipe_file, [*overrides, "objective.path_weight=0", "preview.every=100"])
+    run = start(recipe, resume=False)
+    counts = {name: sum(count for _, count in spans) for name, spans in run.data.buckets.items()}
+    assert len(counts) > 2 and sum(counts.values()) == 60 and max(counts.values()) < 30
+    for name, spans in run.data.buckets.items():
+        side = [int(one) for one in name.split("x")]
+        assert tuple(run.data.latents([spans[0][0]]).shape[1:]) == run.backbone.latent_shape(tuple(side))
+    shapes = set()
+    for _ in range(12):
+        shapes.add(tuple(make_batch(run, torch.arange(4)).x.shape[1:]))
+        assert training_step(run)["skipped"] == 0
+    assert len(shapes) > 2
+
+
 def test_buckets_train(any_aspect: Path, recipe_file: Path, tmp_path: Path) -> None:
     source = tmp_path / "pictures"
     source.mkdir()

@@ -21,7 +21,7 @@ from apexflow.export import AnyStepScheduler, save_lora
 from apexflow.sampler import time_grid
 from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Tuning
-from apexflow.training.saving import _save_adapter
+from apexflow.training.saving import save_adapter
 
 RANK = 3
 LOADERS = [name for name in BUILDERS if not name.startswith("pixart")]
@@ -114,11 +114,11 @@ def test_keys_fit_comfyui(name, tmp_path, folder_of):
 def test_a_family_without_a_loader(tmp_path, folder_of):
     with pytest.raises(UserError, match="loads no LoRA"):
         save_lora(tuned(folder_of("pixart_sigma")), tmp_path)
-    _save_adapter(tuned(folder_of("pixart_sigma")), tmp_path)  # at the end of a training
+    save_adapter(tuned(folder_of("pixart_sigma")), tmp_path)  # at the end of a training
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("save", [save_lora, _save_adapter])
+@pytest.mark.parametrize("save", [save_lora, save_adapter])
 def test_a_full_disk_leaves_the_file_before(tmp_path, folder_of, monkeypatch, save):
     roles = tuned(folder_of("sana"))
     path = save_lora(roles, tmp_path)

@@ -1,0 +1,74 @@
+"""A checkpoint as a student of its own: the best step of a run need not be its last."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apexflow.backbones import load_backbone, write_settings
+from apexflow.errors import UserError, writing
+from apexflow.export import export, save_lora
+from apexflow.export.lora import is_loadable
+from apexflow.files import write_json
+from apexflow.training.adapters import LoraRoles
+from apexflow.training.checkpoint import check_fit, read_into, read_shapes, read_state
+from apexflow.training.config import Recipe, parse
+from apexflow.training.roles import Roles, loaded_dtype, make_roles
+from apexflow.training.saving import check_finite, save_model, shipped_settings
+from apexflow.training.sharding import leave
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is what a run saves on its way."""
+    return (path / "state.json").is_file()
+
+
+def export_checkpoint(checkpoint: Path, output: Path, scheduler: Any = None, merge: bool = False) -> dict[str, Any]:
+    """Hand over what a run would have left if it had ended at a checkpoint; as `export` otherwise. Nothing in the run changes.
+
+    UserError for a checkpoint that is damaged, or whose model is not where the run found it.
+    """
+    if output.exists():  # told before anything is read
+        raise UserError(f"output {output} exists: choose another folder with -o")
+    with _ended_at(checkpoint.absolute(), output.absolute().parent) as (source, base):
+        return export(str(source), output, scheduler, merge, base)
+
+
+@contextmanager
+def _ended_at(checkpoint: Path, home: Path) -> Iterator[tuple[Path, str | None]]:
+    """A folder in `home` with the student of a checkpoint, and the base that it belongs to if it is a LoRA alone."""
+    state = read_state(checkpoint)
+    recipe = parse(Recipe, state["recipe"], str(checkpoint / "state.json"))
+    run = checkpoint.parent.parent
+    model = str(run / "base") if recipe.model == "miniature" else recipe.model
+    needs = tuple(name for name in recipe.build_objective().needs if name == "second_time")
+    backbone = load_backbone(model, "meta")
+    # An adapter is a file by itself, if the family's stock pipeline loads one; a second time is kept in whole models only.
+    alone = recipe.tuning.kind == "lora" and not needs and is_loadable(backbone)
+    if not alone:
+        backbone = load_backbone(model, "cpu", loaded_dtype(recipe))
+    backbone.draw_at(state.get("size") or recipe.data.size or backbone.default_size)
+    roles = _averaged(checkpoint, make_roles(backbone, recipe, needs, leave))
+    card = {"steps": state["step"], "seconds": round(state["seconds"])}
+    with writing(home):
+        home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=home) as name:
+        folder = Path(name)
+        if alone and isinstance(roles, LoraRoles):
+            save_lora(roles, folder)
+            write_settings(folder, shipped_settings(backbone, recipe, card))
+        else:
+            save_model(backbone, roles, recipe, folder, card)
+            write_json(folder / "recipe.json", recipe.to_dict())
+        yield folder, model if alone else None
+
+
+def _averaged(checkpoint: Path, roles: Roles) -> Roles:
+    found = read_shapes(checkpoint)
+    check_fit(roles.average, found, "average", str(checkpoint))
+    read_into(checkpoint, {f"average/{name}": tensor for name, tensor in roles.average.items()}, alone=True)
+    check_finite(roles.average, checkpoint)
+    return roles

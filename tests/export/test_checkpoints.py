@@ -1,0 +1,127 @@
+"""A checkpoint is handed over as its run would be if it had ended there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import Run, refused, write
+from safetensors.torch import load_file
+
+from apexflow.backbones import load_backbone, second_time
+from apexflow.errors import UserError
+from apexflow.export import export
+from apexflow.training.checkpoint import checkpoints
+from apexflow.training.config import load_recipe
+from apexflow.training.loop import train
+from apexflow.training.recall import export_checkpoint
+
+METHODS = ("apex", "meanflow")  # without and with a second time
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_model: Path, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a finished run, by its way of tuning and method, each trained once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def run(kind: str, method: str = "apex") -> Path:
+        if (kind, method) not in made:
+            home = tmp_path_factory.mktemp("run")
+            recipe = write(
+                home / "recipe.yaml",
+                f"output: {home / 'run'}\nmodel: {tiny_model}\ndata: {{source: {scene_folder}}}\nmethod: {method}\n"
+                f"tuning: {{kind: {kind}, rank: 2}}\nsteps: 4\nbatch: 4\ncheckpoint_every: 2\nkeep: 2\n"
+                "preview: {every: 100, count: 2}\noptimizer: {warmup: 2}\n",
+            )
+            train(load_recipe(recipe))
+            made[kind, method] = home / "run"
+        return made[kind, method]
+
+    return run
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "transformer").glob("*.safetensors")))
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file; of safetensors with a sorted header, whose own order is by chance."""
+    whole = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return whole
+    end = 8 + int.from_bytes(whole[:8], "little")
+    return json.dumps(json.loads(whole[8:end]), sort_keys=True).encode() + whole[end:]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What is written, but for what names the folder itself, and a card's device, which a checkpoint does not know."""
+    own = {path.relative_to(folder).as_posix(): content(path) for path in folder.rglob("*") if path.is_file()}
+    own.pop("README.md")
+    settings = json.loads(own.pop("apexflow.json"))
+    settings["card"].pop("device", None)
+    return own | {"apexflow.json": json.dumps(settings).encode()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_last_checkpoint_is_the_run_to_the_byte(ended, kind: str, method: str, tmp_path: Path) -> None:
+    run = ended(kind, method)
+    last = checkpoints(run / "checkpoints")[-1]
+    expected = export(str(run), tmp_path / "run")
+    assert export_checkpoint(last, tmp_path / "checkpoint") | {"output": ""} == expected | {"output": ""}
+    assert files(tmp_path / "checkpoint") == files(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_earlier_checkpoint_is_another_student(ended, tmp_path: Path) -> None:
+    run = ended("full")
+    first = checkpoints(run / "checkpoints")[0]
+    assert first != checkpoints(run / "checkpoints")[-1]
+    export_checkpoint(first, tmp_path / "first")
+    export(str(run), tmp_path / "last")
+    with pytest.raises(AssertionError):
+        assert_same(weights(tmp_path / "first"), weights(tmp_path / "last"))
+
+
+def test_a_lora_of_a_checkpoint_merges(ended, tmp_path: Path) -> None:
+    run = ended("lora")
+    export_checkpoint(checkpoints(run / "checkpoints")[-1], tmp_path / "merged", merge=True)
+    assert_same(weights(tmp_path / "merged"), weights(run / "model"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_second_time_stays_with_the_whole_model(ended, kind: str, tmp_path: Path) -> None:
+    run = ended(kind, "meanflow")
+    export_checkpoint(checkpoints(run / "checkpoints")[-1], tmp_path / "whole", merge=kind == "lora")
+    made, own = (
+        second_time.second_time_of(load_backbone(str(f)).transformer) for f in (tmp_path / "whole", run / "model")
+    )
+    assert_same(dict(made.state_dict()), dict(own.state_dict()))
+
+
+def test_the_command_takes_a_checkpoint_and_says_so_where_a_model_is_asked_for(ended, run: Run, tmp_path: Path) -> None:
+    folder = ended("full")
+    last = checkpoints(folder / "checkpoints")[-1]
+    refused(run("generate", "a star", "--model", last, "-o", tmp_path / "x.png"), f"apexflow export {last}")
+    code, out, _ = run("export", last, "-o", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(out)["kind"] == "model"
+    refused(run("export", last, "-o", tmp_path / "out"), "exists")
+    refused(run("export", last, "-o", tmp_path / "other", "--base", "mini-teacher"), "leave out --base")
+
+
+def test_a_damaged_checkpoint_leaves_nothing(ended, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints" / checkpoints(ended("full") / "checkpoints")[-1].name
+    shutil.copytree(checkpoints(ended("full") / "checkpoints")[-1], folder)
+    damaged = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(UserError, match="is truncated"):
+        export_checkpoint(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
