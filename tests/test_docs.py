@@ -86,13 +86,13 @@ def test_every_command_that_the_documents_show_is_one() -> None:
 def test_imports_point_down() -> None:
     """transport, conditioning -> sampler -> objectives -> backbones, data -> training, evaluation -> cli."""
     order = [
-        "transport conditioning randomness errors progress options locking files torchrun",
+        "transport conditioning randomness errors progress options locking files torchrun devices",
         "sampler",
         "objectives",
         "backbones",
         "data generator",
     ]
-    order += ["evaluation reporting", "training report export", "demo comparison bench", "cli"]
+    order += ["evaluation", "training reporting export", "demo comparison bench", "cli"]
     layers = {name: level for level, names in enumerate(order) for name in names.split()}
     for path in (ROOT / "apexflow").rglob("*.py"):
         own = path.relative_to(ROOT / "apexflow").parts[0].removesuffix(".py")

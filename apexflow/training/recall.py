@@ -5,11 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from apexflow.backbones import load_backbone
+from apexflow.backbones import load_backbone, write_settings
 from apexflow.errors import UserError, writing
 from apexflow.export import export, save_lora
 from apexflow.export.lora import is_loadable
@@ -60,8 +59,7 @@ def _ended_at(checkpoint: Path, home: Path) -> Iterator[tuple[Path, str | None]]
         folder = Path(name)
         if alone and isinstance(roles, LoraRoles):
             save_lora(roles, folder)
-            settings = shipped_settings(backbone, recipe, card)
-            write_json(folder / "apexflow.json", asdict(settings))
+            write_settings(folder, shipped_settings(backbone, recipe, card))
         else:
             save_model(backbone, roles, recipe, folder, card)
             write_json(folder / "recipe.json", recipe.to_dict())
