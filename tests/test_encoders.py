@@ -61,14 +61,16 @@ def test_weights_that_lack_are_told_before_anything_is_begun(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_trained_text_encoder_is_the_one_that_is_saved(recipe_file: Path, tiny_model: Path) -> None:
-    overrides = ["tuning.text_encoder=true", "steps=2", "optimizer.learning_rate=0.01", "ema_decay=0"]
+def test_the_average_of_a_trained_text_encoder_is_what_is_saved(recipe_file: Path, tiny_model: Path) -> None:
+    overrides = ["tuning.text_encoder=true", "steps=2", "optimizer.learning_rate=0.01", "ema_decay=0.5"]
     run = start(load_recipe(recipe_file, overrides), resume=False)
     steps(run)
     model = finish(run)
     saved = load_file(next((model / "text_encoder").glob("*.safetensors")))
     trained = run.backbone.text_encoder.state_dict()
-    assert saved.keys() <= trained.keys() and all(torch.equal(saved[name], trained[name]) for name in saved)
+    average = {name.removeprefix("text_encoder."): tensor for name, tensor in run.roles.average.items()}
+    assert saved.keys() <= average.keys() and all(torch.equal(saved[name], average[name]) for name in saved)
+    assert any(not torch.equal(saved[name], trained[name]) for name in saved)  # the average, as of the transformer
     assert weights(model / "text_encoder") != weights(tiny_model / "text_encoder")
 
 

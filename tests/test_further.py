@@ -87,6 +87,28 @@ def test_runs_with_further_networks_resume_exactly(recipe_file: Path, tmp_path: 
     assert "transformer" in names and not any("judge" in name or "critic" in name for name in names)
 
 
+@KINDS
+def test_networks_asked_with_their_weights_held_pass_gradients_to_the_point_alone(recipe_file: Path, kind: str) -> None:
+    """Those of a judge with the critic's that it looks at; afterwards all learn as before."""
+    run = start(load_recipe(recipe_file, overrides("dmd2", kind)), resume=False)
+    t, c = torch.tensor([0.3, 1.0]), run.data.condition([0, 1])
+    learning = [name for name, parameter in run.trained.items() if parameter.requires_grad]
+    assert learning == list(run.trained)
+    for name, field in run.networks.frozen.items():
+        x = run.data.latents([0, 1]).requires_grad_()
+        field(x, t, c).square().sum().backward()
+        assert x.grad is not None and x.grad.abs().max() > 0, name
+        assert all(p.grad is None and p.requires_grad for p in run.trained.values()), name
+
+
+def test_a_judge_learns_at_the_rate_and_with_the_betas_that_its_method_says(recipe_file: Path) -> None:
+    run = start(load_recipe(recipe_file, ["method=pcm"]), resume=False)
+    (judge,) = run.objective.further
+    assert judge.betas is not None and judge.betas != run.recipe.optimizer.betas and judge.rate != 1
+    assert run.trainees["judge"].rate == judge.rate
+    assert run.trainees["judge"].optimizer.param_groups[0]["betas"] == judge.betas
+
+
 def test_a_further_network_has_its_own_rate(recipe_file: Path) -> None:
     run = start(load_recipe(recipe_file, overrides("dmd2", "full")), resume=False)
     run.trainees["critic"].rate = 3.0

@@ -124,3 +124,18 @@ def test_guidance_asks_once_a_step_where_the_family_allows_and_draws_the_same(
         assert model.evaluations == 4
     assert asked == [[2 * len(prompts)] * 2, [len(prompts)] * 4]
     assert np.abs(np.subtract(*drawn)).max() <= 1
+
+
+@pytest.mark.parametrize(("rho", "alike"), [(0.0, 1.0), (1.0, 0.0)])
+def test_fresh_noise_is_none_that_the_picture_began_with(
+    model: Generator, monkeypatch: pytest.MonkeyPatch, rho: float, alike: float
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def noise_alone(self: Any, network: Any, x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(x_t.flatten())
+        return x_t  # at t = 1 this leads to data of zeros, so the next point is noise alone
+
+    monkeypatch.setattr(type(model.backbone), "velocity", noise_alone)
+    drawn(model, steps=2, rho=rho)
+    assert torch.corrcoef(torch.stack(seen))[0, 1].item() == pytest.approx(alike, abs=0.2)

@@ -12,11 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from apexflow.backbones import load_backbone
+from apexflow.generator import Generator
 from apexflow.reporting.report import LOOKS
 from apexflow.training import loop, preview
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import start
 from apexflow.training.preview import appearance, decoded
+from apexflow.training.step import training_step
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -155,3 +157,28 @@ def test_a_preview_draws_each_caption_from_two_noises(recipe_file: Path, monkeyp
     first = loop.preview(run)
     assert [len(set(prompts)) for prompts in drawn] == [3] and drawn[0][:2] == drawn[0][3:]
     assert first == loop.preview(run) and first["diversity"] > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_previews_are_drawn_by_the_average_as_the_recipe_says(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    options = ["preview.steps=2", "preview.guidance=1.5", "preview.count=4", "ema_decay=0.5"]
+    run = start(load_recipe(recipe_file, [f"tuning.kind={kind}", "tuning.rank=4", *options]), resume=False)
+    for _ in range(2):
+        training_step(run)
+    x, t, c = run.data.latents([0, 1]), torch.tensor([0.3, 1.0]), run.data.condition([0, 1])
+    asked: list[Any] = []
+    generate = Generator.generate
+
+    def note(self: Generator, prompts: Any, steps: Any, seed: Any, size: Any, guidance: Any) -> Any:
+        asked.append((list(prompts), steps, guidance))
+        asked.append(self.backbone.velocity(self.backbone.transformer, x, t, c))
+        return generate(self, prompts, steps, seed, size, guidance=guidance)
+
+    monkeypatch.setattr(Generator, "generate", note)
+    with torch.no_grad():
+        loop.preview(run)
+        average, student = (field(x, t, c) for field in (run.networks.reference, run.networks.student))
+    assert asked[0] == (run.data.captions([0, 24]) * 2, 2, 1.5)  # spread over all 48
+    assert torch.equal(asked[1], average) and not torch.equal(asked[1], student)

@@ -125,6 +125,26 @@ def test_prompts_follow_geneval() -> None:
     assert {word for p in listed for word in p["prompt"].split()} | {"of"} <= set(vocabulary())
 
 
+def test_clauses_of_a_prompt_ask_for_what_its_task_is_about() -> None:
+    for prompt in [*prompts(), *held_out_prompts()]:
+        tag, include = prompt["tag"], prompt["include"]
+        colors = [clause["color"] for clause in include if "color" in clause]
+        # Two things share neither shape nor colour: else a picture with them swapped would be right as well.
+        assert len({clause["class"] for clause in include}) == len(include) and len(set(colors)) == len(colors)
+        assert len(colors) == (len(include) if tag in ("colors", "color_attr") else 0)
+        assert len(include) == (1 if tag in ("single_object", "counting", "colors") else 2)
+        stands = [clause["position"][1] for clause in include if "position" in clause]
+        assert stands == ([0] if tag == "position" else []) and "position" not in include[0]  # the second by the first
+        one_more = {"class": include[0]["class"], "count": include[0]["count"] + 1}
+        assert prompt.get("exclude", []) == ([one_more] if tag == "counting" else [])
+
+
+def test_strict_scores_are_those_of_strict_rows() -> None:
+    rows = [{"tag": "colors", "prompt": str(index), "correct": index < 3, "strict": index < 1} for index in range(4)]
+    found = aggregate(rows)
+    assert (found["overall"], found["strict"], found["strict_tasks"]) == (0.75, 0.25, {"colors": 0.25})
+
+
 def test_scene_i_does_not_depend_on_the_others() -> None:
     assert list(scenes(5, seed=1))[3] == next(scenes(1, seed=1, start=3))
     assert next(scenes(1, seed=1)) != next(scenes(1, seed=2))

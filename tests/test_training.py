@@ -73,8 +73,8 @@ def test_lora_roles_are_three_models_on_one_base(recipe_file: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str) -> None:
-    recipe = load_recipe(recipe_file, [f"tuning.kind={kind}", "tuning.rank=4", "steps=3", "data.size=32"])
-    run = start(recipe, resume=False)
+    overrides = [f"tuning.kind={kind}", "tuning.rank=4", "tuning.alpha=8", "steps=3", "data.size=32"]
+    run = start(load_recipe(recipe_file, overrides), resume=False)
     for _ in range(3):
         training_step(run)
     folder = loop.finish(run)
@@ -85,6 +85,16 @@ def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str
     with torch.no_grad():
         expected = run.networks.reference(x, t, c)
         assert (loaded.velocity(loaded.transformer, x, t, c) - expected).abs().max() < 1e-5
+
+
+def test_counters_are_resumed_and_time_goes_on(recipe_file: Path) -> None:
+    run = start(load_recipe(recipe_file), resume=False)
+    run.step, run.bad, run.seconds = 4, 4, 1000.0
+    save(run)
+    resumed = start(run.recipe, resume=True)
+    assert (resumed.step, resumed.bad, resumed.seconds) == (4, 4, 1000.0)
+    loop.steps(resumed)
+    assert resumed.seconds > 1000
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ def test_interpolate_and_target_invert_endpoint_and_noise(transport: Transport) 
 
 
 @ALL
+def test_a_move_stays_on_the_path_whose_target_is_predicted(transport: Transport) -> None:
+    x, z = pair()
+    x_t, F = transport.interpolate(x, z, TIMES), transport.target(x, z, TIMES)
+    for s in (TIMES, TIMES.flip(0)):
+        there = transport.interpolate(x, z, s)
+        torch.testing.assert_close(transport.move(F, x_t, TIMES, s), there, rtol=0, atol=1e-10)
+
+
+@ALL
 def test_endpoint_moves_by_a_with_the_prediction(transport: Transport) -> None:
     F, x_t = pair()
     F.requires_grad_()

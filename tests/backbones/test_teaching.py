@@ -20,6 +20,7 @@ from apexflow.objectives.teacher import teach
 from apexflow.training.config import Recipe, Tuning
 from apexflow.training.prepare import check_teaches
 from apexflow.training.roles import make_roles
+from apexflow.transport import TRIGONOMETRIC
 
 
 def test_a_teacher_with_another_clip_is_refused_and_one_with_a_rounded_one_is_not(
@@ -53,6 +54,19 @@ def test_a_teacher_is_guided_as_its_pipeline_guides(name: str, kind: str, folder
     found = teach(roles.networks(null), x_t, t, c, 3.0)
     assert torch.allclose(found, backbone.guide(with_caption, without, 3.0), atol=1e-5)
     assert torch.allclose(found, without + 3 * (with_caption - without), atol=1e-3) == (name == "sana")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", ["z_image", "sana"])
+def test_objectives_are_told_what_a_model_says_of_itself(
+    name: str, kind: str, folder_of: Callable[[str], Path]
+) -> None:
+    backbone = load_backbone(str(folder_of(name)))
+    backbone.transport, backbone.round_time = TRIGONOMETRIC, torch.Tensor.round
+    assert backbone.time_shift != 1 and backbone.guided_at_once == (name == "sana")
+    networks = make_roles(backbone, Recipe(output="", tuning=Tuning(kind, 2)), ("teacher",)).networks(None)
+    for said in ("transport", "round_time", "time_shift", "guide", "guided_at_once"):
+        assert getattr(networks, said) == getattr(backbone, said), said
 
 
 @pytest.mark.parametrize("prompts", [["a red cube", "two balls on a table"], ["a cat", "a cat"]])
