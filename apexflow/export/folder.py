@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import safe_open
+
 from apexflow.backbones import (
     BUILT_IN,
     Backbone,
@@ -21,7 +23,8 @@ from apexflow.backbones import (
 from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index
 from apexflow.backbones.parts import check_whole, index_entry, weight_shapes
 from apexflow.errors import UserError
-from apexflow.export.lora import FILE
+from apexflow.export.foreign import is_foreign
+from apexflow.export.lora import FILE, save_pairs
 from apexflow.export.merge import check_lora, merge_into, read_lora
 from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import call_options, stock_scheduler_config
@@ -129,7 +132,7 @@ def _whole(found: Source, partial: Path) -> None:
     """A copy of what is read of the model's folder, with the LoRA added where there is one that is not in it yet."""
     model, pairs = found.model, None
     if found.lora is not None and not found.merged:
-        pairs = read_lora(found.lora)
+        pairs = read_lora(found.lora, found.backbone)
         check_lora(found.lora, pairs, model / found.backbone.network_part)
     # What lacks a part, or holds a truncated file, must not leave here.
     check_whole(model, found.backbone.kinds)
@@ -155,8 +158,14 @@ def _lora(found: Source, partial: Path) -> None:
     pipeline = read_index(found.model)["_class_name"]
     if not hasattr(getattr(diffusers, pipeline), "load_lora_weights"):
         raise UserError(f"{pipeline} of diffusers loads no LoRA: pass --merge")
-    check_lora(found.lora, read_lora(found.lora), found.model / found.backbone.network_part)
-    shutil.copyfile(found.lora, partial / FILE)
+    pairs = read_lora(found.lora, found.backbone)
+    check_lora(found.lora, pairs, found.model / found.backbone.network_part)
+    with safe_open(found.lora, "pt") as opened:
+        foreign = is_foreign(opened.keys())
+    if foreign:  # ComfyUI and our own readers then find what they know
+        save_pairs(pairs, found.backbone, partial)
+    else:
+        shutil.copyfile(found.lora, partial / FILE)
     (partial / "apexflow.json").write_text(json.dumps(asdict(found.settings), indent=2) + "\n")
 
 
