@@ -109,7 +109,12 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Add the LoRA into the weights: a whole model folder.")
     ] = False,
-    base: Annotated[str | None, typer.Option(help="The model that a LoRA file belongs to.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model that a LoRA file belongs to, or with --rank a model was tuned from.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Take a LoRA of this rank out of a model that was tuned whole.")
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="stock (needs nothing of ours; the default), any-step (ours) or original.")
     ] = None,
@@ -124,10 +129,11 @@ def export(
     if is_checkpoint(Path(source)):
         if base is not None:
             raise UserError(f"{source} is a checkpoint, whose run knows its base: leave out --base")
-        result = export_checkpoint(Path(source), output, scheduler, merge)
+        result = export_checkpoint(Path(source), output, scheduler, merge, rank)
     else:
-        result = hand_over(source, output, scheduler, merge, base)  # type: ignore[arg-type]
-    show(result, as_json, f"{result['kind']}: {result['output']}\nhow to use it: {output / 'README.md'}")
+        result = hand_over(source, output, scheduler, merge, base, rank)  # type: ignore[arg-type]
+    told = [f"{result['kind']}: {result['output']}", result.get("told"), f"how to use it: {output / 'README.md'}"]
+    show(result, as_json, "\n".join(filter(None, told)))
 
 
 def data_scenes(

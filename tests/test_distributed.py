@@ -23,6 +23,7 @@ from processes import (
     wait,
 )
 from safetensors.torch import load_file, save_file
+from test_beginning import random_lora
 from test_teacher import like
 
 from apexflow.backbones.miniature import build_miniature
@@ -100,11 +101,13 @@ def larger(tiny_model: Path, tmp_path: Path) -> Path:
     return like(tiny_model, tmp_path / "larger", width=64, depth=2)
 
 
-def test_gradients_equal_those_of_one_process(recipe: Path, tmp_path: Path, larger: Path) -> None:
+def test_gradients_equal_those_of_one_process(recipe: Path, tmp_path: Path, larger: Path, tiny_model: Path) -> None:
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
     own = ["method=dmd2", "objective.guidance=2", f"teacher={larger}"]
     cases = CASES | {f"own teacher {parallel}": [*own, f"parallel={parallel}"] for parallel in ("ddp", "fsdp")}
+    started = ["tuning.kind=lora", "tuning.rank=4", f"tuning.start={random_lora(tiny_model, tmp_path)}"]
+    cases |= {f"started {parallel}": [*started, f"parallel={parallel}"] for parallel in ("ddp", "fsdp")}
     split = {name: [*o, "micro_batch=1", "tuning.checkpointing=true"] for name, o in cases.items()}
     both = launch(gradients, 2, recipe, split, tmp_path / "two")
     alone = launch(gradients, 1, recipe, cases, tmp_path / "one")

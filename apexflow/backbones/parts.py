@@ -190,6 +190,16 @@ def unread(network: nn.Module, unexpected: Iterable[str]) -> list[str]:
     return [name for name in unexpected if not passed_over(name)]
 
 
+def target_modules(backbone: Any) -> dict[str, tuple[int, ...]]:
+    """The modules of a denoiser that a LoRA lies on, as peft finds them by its targets, and the shapes of their weights."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(target_modules=list(backbone.lora_targets))
+    named = backbone.transformer.named_modules()
+    return {name: tuple(part.weight.shape) for name, part in named if check_target_module_exists(config, name)}
+
+
 def without_weights(kind: Any, config: Any, buffers: bool = True) -> nn.Module:
     """A network of diffusers or transformers with its parameters on the meta device; its `buffers` are real, or there too."""
     from accelerate import init_empty_weights

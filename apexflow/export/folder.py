@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import safe_open
+
 from apexflow.backbones import (
     BUILT_IN,
     Backbone,
@@ -20,9 +22,11 @@ from apexflow.backbones import (
     write_settings,
 )
 from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index, write_index
-from apexflow.backbones.parts import check_whole, index_entry, weight_shapes
+from apexflow.backbones.parts import check_whole, index_entry, target_modules, weight_shapes
 from apexflow.errors import UserError
-from apexflow.export.lora import FILE
+from apexflow.export.factors import Factors, factor
+from apexflow.export.foreign import is_foreign
+from apexflow.export.lora import FILE, check_loadable, save_pairs
 from apexflow.export.merge import check_lora, merge_into, read_lora
 from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import call_options, stock_scheduler_config
@@ -42,39 +46,53 @@ class Source:
     backbone: Backbone  # shapes only
     settings: Settings
     lora: Path | None = None
-    base: str = ""  # what a user of the LoRA loads it into
+    base: str = ""  # what a user of the LoRA loads it into, and what a model was tuned from
     merged: bool = False
 
 
 def export(
-    source: str, output: Path, scheduler: Scheduler | None = None, merge: bool = False, base: str | None = None
+    source: str,
+    output: Path,
+    scheduler: Scheduler | None = None,
+    merge: bool = False,
+    base: str | None = None,
+    rank: int | None = None,
 ) -> dict[str, Any]:
     """Write `output`, whole or not at all: a LoRA file, or a diffusers folder, with a scheduler and a README.
 
     source: the folder of a run; a model (folder, built-in name, hub id); or a LoRA file or its folder, then `base` names
-    its model. merge: add the LoRA into the weights. scheduler: "stock" (FlowMatchEuler, needs nothing of ours),
-    "any-step" (`AnyStepScheduler`) or "original"; by default "stock" where the family's pipeline can run it. Returns
-    the output, its kind and how to call the pipeline. UserError for an output that exists, a source that is neither,
-    and a LoRA for another model.
+    its model. merge: add the LoRA into the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from
+    `base` where it is no run. scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or
+    "original"; by default "stock" where the family's pipeline can run it. Returns the output, its kind and how to call the
+    pipeline; of a LoRA that was taken out also the shares of its `Factors`. UserError for an output that exists, a source that
+    is neither, and a LoRA for another model.
     """
     if output.exists():
         raise UserError(f"output {output} exists: choose another folder with -o")
     found = find_source(source, base)
     if found.lora is None and merge:
         raise UserError(f"{source} has no LoRA to merge: leave out --merge")
+    if base is not None and found.lora is None and rank is None:
+        raise UserError(f"{source} is no LoRA file, so it belongs to no other model: leave out --base")
+    if rank is not None:
+        _check_factored(found, source)
     backbone = found.backbone
     chosen = _scheduler(backbone, scheduler)
+    factors = None
     with new_folder(output) as partial:
-        if found.lora is None or merge:
+        if rank is not None:
+            factors = _factored(found, rank, partial)
+        elif found.lora is None or merge:
             _whole(found, partial)
         else:
             _lora(found, partial)
         _write_scheduler(partial, backbone, found.settings, chosen)
         options = call_options(backbone, found.settings, chosen == "stock")
-        kind = "lora" if found.lora and not merge else "model"
+        kind = "lora" if factors or (found.lora and not merge) else "model"
         usage = _usage(found, kind, chosen, options, output)
-        (partial / "README.md").write_text(usage)
-    return {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
+        (partial / "README.md").write_text(usage + (f"\n{factors.told}\n" if factors else ""))
+    result = {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
+    return result | ({"kept": factors.kept, "outside": factors.outside, "told": factors.told} if factors else {})
 
 
 def find_source(source: str, base: str | None) -> Source:
@@ -84,8 +102,8 @@ def find_source(source: str, base: str | None) -> Source:
     path = Path(source)
     is_run = (path / "recipe.json").is_file()
     is_lora = not is_run and (path.suffix == ".safetensors" or (path / FILE).is_file())
-    if base is not None and not is_lora:
-        raise UserError(f"{source} is no LoRA file, so it belongs to no other model: leave out --base")
+    if base is not None and is_run:
+        raise UserError(f"{source} is a run, which knows its base: leave out --base")
     if is_run:
         return _run(path)
     if is_lora:
@@ -99,7 +117,7 @@ def find_source(source: str, base: str | None) -> Source:
     if path.is_dir() and not (path / INDEX).is_file():
         raise UserError(f"{source} is no run, no model folder and no LoRA: give the output folder of a recipe")
     backbone = load_backbone(source, "meta")
-    return Source(source, resolve(source), backbone, backbone.settings)
+    return Source(source, resolve(source), backbone, backbone.settings, base=base or "")
 
 
 def _run(folder: Path) -> Source:
@@ -117,10 +135,9 @@ def _run(folder: Path) -> Source:
             f"{folder / 'recipe.json'} is damaged ({error}): `apexflow train` with the recipe and --resume writes it again"
         ) from error
     backbone = load_backbone(str(model), "meta")
-    if kind != "lora":
-        return Source(str(model), model, backbone, backbone.settings)
     base = named if named != "miniature" else str(folder / "base")
-    return Source(str(model), model, backbone, backbone.settings, file, base, merged=True)
+    lora = file if kind == "lora" else None
+    return Source(str(model), model, backbone, backbone.settings, lora, base, merged=lora is not None)
 
 
 def _scheduler(backbone: Backbone, asked: Scheduler | None) -> Scheduler:
@@ -133,7 +150,7 @@ def _whole(found: Source, partial: Path) -> None:
     """A copy of what is read of the model's folder, with the LoRA added where there is one that is not in it yet."""
     model, pairs = found.model, None
     if found.lora is not None and not found.merged:
-        pairs = read_lora(found.lora)
+        pairs = read_lora(found.lora, found.backbone)
         check_lora(found.lora, pairs, model / found.backbone.network_part)
     # What lacks a part, or holds a truncated file, must not leave here.
     check_whole(model, found.backbone.kinds)
@@ -159,9 +176,41 @@ def _lora(found: Source, partial: Path) -> None:
     pipeline = read_index(found.model)["_class_name"]
     if not hasattr(getattr(diffusers, pipeline), "load_lora_weights"):
         raise UserError(f"{pipeline} of diffusers loads no LoRA: pass --merge")
-    check_lora(found.lora, read_lora(found.lora), found.model / found.backbone.network_part)
-    shutil.copyfile(found.lora, partial / FILE)
+    pairs = read_lora(found.lora, found.backbone)
+    check_lora(found.lora, pairs, found.model / found.backbone.network_part)
+    with safe_open(found.lora, "pt") as opened:
+        foreign = is_foreign(opened.keys())
+    if foreign:  # ComfyUI and our own readers then find what they know
+        save_pairs(pairs, found.backbone, partial)
+    else:
+        shutil.copyfile(found.lora, partial / FILE)
     write_settings(partial, found.settings)
+
+
+def _check_factored(found: Source, source: str) -> None:
+    """UserError where no LoRA can be taken out of what is exported."""
+    if found.lora is not None:
+        raise UserError(f"{source} is a LoRA already: leave out --rank")
+    if not found.base:
+        raise UserError(
+            f"--rank takes a LoRA out of what tuning changed: name the model that {source} started as with --base"
+        )
+    check_loadable(found.backbone)
+    recipe = found.settings.card.get("recipe")
+    tuning = recipe.get("tuning") if isinstance(recipe, dict) else None
+    if isinstance(tuning, dict) and tuning.get("text_encoder"):
+        raise UserError(
+            f"the text encoder of {source} was tuned too, which no LoRA of its denoiser holds: leave out --rank"
+        )
+
+
+def _factored(found: Source, rank: int, partial: Path) -> Factors:
+    """A LoRA taken out of the whole model."""
+    part = found.backbone.network_part
+    factors = factor(found.model / part, resolve(found.base) / part, target_modules(found.backbone), rank)
+    save_pairs(factors.pairs, found.backbone, partial)
+    write_settings(partial, found.settings)
+    return factors
 
 
 def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chosen: Scheduler) -> None:

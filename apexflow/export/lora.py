@@ -1,17 +1,20 @@
-"""The averaged adapter as a diffusers LoRA file."""
+"""LoRA files as stock diffusers writes them: of the averaged adapter, or of any pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from apexflow.errors import UserError
 from apexflow.files import replacing
 
 if TYPE_CHECKING:
     from apexflow.backbones import Backbone
+    from apexflow.export.merge import Pair
     from apexflow.training.adapters import LoraRoles
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -38,20 +41,41 @@ def save_lora(roles: LoraRoles, folder: Path) -> Path:
     pipeline loads no LoRA, and for a disk that is full.
     """
     backbone = roles.backbone
-    pipeline = _pipeline(backbone)
-    part = backbone.network_part
-    if not is_loadable(backbone):
-        raise UserError(f"{pipeline.__name__} of diffusers loads no LoRA: export the merged model instead")
+    check_loadable(backbone)
     config = backbone.transformer.peft_config["ema"].to_dict()  # type: ignore[index,operator,union-attr]
     scale = config["lora_alpha"] / config["r"]
     metadata = config | {"lora_alpha": config["r"], "target_modules": sorted(config["target_modules"])}
     tensors = {
-        key: (value * scale if ".lora_B." in key else value).to("cpu", torch.float32).contiguous()
+        key: value * scale if ".lora_B." in key else value
         for key, value in roles.average.items()
         if ".lora_" in key  # a second time is none: at s = 0, where stock pipelines ask, it adds nothing
     }
-    final = Path(folder) / FILE
-    named = {f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": metadata}
+    return _write(backbone, tensors, Path(folder), metadata)
+
+
+def save_pairs(pairs: Mapping[str, Pair], backbone: Backbone, folder: Path) -> Path:
+    """Write pairs to `folder/pytorch_lora_weights.safetensors`, whole or not at all; its path.
+
+    Each scale lies in lora_B, and no metadata is needed: without any the scale is 1 to every program, and diffusers reads ranks,
+    which may differ, from the shapes.
+    """
+    tensors = {}
+    for module, pair in pairs.items():
+        tensors[f"{module}.lora_A.weight"] = pair.down.clone()  # those of fused projections are one tensor
+        tensors[f"{module}.lora_B.weight"] = pair.up.float() * pair.scale
+    return _write(backbone, tensors, folder)
+
+
+def check_loadable(backbone: Backbone) -> None:
+    """UserError for a family whose stock pipeline loads no LoRA."""
+    if not is_loadable(backbone):
+        raise UserError(f"{backbone.pipeline} of diffusers loads no LoRA: export the whole model instead")
+
+
+def _write(backbone: Backbone, tensors: Mapping[str, Tensor], folder: Path, metadata: Any = None) -> Path:
+    final, part = folder / FILE, backbone.network_part
+    plain = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    named = {f"{part}_lora_layers": plain, f"{part}_lora_adapter_metadata": metadata}
     with replacing(final, "free some space and export again") as partial:
-        pipeline.save_lora_weights(partial.parent, weight_name=partial.name, **named)
+        _pipeline(backbone).save_lora_weights(partial.parent, weight_name=partial.name, **named)
     return final

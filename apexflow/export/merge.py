@@ -1,4 +1,4 @@
-"""A LoRA file of diffusers' form: read, checked against a model, added into its weights."""
+"""A LoRA file: read, checked against a model, added into its weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from apexflow.backbones import Backbone
 from apexflow.backbones.parts import weight_shapes
 from apexflow.errors import UserError
+from apexflow.export.foreign import in_diffusers_names, is_foreign
 from apexflow.progress import Progress
-
-PREFIXES = ("transformer", "unet")
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,27 @@ class Pair:
         return len(outer) >= 2 and outer[1] == inner[0] and outer[0] == shape[0] and inner[1:] == tuple(shape[1:])
 
 
-def read_lora(path: Path) -> dict[str, Pair]:
-    """The pairs of a diffusers LoRA file by the name of the module; UserError for any other or a damaged file."""
+def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:
+    """The pairs of a LoRA file for such a model by the name of the module, in whatever program's names.
+
+    UserError for a damaged file, and what of it cannot be understood.
+    """
     try:
         with safe_open(path, "pt") as opened:
             metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         tensors = load_file(path)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({error}): restore the LoRA file") from error
-    prefix = next((p for p in PREFIXES if all(key.startswith(f"{p}.") for key in tensors)), None)
+    if not tensors:
+        raise UserError(f"{path} holds no LoRA: it has no tensors")
+    if is_foreign(tensors):
+        if metadata and any(name.endswith(".alpha") for name in tensors):
+            raise UserError(
+                f"{path} says its scale twice, by alphas and in lora_adapter_metadata: leave out the latter"
+            )
+        tensors = in_diffusers_names(path, tensors, backbone)
+    prefix = next(iter(tensors)).partition(".")[0]
     modules = {key.rpartition(".lora_")[0] for key in tensors}
-    wanted = {f"{module}.lora_{side}.weight" for module in modules for side in "AB"}
-    if prefix is None or not tensors or wanted != set(tensors):
-        raise UserError(
-            f"{path} is no LoRA of diffusers' form: its names must be transformer.MODULE.lora_A.weight, ..."
-        )
     try:
         said = {key.removeprefix(f"{prefix}."): value for key, value in metadata.items()}
         scales = {module: _scale(said, module.removeprefix(f"{prefix}.")) for module in sorted(modules)}

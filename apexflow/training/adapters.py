@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,14 @@ from apexflow.training.fields import field_of, held, networks_of, not_recomputed
 from apexflow.training.sharding import Place, gathered, leave, original_class
 from apexflow.training.storage import plain_weights
 
+if TYPE_CHECKING:
+    from apexflow.export.merge import Pair
+
 
 class LoraRoles:
     """Adapters "default" (student) and "ema" (reference) on one frozen base; the base alone is the teacher.
+
+    Both start as the LoRA `start` where one is given, which has a pair for each module, else as nothing; further ones as nothing.
 
     Switching sets the active adapter of every layer directly: peft's own `set_adapter` also flips `requires_grad`, and
     with gradient checkpointing a student recomputed under another adapter silently loses its gradients.
@@ -37,6 +42,7 @@ class LoraRoles:
         place: Place = leave,
         further: Sequence[str] = (),
         seed: int = 0,
+        start: Mapping[str, Pair] | None = None,
     ) -> None:
         self.backbone = backbone
         with second_time.without(backbone.transformer):  # it is trained, and a trained one is to be taken up as it is
@@ -47,6 +53,10 @@ class LoraRoles:
                 parameter.data = parameter.data.float()  # adapters stay in float32 on a base of any precision
                 parameter.requires_grad_(".default." in name)
         tensors = dict(transformer.named_parameters())
+        for module, pair in (start or {}).items():  # at the scale of the adapters, whatever that of the file is
+            scale = pair.scale * tuning.rank / (tuning.alpha or tuning.rank)
+            tensors[f"{module}.lora_A.default.weight"].data.copy_(pair.down)
+            tensors[f"{module}.lora_B.default.weight"].data.copy_(scale * pair.up.float())
         for name, parameter in tensors.items():
             if ".ema." in name:
                 parameter.data.copy_(tensors[name.replace(".ema.", ".default.")].data)

@@ -69,6 +69,7 @@ class Tuning:
     kind: Literal["full", "lora"] = "full"
     rank: Count = 32
     alpha: Count | None = None  # the rank when not given
+    start: Name | None = None  # a LoRA that the student starts as: its file or folder; the teacher stays the base
     text_encoder: bool = False
     storage: Literal["fp8", "nf4"] | None = None  # of a LoRA's frozen base: 8 or 4 bits a weight
     checkpointing: bool | None = None  # compute activations again in backward; None: from half a billion parameters on
@@ -141,6 +142,10 @@ class Recipe:
             raise ValueError("tuning.storage goes with tuning.kind=lora, and not with parallel=fsdp")
         if self.tuning.text_encoder and self.tuning.kind == "lora":
             raise ValueError("tuning.text_encoder goes with tuning.kind=full only")
+        if self.tuning.start and self.tuning.kind != "lora":
+            raise ValueError(
+                "tuning.start goes with tuning.kind=lora: merge it to tune all weights (apexflow export --merge)"
+            )
         if self.teacher and self.tuning.kind == "lora":
             raise ValueError("teacher goes with tuning.kind=full only: a LoRA learns from its own base")
         if self.teacher and self.model == "miniature":

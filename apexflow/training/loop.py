@@ -90,19 +90,19 @@ def start(recipe: Recipe, resume: bool) -> Run:
             adam_in_eight_bits()
     torch.manual_seed(recipe.seed)
     torch.set_flush_denormal(True)  # denormals in the optimizer's moments slow a CPU down many times
-    made = in_turn(lambda: prepare(recipe, folder, device))
+    saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0] if resume else []
+    made = in_turn(lambda: prepare(recipe, folder, device, fresh=not saved))
     backbone, objective = made.backbone, made.objective
     multiply_in_tf32(backbone.transformer, device)
     null = null_condition(recipe, backbone, made.data).to(device)
     with together():
         place, further = _placing(made.parallel, recipe, device), copies(objective.further)
-        roles = make_roles(backbone, recipe, objective.needs, place, made.teacher, further)
+        roles = make_roles(backbone, recipe, objective.needs, place, made.teacher, further, made.start)
     engine = _engine(made.parallel, backbone, roles, recipe, null)
     trainees = {"student": Trainee(roles.trained, optimizer_of(recipe, list(roles.trained.values())))}
     trainees |= _further(recipe, objective, backbone, roles, engine, null)
     run = Run(recipe, folder, backbone, made.data, objective, roles, engine, trainees, device, made.shown)
-    saved = gather([str(path) for path in checkpoints(folder / CHECKPOINTS)])[0]
-    if resume and saved:
+    if saved:
         restore(run, Path(saved[-1]))
     elif resume:
         console.print(f"{folder} holds no checkpoint: the run begins at its first step")

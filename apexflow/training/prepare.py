@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
+from apexflow.export.merge import Pair
 from apexflow.files import new_folder
 from apexflow.locking import alone_in
 from apexflow.objectives import Objective
 from apexflow.progress import counted
+from apexflow.training.beginning import read_start
 from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
 from apexflow.training.config import Data, Recipe
 from apexflow.training.distributed import world
@@ -39,7 +41,9 @@ GREY, WORDS = torch.zeros(1, 3, 64, 64), "a photo of a red circle"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run is made of. `teacher`: the model that the recipe names apart from its own; parallel: see `_load`."""
+    """What a run is made of. `teacher`: the model that the recipe names apart from its own; parallel: see `_load`; start: the
+    pairs of the LoRA that the student starts as.
+    """
 
     backbone: Backbone
     objective: Objective
@@ -47,13 +51,14 @@ class Prepared:
     data: CachedSet
     shown: Shown
     parallel: str
+    start: Mapping[str, Pair]
 
 
-def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
+def prepare(recipe: Recipe, folder: Path, device: torch.device, fresh: bool) -> Prepared:
     """Load (or, for "miniature", build) the model, and cache the data in its latents, unless a finished cache is named.
 
-    Whatever can be told without the data is told before any of them is drawn or cached. Autoencoder and text encoder stand on
-    `device` only while the cache is made; the model is left on the CPU.
+    Whatever can be told without the data is told before any of them is drawn or cached. The LoRA to start as is read for a
+    `fresh` run alone. Autoencoder and text encoder stand on `device` only while the cache is made; the model is left on the CPU.
     """
     finished = finished_cache(recipe.data)
     check_teacher(recipe)
@@ -71,11 +76,13 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device) -> Prepared:
     if finished is None:
         picture_sizes(backbone, cache_settings(recipe))
     check_networks(recipe, backbone, objective)
+    start = read_start(recipe, backbone) if fresh else {}
     if teacher is not None:
         check_teaches(recipe, (backbone, teacher), folders)
     data = cached_data(recipe, folder, device, backbone, model, finished)
     check_batch(recipe, len(data))
-    return Prepared(backbone, objective, teacher, data, choose(recipe, backbone, data, device), parallel)
+    shown = choose(recipe, backbone, data, device)
+    return Prepared(backbone, objective, teacher, data, shown, parallel, start)
 
 
 def cached_data(

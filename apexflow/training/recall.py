@@ -26,7 +26,9 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "state.json").is_file()
 
 
-def export_checkpoint(checkpoint: Path, output: Path, scheduler: Any = None, merge: bool = False) -> dict[str, Any]:
+def export_checkpoint(
+    checkpoint: Path, output: Path, scheduler: Any = None, merge: bool = False, rank: int | None = None
+) -> dict[str, Any]:
     """Hand over what a run would have left if it had ended at a checkpoint; as `export` otherwise. Nothing in the run changes.
 
     UserError for a checkpoint that is damaged, or whose model is not where the run found it.
@@ -34,7 +36,7 @@ def export_checkpoint(checkpoint: Path, output: Path, scheduler: Any = None, mer
     if output.exists():  # told before anything is read
         raise UserError(f"output {output} exists: choose another folder with -o")
     with _ended_at(checkpoint.absolute(), output.absolute().parent) as (source, base):
-        return export(str(source), output, scheduler, merge, base)
+        return export(str(source), output, scheduler, merge, base, rank)
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def _ended_at(checkpoint: Path, home: Path) -> Iterator[tuple[Path, str | None]]
             write_settings(folder, shipped_settings(backbone, recipe, card))
         else:
             save_model(backbone, roles, recipe, folder, card)
-            write_json(folder / "recipe.json", recipe.to_dict())
+            write_json(folder / "recipe.json", recipe.to_dict() | {"model": model})  # which may lie in the run's folder
         yield folder, model if alone else None
 
 

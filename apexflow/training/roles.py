@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from apexflow.training.config import Recipe, Tuning
 from apexflow.training.fields import field_of, held, networks_of
 from apexflow.training.sharding import Place, fill, hollow, unsharded
 from apexflow.training.storage import storing
+
+if TYPE_CHECKING:
+    from apexflow.export.merge import Pair
 
 
 class FullRoles:
@@ -117,12 +121,14 @@ def make_roles(
     place: Place | None = None,
     teacher: Backbone | None = None,
     further: Sequence[str] = (),
+    start: Mapping[str, Pair] | None = None,
 ) -> Roles:
     """The roles for a recipe's way of tuning, `place` applied to each network once it is complete: by default it stays where
     it is, its matrices kept as `tuning.storage` says.
 
     The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless a `teacher` is given, whose
-    network may be of another size. `further` names the networks like the teacher's that are trained beside the student.
+    network may be of another size. `further` names the networks like the teacher's that are trained beside the student. `start`:
+    the LoRA that the student's adapter starts as.
 
     With precision bf16 what is frozen is kept in bfloat16, what is trained in float32. UserError for a network that cannot
     be tuned so.
@@ -140,7 +146,7 @@ def make_roles(
     else:
         second_time.detach(backbone.transformer)  # what it has left to say, this method never asks
     if tuning.kind == "lora":
-        return LoraRoles(backbone, tuning, frozen, place, further, recipe.seed)
+        return LoraRoles(backbone, tuning, frozen, place, further, recipe.seed, start)
     if teacher is not None:
         second_time.detach(teacher.transformer)  # a teacher is asked for velocities alone
     teacher = (teacher or backbone) if "teacher" in needs else None

@@ -117,6 +117,14 @@ def test_the_command_takes_a_checkpoint_and_says_so_where_a_model_is_asked_for(e
     refused(run("export", last, "-o", tmp_path / "other", "--base", "mini-teacher"), "leave out --base")
 
 
+def test_a_lora_is_taken_out_of_a_checkpoint_too(ended, tmp_path: Path) -> None:
+    run = ended("full")
+    last = checkpoints(run / "checkpoints")[-1]
+    made = export_checkpoint(last, tmp_path / "checkpoint", rank=2)
+    assert made["kind"] == "lora" and made["kept"] == export(str(run), tmp_path / "run", rank=2)["kept"]
+    assert files(tmp_path / "checkpoint") == files(tmp_path / "run")
+
+
 def test_a_damaged_checkpoint_leaves_nothing(ended, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / checkpoints(ended("full") / "checkpoints")[-1].name
     shutil.copytree(checkpoints(ended("full") / "checkpoints")[-1], folder)

@@ -1,0 +1,46 @@
+"""The LoRA that a student starts from, where a recipe names one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from apexflow.backbones import Backbone
+from apexflow.backbones.parts import target_modules
+from apexflow.errors import UserError
+from apexflow.export.lora import FILE
+from apexflow.export.merge import Pair, read_lora
+from apexflow.training.config import Recipe
+
+
+def read_start(recipe: Recipe, backbone: Backbone) -> dict[str, Pair]:
+    """The pairs of `tuning.start` by module, none if the recipe has none.
+
+    UserError for a LoRA that is not of the rank, or not on the modules, that the recipe trains.
+    """
+    if recipe.tuning.start is None:
+        return {}
+    named = Path(recipe.tuning.start)
+    file = named / FILE if named.is_dir() else named
+    if not file.is_file():
+        raise UserError(f"tuning.start: {file} does not exist: name a LoRA file, or the folder that an export wrote")
+    pairs = read_lora(file, backbone)
+    check_start(file, pairs, recipe, backbone)
+    return pairs
+
+
+def check_start(file: Path, pairs: Mapping[str, Pair], recipe: Recipe, backbone: Backbone) -> None:
+    """UserError unless each module that is trained has a pair of its shape and of the recipe's rank, and no other has one."""
+    targets = target_modules(backbone)
+    merge = f"merge it first (`apexflow export {file} --base {recipe.model} --merge`) and name that model"
+    if apart := sorted(targets.keys() ^ pairs.keys()):
+        what = "lacks" if apart[0] in targets else "has more than is trained, as"
+        raise UserError(f"tuning.start: {file} {what} {apart[0]} (the first of {len(apart)} such modules): {merge}")
+    for module, shape in targets.items():
+        if not pairs[module].fits(shape):
+            raise UserError(f"tuning.start: {file} is a LoRA for another model: {module} has the shape {shape} here")
+    ranks = {len(pair.down) for pair in pairs.values()}
+    if ranks != {recipe.tuning.rank}:
+        mend = f"set tuning.rank={min(ranks)}" if len(ranks) == 1 else merge
+        told = ", ".join(map(str, sorted(ranks)))
+        raise UserError(f"tuning.start: {file} has the rank {told}, and tuning.rank is {recipe.tuning.rank}: {mend}")
