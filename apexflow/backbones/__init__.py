@@ -220,6 +220,23 @@ def resolve(path_or_id: str) -> Path:
     )
 
 
+def _what_instead(folder: Path) -> str:
+    """What a folder without an index is, and what to do with it: all of these are left by our own commands."""
+    if (folder / "model" / INDEX).is_file():
+        return f"{folder} is a run, not a model: name {folder / 'model'}"
+    if (folder / "checkpoints").is_dir() or folder.parent.name == "checkpoints":
+        return (
+            f"{folder} is of a run that has saved no model yet: train its recipe with --resume to the end, or with steps= "
+            "the steps that it has made, which saves the model as it is"
+        )
+    if loras := sorted(folder.glob("*lora*.safetensors")):
+        return (
+            f"{folder} is a LoRA, no whole model: apexflow export {loras[0]} --base MODEL --merge -o FOLDER makes one of it and "
+            "the model that it was trained on"
+        )
+    return f"{folder} is no diffusers checkpoint: {INDEX} is missing"
+
+
 def load_backbone(
     path_or_id: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, hollow: bool = False
 ) -> Backbone:
@@ -233,9 +250,7 @@ def load_backbone(
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
         raise UserError(f"{folder} is {what}; give the folder of a diffusers checkpoint")
     if not (folder / INDEX).is_file():
-        if (folder / "model" / INDEX).is_file():
-            raise UserError(f"{folder} is a run, not a model: name {folder / 'model'}")
-        raise UserError(f"{folder} is no diffusers checkpoint: {INDEX} is missing")
+        raise UserError(_what_instead(folder))
     pipeline = read_index(folder).get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"{folder / INDEX} names no pipeline (_class_name): restore it from the original checkpoint")

@@ -15,7 +15,8 @@ from PIL import Image
 from apexflow.data.pictures import open_upright
 from apexflow.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# Names of files in the formats that are read. Of several of one record in a tar the first is taken.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # Where a caption is looked for: the .txt beside a picture first. input_prompt is ShareGPT-4o-Image's.
 CAPTIONS = ("txt", "caption", "prompt", "text", "input_prompt")
 
