@@ -210,7 +210,7 @@ def check_made_by(folder: Path, found: Mapping[str, Any], expected: Mapping[str,
         # A set is known by a hash, which tells nobody that a picture was added to it.
         told = ["from other files than the set has now, by names and sizes"] if "source" in differs else []
         told += [f"with other settings ({settings})"] if settings else []
-        raise UserError(f"cache {folder} was made {' and '.join(told)}: delete the folder or name another")
+        raise UserError(f"cache {folder} was made {', and '.join(told)}: delete the folder or name another")
 
 
 def verify(folder: Path) -> dict[str, Any]:
