@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from apexflow.generator import load
 
 
+def __dir__() -> list[str]:  # what a notebook completes, `load` before it was asked for too
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # `import apexflow` stays instant: torch and diffusers load with the first model.
     if name == "load":

@@ -107,7 +107,7 @@ def begin(
     """A run before its first step, on scenes; all that it writes stays in `folder`."""
     source = folder / "scenes"
     if not source.is_dir():
-        write_scenes(scenes(256, seed=1), source)
+        write_scenes(scenes(batch, seed=1), source)  # a large model encodes no more than a step reads
     return start(
         Recipe(
             output=str(folder / f"{method}-{tuning}"),

@@ -70,10 +70,9 @@ def generate(
 
     from PIL import Image
 
-    from apexflow.data.pictures import PICTURES
     from apexflow.generator import load, picture_grid
 
-    if output.suffix.lower() not in PICTURES:
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"cannot write a picture as {str(output)!r}: end the name with .png")
     if output.exists() and not force:
         raise UserError(f"{output} exists: pass --force to overwrite it, or choose another with -o")

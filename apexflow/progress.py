@@ -25,7 +25,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int | None = None, done: int = 0) -> None:
-        self.title, self.total, self.done, self.note = title, total, done, ""
+        self.title, self.total, self.done, self.note, self._told = title, total, done, "", done
         self._bar: Bar | None = None
         self._started, self._first, self._printed = time.monotonic(), done, time.monotonic()
 
@@ -54,7 +54,7 @@ class Progress:
     def _print(self) -> None:
         if console.quiet:
             return
-        self._printed = time.monotonic()
+        self._printed, self._told = time.monotonic(), self.done
         rate = (self.done - self._first) / max(self._printed - self._started, 1e-9)
         left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate > 0 else ""
         of = f"/{self.total}" if self.total else ""
@@ -65,7 +65,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif time.monotonic() - self._started > LINE_EVERY:
+        elif time.monotonic() - self._started > LINE_EVERY and self.done != self._told:
             self._print()
 
 

@@ -20,6 +20,11 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(times)))
 
 
+def test_a_training_step_is_timed_on_no_more_pictures_than_it_reads(tiny_model: Path, tmp_path: Path) -> None:
+    bench.begin("apex", "lora", str(tiny_model), 3, tmp_path)
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["rows"] == 3
+
+
 def test_sampling_and_training_are_timed(
     run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, ticks: None
 ) -> None:

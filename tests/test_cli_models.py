@@ -47,6 +47,22 @@ def test_a_folder_that_is_no_model_is_named(
     refused(generate(run, model), "JSON")
 
 
+@pytest.mark.parametrize(
+    ("left", "named", "words"),
+    [
+        ("checkpoints/step-0000002/state.json", ".", ("is no model", "apexflow export", "step-0000002 -o")),
+        ("checkpoints/step-0000002/state.json", "checkpoints/step-0000002", ("is no model", "step-0000002 -o")),
+        ("lora/pytorch_lora_weights.safetensors", "lora", ("is a LoRA", "apexflow export", "--base MODEL --merge")),
+    ],
+)
+def test_what_lies_in_a_run_and_is_no_model_is_told_with_the_way_to_one(
+    run: Run, tmp_path: Path, left: str, named: str, words: tuple[str, ...]
+) -> None:
+    (tmp_path / left).parent.mkdir(parents=True)
+    write(tmp_path / left, "{}")
+    refused(generate(run, tmp_path / named), *words)
+
+
 def test_a_folder_with_the_name_of_a_shipped_model_is_not_passed_over(
     run: Run, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tarfile
@@ -37,6 +38,22 @@ def test_pictures_of_every_depth_look_as_they_do_elsewhere(tmp_path: Path) -> No
     white, red = [255, 255, 255], [255, 0, 0]
     assert seen_as[:4] == [[[0] * 3, [128] * 3, white], [white, red], [white, red], [red]]
     assert max(abs(a - b) for a, b in zip(seen_as[4][0], red, strict=True)) < 8
+
+
+@pytest.mark.parametrize("ending", ["gif", "bmp", "tif", "TIFF"])
+def test_every_format_that_is_read_is_found_by_its_name(ending: str, tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(picture, Image.registered_extensions()[f".{ending.lower()}"])
+    files = {f"0.{ending}": picture.getvalue(), "0.txt": b"a star"}
+    (tmp_path / "folder").mkdir()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in files.items():
+            (tmp_path / "folder" / name).write_bytes(content)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    for source in (tmp_path / "folder", tmp_path / "0.tar"):
+        assert [record.image.getpixel((0, 0)) for record in read_captioned(source, Skipped())] == [(255, 0, 0)]
 
 
 def test_a_picture_that_is_too_large_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

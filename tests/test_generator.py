@@ -25,6 +25,10 @@ def drawn(model: Generator, **options: Any) -> bytes:
     return model.generate([PROMPT], **{"guidance": 1.0} | options)[0].tobytes()
 
 
+def test_a_notebook_completes_what_there_is() -> None:
+    assert dir(apexflow) == ["__version__", "load"]
+
+
 def test_one_step_unless_asked_otherwise_and_none_is_the_models_own(model: Generator) -> None:
     model.generate(PROMPT)
     assert model.evaluations == 2  # one step, guided as the teacher is by itself

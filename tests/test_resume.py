@@ -151,3 +151,16 @@ def test_a_resumed_run_tells_what_its_model_says_otherwise(
     train(load_recipe(recipe_file, [*ways, "steps=2"]), resume=True)
     seen = "".join(capsys.readouterr())
     assert ("objective.guidance 3.0 instead of 4.0" in " ".join(seen.split())) == told
+
+
+def test_a_checkpoint_of_other_weights_is_refused_by_the_setting_that_was_changed(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    ways = ["tuning.kind=lora", "tuning.rank=4", f"output={tmp_path / 'adapter'}", "steps=2"]
+    train(load_recipe(recipe_file, ways))
+    for change, words in (
+        ("tuning.rank=8", "tuning.rank 8 instead of 4"),
+        ("tuning.kind=full", "tuning.kind full instead"),
+    ):
+        with pytest.raises(UserError, match=rf"step-0000002 does not go on with .*{words}.*another output"):
+            train(load_recipe(recipe_file, [*ways, "steps=3", change]), resume=True)

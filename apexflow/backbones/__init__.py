@@ -93,12 +93,17 @@ def resolve(path_or_id: str) -> Path:
 
 
 def _no_model(folder: Path) -> str:
-    """What a folder without an index is, and which one to name in its place."""
+    """What a folder without an index is, and how to get a model of it: all of these are left by our own commands."""
     if (folder / "model" / INDEX).is_file():
         return f"{folder} is a run, not a model: name {folder / 'model'}"
     saved = folder if (folder / "state.json").is_file() else next((folder / "checkpoints").glob("step-*"), None)
     if saved is not None:
         return f"{folder} is no model: `apexflow export {saved} -o MODEL` makes one of what was trained (of a LoRA with --merge)"
+    if loras := sorted(folder.glob("*lora*.safetensors")):
+        return (
+            f"{folder} is a LoRA, no whole model: `apexflow export {loras[0]} --base MODEL --merge -o FOLDER` makes one of it "
+            "and of the model that it was trained on"
+        )
     return f"{folder} is no diffusers checkpoint: {INDEX} is missing"
 
 

@@ -213,10 +213,12 @@ def check_made_by(folder: Path, found: Mapping[str, Any], expected: Mapping[str,
             "this one in another folder (apexflow cache)"
         )
     if differs:
-        told = ", ".join(
-            f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differs if key != "text encoder"
-        )
-        raise UserError(f"cache {folder} was made with other settings ({told}): delete the folder or name another")
+        plain = [key for key in differs if key not in ("text encoder", "source")]
+        settings = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in plain)
+        # A set is known by a hash, which tells nobody that a picture was added to it.
+        told = ["from other files than the set has now, by names and sizes"] if "source" in differs else []
+        told += [f"with other settings ({settings})"] if settings else []
+        raise UserError(f"cache {folder} was made {', and '.join(told)}: delete the folder or name another")
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # by their names
+# Names of files in the formats that are read. Of several of one record in a tar the first is taken.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # What strangers' files may be: pillow knows more, and of those EPS would start Ghostscript. MPO is read as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 TURNS = {

@@ -165,8 +165,16 @@ def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
 
     waiting = [report for report in reports if "pending" in report]
     result = waiting[0] if waiting else over_seeds(reports)
-    lines = (f"{report['folder']}: {report['pending']} pictures to be drawn, not scored" for report in waiting)
-    show(result, as_json, "\n".join(lines) if waiting else score_table({result["name"]: result}))
+    lines = (
+        f"{report['folder']}: "
+        + (f"{report['pending']} pictures are still to be drawn" if report["pending"] else "all drawn")
+        for report in waiting
+    )
+    show(
+        result,
+        as_json,
+        "\n".join(f"{line}; not scored" for line in lines) if waiting else score_table({result["name"]: result}),
+    )
 
 
 def convert_detector(

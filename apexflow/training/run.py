@@ -34,6 +34,8 @@ CHECKPOINTS = "checkpoints"
 # Settings that change what is made of the trained weights, or how steps are shared and kept, but no step itself.
 FINISHING = {"steps", "minutes", "preview", "sampling_steps", "sampling_guidance", "suite", "checkpoint_every", "keep"}
 FINISHING |= {"device", "parallel", "micro_batch", "bad_steps"}
+# Settings that decide which weights are trained.
+MAKING = {"model", "teacher", "method", "objective", "tuning"}
 # What each kind of optimizer keeps of a parameter: its number of steps, and moments of the parameter's shape.
 MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "adamw8bit": ("step", "state1", "state2")}
 # What is made in the folder before the recipe is written there.
@@ -126,8 +128,17 @@ def restore(run: Run, path: Path) -> None:
     """
     with together():
         state, found = read_state(path), read_shapes(path)
-        check_fit(run.trained, found, "trained", str(path))
-        check_fit(run.roles.average, found, "average", str(path))
+        before = state["recipe"] | {"output": run.recipe.output}  # a folder may be moved
+        said = changed(before, run.recipe.to_dict())
+        try:
+            check_fit(run.trained, found, "trained", str(path))
+            check_fit(run.roles.average, found, "average", str(path))
+        except UserError as error:
+            # Whoever changed a setting is helped by its name, not by that of a tensor.
+            if cause := [one for one in said if one.partition(" ")[0].partition(".")[0] in MAKING]:
+                mend = "give what it had, or another output for a run of its own"
+                raise UserError(f"{path} does not go on with {', '.join(cause)}: {mend}") from error
+            raise
         targets = {f"trained/{name}": p.data for name, p in run.trained.items()}
         targets |= {f"average/{name}": tensor for name, tensor in run.roles.average.items()}
         targets |= _optimizer_targets(run, found, str(path))
@@ -142,8 +153,6 @@ def restore(run: Run, path: Path) -> None:
                 moments["step"] = int(moments["step"])
     run.step, run.bad, run.seconds = (state[key] for key in ("step", "bad", "seconds"))
     console.print(f"resumed {path}")
-    before = state["recipe"] | {"output": run.recipe.output}  # a folder may be moved
-    said = changed(before, run.recipe.to_dict())
     if isinstance(objective := state.get("objective"), dict):
         said = [one for one in said if not one.startswith("objective ")]
         said += changed(objective, asdict(run.objective), "objective.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, half: bool) -> None:
         for part in module.values():
             shard(part, mesh, half)
         return
+    # Some families answer with a view. Writing into it would be wrong, as torch warns; nothing here writes into an answer.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     half = half and isinstance(module, ModelMixin)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,

@@ -18,7 +18,7 @@ def test_draw_now_and_score_later(run: Run, tiny_model: Path, tmp_path: Path) ->
     common = ("evaluate", "--limit", 3, "--per-prompt", 1)
     out = tmp_path / "e"
     code, text, _ = run(*common, "--model", tiny_model, "--steps", 1, "-o", out, "--no-score")
-    assert code == 0 and "0 pictures to be drawn, not scored" in text and not (out / "seed-0" / "report.json").exists()
+    assert code == 0 and "seed-0: all drawn; not scored" in text and not (out / "seed-0" / "report.json").exists()
     code, text, _ = run(*common, "--images", out / "seed-0" / "pictures", "-o", tmp_path / "scores")
     assert code == 0 and "mini-GenEval" in text and "INCOMPLETE (not all prompts), 3 pictures" in text
     report = json.loads((tmp_path / "scores" / "report.json").read_text())
@@ -46,7 +46,7 @@ def test_a_share_of_the_pictures_waits_for_the_others(
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(run(*common), "--output")
     code, text, _ = run(*common, "-o", tmp_path / "e")
-    assert code == 0 and "1 pictures to be drawn" in text
+    assert code == 0 and "1 pictures are still to be drawn; not scored" in text
     monkeypatch.setenv("RANK", "1")
     code, text, _ = run(*common, "-o", tmp_path / "e")
     assert code == 0 and "mini-GenEval" in text

@@ -1,4 +1,4 @@
-"""webdataset shards: consecutive members of one name are one record (.jpg, .png or .webp with .txt or .json)."""
+"""webdataset shards: consecutive members of one name are one record (a picture with .txt or .json)."""
 
 from __future__ import annotations
 
