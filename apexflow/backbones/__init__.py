@@ -157,6 +157,7 @@ class Backbone(Protocol):
 def backbones() -> dict[str, Any]:
     """The table of families by the pipeline class that `model_index.json` names: one line each."""
     from apexflow.backbones.flux import Flux
+    from apexflow.backbones.flux2 import Flux2Klein
     from apexflow.backbones.lumina2 import Lumina2
     from apexflow.backbones.pixart import PixArt
     from apexflow.backbones.qwen_image import QwenImage
@@ -172,6 +173,7 @@ def backbones() -> dict[str, Any]:
         "QwenImagePipeline": QwenImage,
         "StableDiffusion3Pipeline": StableDiffusion3,
         "FluxPipeline": Flux,
+        "Flux2KleinPipeline": Flux2Klein,
         "ZImagePipeline": ZImage,
         "Lumina2Pipeline": Lumina2,
         "StableDiffusionXLPipeline": StableDiffusionXL,

@@ -237,6 +237,8 @@ def test_the_null_prompt(name, folder_of, backbone_of):
         expected, mask = stock.encode_prompt([" "], **options)
     elif name == "sana_sprint":  # never guided, so the stock pipeline has no null prompt
         return
+    elif name == "flux2":
+        expected, mask = stock.encode_prompt("", **options)[0], None
     elif name.startswith("flux"):
         limit = backbone.settings.max_tokens
         expected, mask = stock.encode_prompt([""], max_sequence_length=limit, **options)[0], None
