@@ -17,7 +17,7 @@ from apexflow.backbones.flux import positions, rounded_twice
 from apexflow.backbones.folder import read_index
 from apexflow.backbones.parts import load_parts, scheduler_shift
 from apexflow.backbones.precision import compute_dtype
-from apexflow.backbones.text import device_of, tokenize
+from apexflow.backbones.text import device_of, layer_states, tokenize
 from apexflow.conditioning import Condition
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -90,9 +90,8 @@ class Flux2Klein(Family):
         ]
         encoder, limit = self.text_encoder, self.settings.max_tokens
         ids, mask = (part.to(device_of(encoder)) for part in tokenize(self.tokenizer, texts, limit, "max_length"))
-        states = encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
         layers = stock_parameters(self.pipeline)["text_encoder_out_layers"].default
-        return Condition(torch.cat([states[layer] for layer in layers], -1))
+        return Condition(torch.cat(layer_states(encoder, ids, mask, layers), -1))
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 128, H/16, W/16) in float32: the mode in blocks, normalised."""
