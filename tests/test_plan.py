@@ -234,12 +234,15 @@ def test_presets_have_the_published_sizes() -> None:
     for model in (
         "Efficient-Large-Model/Sana_600M_512px_diffusers",
         "Tongyi-MAI/Z-Image",
+        "black-forest-labs/FLUX.2-klein-base-4B",
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     ):
         backbone = load_shapes(model)
         count = sum(p.numel() for p in backbone.transformer.parameters())
         assert count == json.loads(found[model].read_text())["params"]["transformer"]
         assert next(backbone.transformer.parameters()).device.type == "meta"
+    scales = [load_shapes(f"black-forest-labs/FLUX.2-klein-{name}").settings.guidance for name in ("base-4B", "4B")]
+    assert scales == [4.0, 1.0]  # the index of the latter says that it is distilled
     with pytest.raises(UserError, match="give the folder"):
         load_shapes("someone/else")
 

@@ -29,6 +29,7 @@ __all__ = [
 def backbones() -> dict[str, type[Backbone]]:
     """The table of families by the pipeline class that `model_index.json` names: one line each."""
     from apexflow.backbones.flux import Flux
+    from apexflow.backbones.flux2 import Flux2Klein
     from apexflow.backbones.lumina2 import Lumina2
     from apexflow.backbones.pixart import PixArt
     from apexflow.backbones.qwen_image import QwenImage
@@ -44,6 +45,7 @@ def backbones() -> dict[str, type[Backbone]]:
         "QwenImagePipeline": QwenImage,
         "StableDiffusion3Pipeline": StableDiffusion3,
         "FluxPipeline": Flux,
+        "Flux2KleinPipeline": Flux2Klein,
         "ZImagePipeline": ZImage,
         "Lumina2Pipeline": Lumina2,
         "StableDiffusionXLPipeline": StableDiffusionXL,

@@ -102,8 +102,12 @@ class Flux(Backbone):
 
     def round_time(self, t: Tensor) -> Tensor:
         """t after both roundings of a network in half precision, which sees exactly 1000 times what this returns."""
-        dtype = running_dtype(self.transformer)
-        return t if dtype.itemsize > 2 else (t.to(dtype) * 1000).to(t) / 1000
+        return rounded_twice(t, running_dtype(self.transformer))
+
+
+def rounded_twice(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t as a network sees it that casts it to `dtype` and multiplies it by 1000 there."""
+    return t if dtype.itemsize > 2 else (t.to(dtype) * 1000).to(t) / 1000
 
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:

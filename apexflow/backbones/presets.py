@@ -53,4 +53,5 @@ def write_configs(preset: dict[str, Any], folder: Path) -> None:
         (folder / name / "config.json").write_text(json.dumps(config))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(preset["scheduler"]))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": preset["pipeline_class"]}))
+    index = {"_class_name": preset["pipeline_class"], **preset.get("index", {})}
+    (folder / "model_index.json").write_text(json.dumps(index))

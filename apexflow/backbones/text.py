@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,23 @@ def masked_t5_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: 
 def decoder_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[Tensor, Tensor]:
     """A language model's last hidden states but one (B, L, D) and their mask (B, L), L tokens of the longest text."""
     ids, mask = (part.to(device_of(encoder)) for part in tokenize(tokenizer, texts, limit))
-    return encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2], mask
+    return layer_states(encoder, ids, mask, [len(encoder.layers) - 1])[0], mask
+
+
+def layer_states(encoder: Any, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """A language model's hidden states (B, L, D) after each of these numbers of layers; of itself, a sharded one tells none."""
+    seen: dict[int, Tensor] = {}
+
+    def note(layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, inputs, output: seen.update({layer: output})
+
+    hooks = [encoder.layers[layer - 1].register_forward_hook(note(layer)) for layer in layers]
+    try:
+        encoder(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [seen[layer] for layer in layers]
 
 
 def device_of(module: nn.Module) -> torch.device:

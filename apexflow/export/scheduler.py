@@ -1,7 +1,7 @@
 """Algorithm 2 and Appendix E as a diffusers scheduler, for the stock flow-matching pipelines.
 
-Written for the SANA, Qwen-Image, SD3, FLUX, Z-Image and Lumina-2 pipelines of diffusers 0.42, whose networks' answers
-reach `step` as `F = z - x`. The class is found by its module path in a saved pipeline: keep the path stable.
+Written for the SANA, Qwen-Image, SD3, FLUX.1, FLUX.2 [klein], Z-Image and Lumina-2 pipelines of diffusers 0.42, whose
+networks' answers reach `step` as `F = z - x`. The class is found by its module path in a saved pipeline: keep the path stable.
 """
 
 from __future__ import annotations

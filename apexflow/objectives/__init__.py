@@ -174,7 +174,7 @@ class Objective(ABC):
         """The same with what suits a model in place of what a recipe has not `given`.
 
         shift: (a, b) of its family. scale: at which its teacher is drawn. Where that is 1 guidance is in the teacher's
-        weights already (FLUX, SANA-Sprint, Z-Image-Turbo, LCM-SDXL), and none is put on top.
+        weights already (FLUX.1, FLUX.2 [klein] distilled, SANA-Sprint, Z-Image-Turbo, LCM-SDXL), and none is put on top.
         """
         if scale != 1:
             return self

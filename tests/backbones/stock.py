@@ -8,11 +8,13 @@ from pathlib import Path
 import diffusers
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from apexflow.backbones.family import pack, unpack
 from apexflow.backbones.folder import read_index
 
 PACKED = ("qwen_image", "flux_schnell", "flux_dev")
+BY_TOKENS = (*PACKED, "flux2")  # what their schedulers see
 PLAIN = {"sigmas": [1.0], "guidance_scale": 1.0}
 EPSILON = {"guidance_scale": 1.0, "clean_caption": False, "use_resolution_binning": False}
 
@@ -24,6 +26,7 @@ OPTIONS = {
     "sd3": PLAIN,
     "flux_schnell": {"sigmas": [1.0], "max_sequence_length": 256},
     "flux_dev": {"sigmas": [1.0], "guidance_scale": 3.5},
+    "flux2": PLAIN,
     "z_image": {"sigmas": [1.0], "guidance_scale": 0.0},
     "lumina2": PLAIN,
     "sdxl": {"guidance_scale": 1.0},
@@ -44,17 +47,31 @@ def one_step(
     name: str, pipeline: object, prompts: list[str], z: Tensor, size: tuple[int, int], output: str, **options: object
 ) -> Tensor:
     """Latents like `z` (output "latent") or pictures (B, 3, H, W) in [0, 1] (output "pt") after one step from noise `z`."""
-    packed = name in PACKED
     answer = pipeline(
         prompt=list(prompts),
         height=size[0],
         width=size[1],
         num_inference_steps=1,
-        latents=pack(z) if packed else z.clone(),
+        latents=noise_for(name, z),
         output_type=output,
         **OPTIONS[name] | options,
     ).images
-    return unpack(answer, *z.shape[-2:]) if packed and output == "latent" else answer
+    return latents_of(name, pipeline, answer, z) if output == "latent" else answer
+
+
+def noise_for(name: str, z: Tensor) -> Tensor:
+    """Noise as the stock pipeline takes it."""
+    return pack(z) if name in PACKED else z.clone()
+
+
+def latents_of(name: str, pipeline: object, answer: Tensor, z: Tensor) -> Tensor:
+    """What the stock pipeline answers as latents, in the layout and scale of the noise `z`."""
+    if name == "flux2":  # answers what its autoencoder takes
+        vae = pipeline.vae
+        return torch.nn.functional.batch_norm(
+            pixel_unshuffle(answer, 2), vae.bn.running_mean, vae.bn.running_var, eps=vae.config.batch_norm_eps
+        )
+    return unpack(answer, *z.shape[-2:]) if name in PACKED else answer
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

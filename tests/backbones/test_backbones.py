@@ -166,6 +166,16 @@ def test_text_is_differentiable(name, backbone_of):
     encoder.requires_grad_(False).zero_grad()
 
 
+@pytest.mark.parametrize("name", ["flux2", "z_image", "lumina2"])
+@torch.no_grad()
+def test_a_layer_s_states_are_read_of_a_sharded_encoder_too(name, folder_of, backbone_of):
+    backbone, expected = load_backbone(str(folder_of(name))), backbone_of(name).encode_prompts(PROMPTS)
+    encoder = backbone.text_encoder
+    for part in (encoder, *encoder.layers):  # sharding puts a class of its own over those of a network
+        part.__class__ = type(f"Sharded{type(part).__name__}", (type(part),), {})
+    assert torch.equal(backbone.encode_prompts(PROMPTS).embeds, expected.embeds)
+
+
 @families
 @torch.no_grad()
 def test_encode_and_decode(name, backbone_of):
@@ -237,6 +247,8 @@ def test_the_null_prompt(name, folder_of, backbone_of):
         expected, mask = stock.encode_prompt([" "], **options)
     elif name == "sana_sprint":  # never guided, so the stock pipeline has no null prompt
         return
+    elif name == "flux2":
+        expected, mask = stock.encode_prompt("", **options)[0], None
     elif name.startswith("flux"):
         limit = backbone.settings.max_tokens
         expected, mask = stock.encode_prompt([""], max_sequence_length=limit, **options)[0], None

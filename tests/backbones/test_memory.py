@@ -22,6 +22,7 @@ TOKENS = 16
         ("qwen_image", "lora", True),
         ("qwen_image", "full", False),
         ("flux_dev", "lora", False),
+        ("flux2", "lora", True),
         ("sdxl", "full", True),
         ("lumina2", "full", False),
     ],

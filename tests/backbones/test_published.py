@@ -60,6 +60,26 @@ def test_defaults_are_those_of_the_checkpoint(folder_of, tmp_path):
         assert (settings.steps, settings.guidance) == expected
 
 
+@pytest.mark.parametrize("distilled", [None, False, True])
+def test_flux2_is_known_by_its_index_and_drawn_at_the_times_of_its_pipeline(distilled, folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of("flux2"), tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index = {key: value for key, value in index.items() if key != "is_distilled"}  # as the published base leaves it out
+    (folder / "model_index.json").write_text(
+        json.dumps(index | ({} if distilled is None else {"is_distilled": distilled}))
+    )
+    backbone = load_backbone(str(folder))
+    settings = backbone.settings
+    assert (settings.steps, settings.guidance, settings.size) == ((4, 1.0, 1024) if distilled else (50, 4.0, 1024))
+    backbone.save(tmp_path, settings)
+    again, stock = load_backbone(str(tmp_path)), load_stock(tmp_path)
+    assert again.distilled == stock.config.is_distilled == bool(distilled)
+    embeds = torch.zeros(1, 3, 48)
+    stock(prompt_embeds=embeds, height=32, width=64, num_inference_steps=settings.steps, guidance_scale=1.0)
+    times = generator.Generator(again).times(settings.steps, (32, 64))
+    torch.testing.assert_close(stock.scheduler.sigmas, times.float(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_large_sana_is_drawn_in_float32_unless_it_was_trained_in_bfloat16(folder_of, tmp_path, monkeypatch):
     monkeypatch.setattr(generator, "LARGE", 1000)
     for name, suited in (("sana", torch.float32), ("sana_sprint", torch.bfloat16), ("sd3", torch.bfloat16)):

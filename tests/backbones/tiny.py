@@ -6,9 +6,12 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
@@ -29,7 +32,18 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny_text import clip, clip_tokenizer, gemma, gemma_tokenizer, qwen3, qwen_tokenizer, qwen_vl, t5, t5_tokenizer
+from tiny_text import (
+    clip,
+    clip_tokenizer,
+    gemma,
+    gemma_tokenizer,
+    qwen3,
+    qwen3_with_head,
+    qwen_tokenizer,
+    qwen_vl,
+    t5,
+    t5_tokenizer,
+)
 
 
 def build(name: str) -> object:
@@ -176,6 +190,25 @@ def flux(guidance: bool, scheduler: FlowMatchEulerDiscreteScheduler) -> FluxPipe
     )
 
 
+def flux2() -> Flux2KleinPipeline:
+    tokenizer = qwen_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=1)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 4)
+    parts = {"tokenizer": tokenizer, "text_encoder": qwen3_with_head(tokenizer)}
+    return Flux2KleinPipeline(transformer=transformer.eval(), vae=vae.eval(), scheduler=dynamic(1.15, 4096), **parts)
+
+
 def z_image() -> ZImagePipeline:
     transformer = ZImageTransformer2DModel(
         in_channels=4,
@@ -269,6 +302,7 @@ BUILDERS = {
     "sd3": sd3,
     "flux_schnell": lambda: flux(False, flow(1.0)),
     "flux_dev": lambda: flux(True, dynamic(1.15, 4096)),
+    "flux2": flux2,
     "z_image": z_image,
     "lumina2": lumina2,
     "sdxl": sdxl,

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -27,7 +28,7 @@ from transformers import (
 LETTERS = [chr(code) for code in range(33, 127)]
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}no thoughts\n{% endif %}{% endif %}"
 )
 
 
@@ -124,14 +125,22 @@ def qwen_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
-    return Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
-    ).eval()
+    return Qwen3Model(qwen3_config(tokenizer, layers=3)).eval()
+
+
+def qwen3_with_head(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
+    """FLUX.2 reads the states of its layers 9, 18 and 27."""
+    return Qwen3ForCausalLM(qwen3_config(tokenizer, layers=28, tie_word_embeddings=True)).eval()
+
+
+def qwen3_config(tokenizer: Qwen2Tokenizer, layers: int, **more: object) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        **more,
+    )

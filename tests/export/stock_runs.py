@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from stock import OPTIONS, PACKED
+from stock import OPTIONS, latents_of, noise_for
 from torch import Tensor
 
 from apexflow.backbones import Backbone
-from apexflow.backbones.family import pack, unpack
 from apexflow.sampler import sample
 
-FAMILIES = ("sana", "qwen_image", "sd3", "flux_schnell", "flux_dev", "z_image", "lumina2")
+FAMILIES = ("sana", "qwen_image", "sd3", "flux_schnell", "flux_dev", "flux2", "z_image", "lumina2")
 PROMPTS = ["a red cube", "a cat on a mat"]
 SIZE = (32, 64)
 
@@ -24,18 +23,17 @@ def noise(backbone: Backbone, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def stock_latents(name: str, pipeline: object, z: Tensor, steps: int, **more: object) -> Tensor:
     """Latents like `z` after `steps` steps of a stock pipeline, unguided, with its own sigmas unless `more` has some."""
-    packed = name in PACKED
     options = {key: value for key, value in OPTIONS[name].items() if key != "sigmas"} | more
     answer = pipeline(
         prompt=list(PROMPTS),
         height=SIZE[0],
         width=SIZE[1],
         num_inference_steps=steps,
-        latents=pack(z) if packed else z.clone(),
+        latents=noise_for(name, z),
         output_type="latent",
         **options,
     ).images
-    return unpack(answer, *z.shape[-2:]) if packed else answer
+    return latents_of(name, pipeline, answer, z)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def call_of(result):
 
 
 @pytest.mark.parametrize("scheduler", ["stock", "any-step"])
-@pytest.mark.parametrize("name", ["sana", "qwen_image"])
+@pytest.mark.parametrize("name", ["sana", "qwen_image", "flux2"])
 def test_a_student_s_folder_samples_as_ours_in_the_stock_pipeline(name, scheduler, folder_of, tmp_path):
     source, output = student(folder_of, name, tmp_path, steps=2, size=32), tmp_path / "out"
     result = export(str(source), output, scheduler)
@@ -65,7 +65,7 @@ def test_a_student_s_folder_samples_as_ours_in_the_stock_pipeline(name, schedule
         assert isinstance(load_stock(tmp_path / "again").scheduler, kind)
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "lumina2"])
+@pytest.mark.parametrize("name", ["qwen_image", "flux2", "lumina2"])
 def test_a_guided_model_is_guided_in_the_stock_pipeline(name, folder_of, tmp_path):
     backbone = load_backbone(str(folder_of(name)))
     source = tmp_path / "guided"

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from stock import PACKED, largest_difference, load_stock
+from stock import BY_TOKENS, largest_difference, load_stock
 from stock_runs import FAMILIES, noise, our_latents, stock_latents
 
 from apexflow.backbones import Settings, load_backbone
@@ -42,7 +42,7 @@ def test_extrapolation_and_fresh_noise(name, folder_of):
     latents = stock_latents(name, pipeline, z, 4)
     assert bool(latents.isfinite().all())
     assert torch.equal(stock_latents(name, pipeline, z, 4), latents)
-    if name not in PACKED:  # there, fresh noise is drawn in another order of the same numbers
+    if name not in BY_TOKENS:  # there, fresh noise is drawn in another order of the same numbers
         ours = our_latents(backbone, z, time_grid(4), **ratios, generator=torch.Generator().manual_seed(5))
         assert largest_difference(latents, ours) < 1e-5
     pipeline.scheduler = AnyStepScheduler(kappa=0.3)
