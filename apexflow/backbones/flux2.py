@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.family import Family, stock_parameters
+from apexflow.backbones.family import Backbone, stock_parameters
 from apexflow.backbones.flux import positions, rounded_twice
 from apexflow.backbones.folder import read_index
 from apexflow.backbones.parts import load_parts, scheduler_shift
@@ -24,7 +24,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 
 
-class Flux2Klein(Family):
+class Flux2Klein(Backbone):
     """A `Flux2KleinPipeline` folder. The raw output is z - x; time goes in as t in [0, 1].
 
     A latent is a token: 2 x 2 of the autoencoder's, normalised by the statistics of its batch norm. The network casts t to the

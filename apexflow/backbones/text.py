@@ -28,9 +28,10 @@ def clip_states(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[Ten
     Padding is attended, as in every pipeline that uses CLIP.
     """
     ids, _ = tokenize(tokenizer, texts, tokenizer.model_max_length, "max_length")
-    answer = encoder(ids.to(device_of(encoder)), output_hidden_states=True)
+    layer = getattr(encoder, "text_model", encoder).encoder.layers[-2]
+    (state,), answer = noted([layer], lambda: encoder(ids.to(device_of(encoder))))
     projected = getattr(answer, "text_embeds", None)
-    return answer.hidden_states[-2], answer.pooler_output if projected is None else projected
+    return state, answer.pooler_output if projected is None else projected
 
 
 def t5_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> Tensor:
@@ -52,19 +53,25 @@ def decoder_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: in
 
 
 def layer_states(encoder: Any, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """A language model's hidden states (B, L, D) after each of these numbers of layers; of itself, a sharded one tells none."""
+    """A language model's hidden states (B, L, D) after each of these numbers of layers."""
+    chosen = [encoder.layers[layer - 1] for layer in layers]
+    return noted(chosen, lambda: encoder(input_ids=ids, attention_mask=mask, use_cache=False))[0]
+
+
+def noted(layers: Sequence[nn.Module], ask: Callable[[], Any]) -> tuple[list[Tensor], Any]:
+    """What each of some layers answers while a network is asked, and its own answer. A sharded one tells none of its states."""
     seen: dict[int, Tensor] = {}
 
-    def note(layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, inputs, output: seen.update({layer: output})
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen[id(module)] = output[0] if isinstance(output, tuple) else output
 
-    hooks = [encoder.layers[layer - 1].register_forward_hook(note(layer)) for layer in layers]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
-        encoder(input_ids=ids, attention_mask=mask, use_cache=False)
+        answer = ask()
     finally:
         for hook in hooks:
             hook.remove()
-    return [seen[layer] for layer in layers]
+    return [seen[id(layer)] for layer in layers], answer
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -165,9 +165,22 @@ def fill(empty: nn.Module, module: nn.Module, place: Place) -> None:
     """Make a hollow copy of a network whole, where that is now: sharded with it, so that nobody holds it whole twice."""
     if is_sharded(module):
         place(empty)
+    tied = _tied(empty)
     empty.to_empty(device=next(module.parameters()).device)
+    for first, *others in tied:  # weights under several names, as T5's embedding, which are apart now
+        for name in others:
+            owner, _, last = name.rpartition(".")
+            setattr(empty.get_submodule(owner), last, empty.get_parameter(first))
     for own, other in zip(_tensors(empty), _tensors(module), strict=True):
         own.copy_(other)
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [each for each in names.values() if len(each) > 1]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

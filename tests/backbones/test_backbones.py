@@ -11,13 +11,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from stock import largest_difference, load_stock, one_step
 from tiny import BUILDERS
+from torch import nn
 
 from apexflow.backbones import Settings, backbones, load_backbone
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.generator import Generator
 from apexflow.sampler import sample, time_grid
-from apexflow.training.sharding import read_shares
+from apexflow.training.sharding import fill, hollow, leave, read_shares
 
 FAMILIES = list(BUILDERS)
 SIZE = (32, 64)
@@ -166,14 +167,25 @@ def test_text_is_differentiable(name, backbone_of):
     encoder.requires_grad_(False).zero_grad()
 
 
-@pytest.mark.parametrize("name", ["flux2", "z_image", "lumina2"])
+@families
 @torch.no_grad()
-def test_a_layer_s_states_are_read_of_a_sharded_encoder_too(name, folder_of, backbone_of):
+def test_a_sharded_text_encoder_answers_as_a_whole_one(name, folder_of, backbone_of):
     backbone, expected = load_backbone(str(folder_of(name))), backbone_of(name).encode_prompts(PROMPTS)
-    encoder = backbone.text_encoder
-    for part in (encoder, *encoder.layers):  # sharding puts a class of its own over those of a network
-        part.__class__ = type(f"Sharded{type(part).__name__}", (type(part),), {})
+    for part in backbone.text_encoder.modules():  # sharding puts a class of its own over those of a network
+        if not isinstance(part, nn.ModuleDict | nn.ModuleList):
+            part.__class__ = type(f"Sharded{type(part).__name__}", (type(part),), {})
     assert torch.equal(backbone.encode_prompts(PROMPTS).embeds, expected.embeds)
+
+
+@families
+@torch.no_grad()
+def test_a_copy_of_a_text_encoder_is_filled_and_keeps_what_is_tied(name, backbone_of):
+    encoder = backbone_of(name).text_encoder
+    copied = hollow(encoder)
+    fill(copied, encoder, leave)
+    whole, named = dict(encoder.named_parameters()), dict(copied.named_parameters())
+    assert whole.keys() == named.keys() and all(torch.equal(named[key], value) for key, value in whole.items())
+    assert not any(parameter.is_meta for parameter in copied.parameters())
 
 
 @families
