@@ -134,8 +134,8 @@ def test_what_is_made_anew_depends_on_the_seed_alone(
     prepare = loop.prepare
 
     def first_weights(drawn: int, seed: int) -> dict[str, Tensor]:
-        def drawing(*given: Any) -> Any:
-            made = prepare(*given)
+        def drawing(*given: Any, **named: Any) -> Any:
+            made = prepare(*given, **named)
             torch.rand(drawn)
             return made
 
