@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from apexflow.backbones import load_backbone
+from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.generator import Generator
 from apexflow.reporting.report import LOOKS
-from apexflow.training import loop, preview
+from apexflow.training import loop, prepare, preview
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import start
-from apexflow.training.preview import appearance, decoded
+from apexflow.training.preview import appearance, decoded, in_rows
 from apexflow.training.step import training_step
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -106,9 +108,7 @@ def test_only_who_writes_a_preview_decodes_it(
     calls: list[int] = []
     decode = run.backbone.decode
     monkeypatch.setattr(run.backbone, "decode", lambda latents: calls.append(len(latents)) or decode(latents))
-    for module in (preview, loop):
-        monkeypatch.setattr(module, "leads", lambda: False)
-    monkeypatch.setattr(loop, "Sharded", type(run.engine))  # whose networks all processes ask together
+    monkeypatch.setattr(preview, "leads", lambda: False)
     before, asked = len(reads), []
     velocity = run.backbone.velocity
     monkeypatch.setattr(run.backbone, "velocity", lambda *given: asked.append(1) or velocity(*given))
@@ -121,6 +121,20 @@ def test_only_who_writes_a_preview_decodes_it(
     width, height = Image.open(path).size
     assert width == 2 * 64 < height // 2 + 1  # one caption, from two noises: one above the other, at twice their size
     assert set(json.loads(path.with_suffix(".json").read_text())) == {*LOOKS}
+
+
+def test_a_process_that_draws_no_previews_reads_no_text_encoder_for_them(
+    recipe_file: Path, tiny_model: Path, scene_folder: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    cache = recipe_file.parent / "cache"
+    make_cache(scene_folder, load_backbone(str(tiny_model)), tiny_model, cache, CacheSettings())
+    reads.clear()
+    recipe = load_recipe(recipe_file, [f"data.source={cache}", 'preview.prompts=["a red star"]'])
+    assert start(recipe, resume=False).shown is not None and reads == ["text_encoder"]
+    reads.clear()
+    monkeypatch.setattr(prepare, "leads", lambda: False)
+    run = start(replace(recipe, output=recipe.output + "-other"), resume=False)
+    assert run.shown is None and reads == [] and loop.preview(run) == {}
 
 
 def picture(red: int, green: int, blue: int) -> Image.Image:
@@ -143,6 +157,18 @@ def test_diversity_is_between_pictures_of_one_caption() -> None:
     assert appearance([black, white, black, white], 2)["diversity"] == 0
     assert appearance([black, white, white, black], 2)["diversity"] == 1
     assert appearance([black, white, grey], 2)["diversity"] == pytest.approx(128 / 255, abs=1e-5)  # of the pair alone
+
+
+@pytest.mark.parametrize(("half", "count"), [(1, 1), (2, 3), (3, 6), (8, 16), (9, 17), (12, 24)])
+def test_the_second_noise_lies_below_the_first_however_many_captions_there_are(half: int, count: int) -> None:
+    blank, columns = (255, 255, 255), min(half, preview.ROW)
+    made = in_rows([picture(number, 0, 0) for number in range(count)], half)
+    colours = [one.getpixel((0, 0)) for one in made]
+    assert sorted(red for red, _, blue in colours if blue == 0) == list(range(count)) and len(made) % columns == 0
+    for number in range(count - half):
+        above = colours.index((number, 0, 0))
+        assert colours[above + columns] == (half + number, 0, 0)
+    assert colours.count(blank) == len(made) - count
 
 
 def test_a_preview_draws_each_caption_from_two_noises(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Text encoders and autoencoder of a backbone, each read from its folder when it is first called for.
 
-Training from a finished cache calls for neither text encoder nor, but for the previews that it writes, autoencoder.
+Training from a finished cache calls for neither, but for its previews: they are decoded, and prompts of their own encoded once.
 """
 
 from __future__ import annotations

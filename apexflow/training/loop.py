@@ -186,9 +186,9 @@ def adam_in_eight_bits() -> Any:
 
 
 def preview(run: Run) -> dict[str, float]:
-    """A sample grid, and what its pictures look like, in the first process. Sharded networks need all of them for it."""
+    """A sample grid, and what its pictures look like, in the first process."""
     with together():
-        if run.shown is not None and (leads() or isinstance(run.engine, Sharded)):
+        if run.shown is not None:
             with answering(run.recipe, run.device):
                 return save_preview(
                     run.backbone, run.roles, run.shown, run.data.size, run.recipe.preview, run.folder, run.step

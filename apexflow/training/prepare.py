@@ -28,7 +28,7 @@ from apexflow.progress import counted
 from apexflow.training.beginning import read_start
 from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
 from apexflow.training.config import Data, Recipe
-from apexflow.training.distributed import world
+from apexflow.training.distributed import leads, world
 from apexflow.training.engine import memory_of, parallel_kind
 from apexflow.training.preview import Shown, choose
 from apexflow.training.roles import loaded_dtype
@@ -41,15 +41,15 @@ GREY, WORDS = torch.zeros(1, 3, 64, 64), "a photo of a red circle"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run is made of. `teacher`: the model that the recipe names apart from its own; parallel: see `_load`; start: the
-    pairs of the LoRA that the student starts as.
+    """What a run is made of. `teacher`: the model that the recipe names apart from its own; shown: None where this process draws
+    no previews; parallel: see `_load`; start: the pairs of the LoRA that the student starts as.
     """
 
     backbone: Backbone
     objective: Objective
     teacher: Backbone | None
     data: CachedSet
-    shown: Shown
+    shown: Shown | None
     parallel: str
     start: Mapping[str, Pair]
 
@@ -58,7 +58,8 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, fresh: bool) -> 
     """Load (or, for "miniature", build) the model, and cache the data in its latents, unless a finished cache is named.
 
     Whatever can be told without the data is told before any of them is drawn or cached. The LoRA to start as is read for a
-    `fresh` run alone. Autoencoder and text encoder stand on `device` only while the cache is made; the model is left on the CPU.
+    `fresh` run alone. Autoencoder and text encoder stand on `device` only while the cache is made
+    and own prompts of previews are encoded; the model is left on the CPU.
     """
     finished = finished_cache(recipe.data)
     check_teacher(recipe)
@@ -81,7 +82,8 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, fresh: bool) -> 
         check_teaches(recipe, (backbone, teacher), folders)
     data = cached_data(recipe, folder, device, backbone, model, finished)
     check_batch(recipe, len(data))
-    shown = choose(recipe, backbone, data, device)
+    # Sharded networks need all processes to draw; of others one does, and the rest read no text encoder for it.
+    shown = choose(recipe, backbone, data, device) if leads() or parallel == "fsdp" else None
     return Prepared(backbone, objective, teacher, data, shown, parallel, start)
 
 

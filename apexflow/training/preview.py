@@ -24,6 +24,7 @@ from apexflow.training.distributed import leads
 from apexflow.training.roles import Roles
 
 PREVIEW_SEED = 7
+ROW = 8  # captions side by side
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # of red, green and blue (ITU-R BT.709)
 
 
@@ -88,9 +89,16 @@ def save_preview(
     path = folder / "previews" / f"step-{step:07d}.png"
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        picture_grid(pictures, min(half, 8), 2 if pictures[0].width <= 64 else 1).save(path)
+        picture_grid(in_rows(pictures, half), min(half, ROW), 2 if pictures[0].width <= 64 else 1).save(path)
     write_json(path.with_suffix(".json"), numbers)
     return numbers
+
+
+def in_rows(pictures: Sequence[Image.Image], half: int) -> list[Image.Image]:
+    """Rows of a grid, end to end: of up to `ROW` captions the pictures from the first noise, then those from the second."""
+    noises, blank = (pictures[:half], pictures[half:]), Image.new("RGB", pictures[0].size, "white")
+    rows = [row for at in range(0, half, ROW) for noise in noises if (row := list(noise[at : at + ROW]))]
+    return [picture for row in rows for picture in row + [blank] * (min(half, ROW) - len(row))]
 
 
 def appearance(pictures: Sequence[Image.Image], half: int) -> dict[str, float]:

@@ -80,7 +80,7 @@ class Run:
     engine: Engine
     trainees: dict[str, Trainee]
     device: torch.device
-    shown: Shown | None = None  # by previews; None: there are none
+    shown: Shown | None = None  # by previews; None: this process draws none
     memory: dict[str, Tensor] = field(default_factory=dict)  # this process's own
     step: int = 0
     bad: int = 0
