@@ -98,7 +98,7 @@ def _no_model(folder: Path) -> str:
     """What a folder without an index is, and how to get a model of it: all of these are left by our own commands."""
     if (folder / "model" / INDEX).is_file():
         return f"{folder} is a run, not a model: name {folder / 'model'}"
-    saved = folder if (folder / "state.json").is_file() else next((folder / "checkpoints").glob("step-*"), None)
+    saved = folder if (folder / "state.json").is_file() else max((folder / "checkpoints").glob("step-*"), default=None)
     if saved is not None:
         return f"{folder} is no model: `apexflow export {saved} -o MODEL` makes one of what was trained (of a LoRA with --merge)"
     if loras := sorted(folder.glob("*lora*.safetensors")):

@@ -82,7 +82,7 @@ def beside_previews(folder: Path) -> list[dict[str, Any]]:
     found = []
     for step, path in _of_steps(folder, "json"):
         with suppress(OSError, ValueError, TypeError):
-            found.append({"step": step} | json.loads(path.read_text("utf-8")))
+            found.append(json.loads(path.read_text("utf-8")) | {"step": step})
     return found
 
 
