@@ -24,11 +24,10 @@ SIDE = re.compile(r"(?P<pair>(?P<module>.+)[._]lora\d?)[._](?P<side>A|B|down|up)
 LETTERS = {"A": "A", "down": "A", "B": "B", "up": "B"}
 OF_TEXT = re.compile(r"lora_te\d?_|text_encoder")
 OTHER_KINDS = {
-    "dora_scale": "part of a DoRA",
-    "lora_magnitude_vector": "part of a DoRA",
-    "hada_": "part of a LoHa",
-    "lokr_": "part of a LoKr",
-    ".diff": "the difference of a whole weight",
+    r"dora_scale|lora_magnitude_vector": "part of a DoRA",
+    r"hada_": "part of a LoHa",
+    r"lokr_": "part of a LoKr",
+    r"\.diff(_b)?$": "the difference of a whole weight",  # at the end: ComfyUI's names say diffusion_model
 }
 
 
@@ -86,7 +85,7 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], d
     """The names of both sides of each pair, "A" and "B", by its module and its own name."""
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for name in tensors:
-        kind = next((told for word, told in OTHER_KINDS.items() if word in name), None)
+        kind = next((told for said, told in OTHER_KINDS.items() if re.search(said, name)), None)
         kind = "of a text encoder" if OF_TEXT.match(name) else kind
         if kind is not None:
             raise UserError(f"{path} holds more than a LoRA of the denoiser, which alone is read: {name} is {kind}")

@@ -217,6 +217,8 @@ def test_fused_projections_of_the_published_flux_come_apart(tmp_path):
         ({"transformer_blocks.0.attn.to_k.hada_w1_a": (4, 4)}, ("hada_w1_a", "LoHa")),
         ({"transformer_blocks.0.attn.to_k.lokr_w1": (4, 4)}, ("lokr_w1", "LoKr")),
         ({"transformer_blocks.0.attn.norm_q.diff": (4,)}, ("norm_q.diff", "whole weight")),
+        ({"transformer_blocks.0.attn.to_q.diff_b": (4,)}, ("to_q.diff_b", "whole weight")),
+        ({"model.diffusion_model.x.lora_A.weight": (4, 4)}, ("model.diffusion_model.x.lora has one side alone",)),
         ({"transformer_blocks.0.attn.to_k.weight": (4, 4)}, ("to_k.weight", "no part of a pair")),
         ({"transformer_blocks.0.attn.to_k.alpha": ()}, ("to_k.alpha", "no part of a pair")),
         ({"transformer_blocks.0.attn.to_k.lora_down.weight": (4, 32)}, ("to_k.lora", "one side alone")),
