@@ -70,12 +70,15 @@ def export(
     if output.exists():
         raise UserError(f"output {output} exists: choose another folder with -o")
     found = find_source(source, base)
-    if found.lora is None and merge:
-        raise UserError(f"{source} has no LoRA to merge: leave out --merge")
+    check_asked(source, found.lora is not None, _tuned_text_encoder(found.settings), merge, rank)
     if base is not None and found.lora is None and rank is None:
         raise UserError(f"{source} is no LoRA file, so it belongs to no other model: leave out --base")
+    if rank is not None and not found.base:
+        raise UserError(
+            f"--rank takes a LoRA out of what tuning changed: name the model that {source} started as with --base"
+        )
     if rank is not None:
-        _check_factored(found, source)
+        check_loadable(found.backbone)
     backbone = found.backbone
     chosen = _scheduler(backbone, scheduler)
     factors = None
@@ -93,6 +96,18 @@ def export(
         (partial / "README.md").write_text(usage + (f"\n{factors.told}\n" if factors else ""))
     result = {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
     return result | ({"kept": factors.kept, "outside": factors.outside, "told": factors.told} if factors else {})
+
+
+def check_asked(source: str, is_lora: bool, text_encoder: bool, merge: bool, rank: int | None) -> None:
+    """UserError where there is no LoRA to merge, or none can be taken out; text_encoder: whether that was tuned too."""
+    if merge and not is_lora:
+        raise UserError(f"{source} has no LoRA to merge: leave out --merge")
+    if rank is not None and is_lora:
+        raise UserError(f"{source} is a LoRA already: leave out --rank")
+    if rank is not None and text_encoder:
+        raise UserError(
+            f"the text encoder of {source} was tuned too, which no LoRA of its denoiser holds: leave out --rank"
+        )
 
 
 def find_source(source: str, base: str | None) -> Source:
@@ -187,21 +202,11 @@ def _lora(found: Source, partial: Path) -> None:
     write_settings(partial, found.settings)
 
 
-def _check_factored(found: Source, source: str) -> None:
-    """UserError where no LoRA can be taken out of what is exported."""
-    if found.lora is not None:
-        raise UserError(f"{source} is a LoRA already: leave out --rank")
-    if not found.base:
-        raise UserError(
-            f"--rank takes a LoRA out of what tuning changed: name the model that {source} started as with --base"
-        )
-    check_loadable(found.backbone)
-    recipe = found.settings.card.get("recipe")
+def _tuned_text_encoder(settings: Settings) -> bool:
+    """Whether a model's card says that its text encoder was tuned too."""
+    recipe = settings.card.get("recipe")
     tuning = recipe.get("tuning") if isinstance(recipe, dict) else None
-    if isinstance(tuning, dict) and tuning.get("text_encoder"):
-        raise UserError(
-            f"the text encoder of {source} was tuned too, which no LoRA of its denoiser holds: leave out --rank"
-        )
+    return isinstance(tuning, dict) and bool(tuning.get("text_encoder"))
 
 
 def _factored(found: Source, rank: int, partial: Path) -> Factors:

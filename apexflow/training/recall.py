@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from apexflow.backbones import load_backbone, write_settings
 from apexflow.errors import UserError, writing
 from apexflow.export import export, save_lora
+from apexflow.export.folder import check_asked
 from apexflow.export.lora import is_loadable
 from apexflow.files import write_json
 from apexflow.training.adapters import LoraRoles
@@ -33,17 +34,20 @@ def export_checkpoint(
 
     UserError for a checkpoint that is damaged, or whose model is not where the run found it.
     """
-    if output.exists():  # told before anything is read
+    if output.exists():  # told before any weights are read
         raise UserError(f"output {output} exists: choose another folder with -o")
-    with _ended_at(checkpoint.absolute(), output.absolute().parent) as (source, base):
-        return export(str(source), output, scheduler, merge, base, rank)
+    state = read_state(checkpoint)
+    recipe = parse(Recipe, state["recipe"], str(checkpoint / "state.json"))
+    check_asked(str(checkpoint), recipe.tuning.kind == "lora", recipe.tuning.text_encoder, merge, rank)
+    # Always the same name, so that what a killed process left is not left for good.
+    made = output.absolute().with_name(f".checkpoint-{output.name}")
+    with _ended_at(checkpoint.absolute(), state, recipe, made) as base:
+        return export(str(made), output, scheduler, merge, base, rank)
 
 
 @contextmanager
-def _ended_at(checkpoint: Path, home: Path) -> Iterator[tuple[Path, str | None]]:
-    """A folder in `home` with the student of a checkpoint, and the base that it belongs to if it is a LoRA alone."""
-    state = read_state(checkpoint)
-    recipe = parse(Recipe, state["recipe"], str(checkpoint / "state.json"))
+def _ended_at(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, folder: Path) -> Iterator[str | None]:
+    """Within, `folder` has the student of a checkpoint; given is the base that it belongs to if it is a LoRA alone."""
     run = checkpoint.parent.parent
     model = str(run / "base") if recipe.model == "miniature" else recipe.model
     needs = tuple(name for name in recipe.build_objective().needs if name == "second_time")
@@ -55,17 +59,19 @@ def _ended_at(checkpoint: Path, home: Path) -> Iterator[tuple[Path, str | None]]
     backbone.draw_at(state.get("size") or recipe.data.size or backbone.default_size)
     roles = _averaged(checkpoint, make_roles(backbone, recipe, needs, leave))
     card = {"steps": state["step"], "seconds": round(state["seconds"])}
-    with writing(home):
-        home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=home) as name:
-        folder = Path(name)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True)
         if alone and isinstance(roles, LoraRoles):
             save_lora(roles, folder)
             write_settings(folder, shipped_settings(backbone, recipe, card))
         else:
             save_model(backbone, roles, recipe, folder, card)
             write_json(folder / "recipe.json", recipe.to_dict() | {"model": model})  # which may lie in the run's folder
-        yield folder, model if alone else None
+        yield model if alone else None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _averaged(checkpoint: Path, roles: Roles) -> Roles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from apexflow.backbones import load_backbone, second_time
 from apexflow.errors import UserError
 from apexflow.export import export
+from apexflow.training import recall
 from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import train
@@ -123,6 +125,23 @@ def test_a_lora_is_taken_out_of_a_checkpoint_too(ended, tmp_path: Path) -> None:
     made = export_checkpoint(last, tmp_path / "checkpoint", rank=2)
     assert made["kind"] == "lora" and made["kept"] == export(str(run), tmp_path / "run", rank=2)["kept"]
     assert files(tmp_path / "checkpoint") == files(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("full", {"merge": True}), ("lora", {"rank": 2})])
+def test_what_cannot_be_made_of_a_checkpoint_is_told_by_its_name_before_weights_are_read(
+    ended, kind: str, asked: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = checkpoints(ended(kind) / "checkpoints")[-1]
+    monkeypatch.setattr(recall, "load_backbone", None)
+    with pytest.raises(UserError, match=f"^{re.escape(str(last))} .*leave out --{next(iter(asked))}"):
+        export_checkpoint(last, tmp_path / "out", **asked)
+
+
+def test_what_a_killed_export_left_is_taken_away(ended, tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint-out" / "model").mkdir(parents=True)
+    write(tmp_path / ".checkpoint-out" / "model" / "left.safetensors", "half of one")
+    export_checkpoint(checkpoints(ended("full") / "checkpoints")[-1], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_damaged_checkpoint_leaves_nothing(ended, tmp_path: Path) -> None:
