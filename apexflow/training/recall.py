@@ -57,7 +57,7 @@ def _ended_at(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, folder
     if not alone:
         backbone = load_backbone(model, "cpu", loaded_dtype(recipe))
     backbone.draw_at(state.get("size") or recipe.data.size or backbone.default_size)
-    roles = _averaged(checkpoint, make_roles(backbone, recipe, needs, leave))
+    roles = _averaged(checkpoint, make_roles(backbone, recipe, needs, leave, once=True))
     card = {"steps": state["step"], "seconds": round(state["seconds"])}
     shutil.rmtree(folder, ignore_errors=True)
     try:

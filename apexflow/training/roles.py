@@ -34,7 +34,9 @@ class FullRoles:
         frozen: torch.dtype,
         place: Place,
         further: Sequence[str] = (),
+        once: bool = False,
     ) -> None:
+        """once: nothing will be trained, so student and average are one and the same."""
         self.backbone = backbone
         self._modules = {"transformer": backbone.transformer}
         if text_encoder:
@@ -46,10 +48,11 @@ class FullRoles:
             self.teacher = network.to(frozen)
         pretrained = self.teacher if self.teacher is not None else backbone.transformer
         self._further = {name: hollow(pretrained).float() for name in further}
-        self._averages = {name: hollow(module) for name, module in self._modules.items()}
+        self._averages = {name: module if once else hollow(module) for name, module in self._modules.items()}
         for name, module in self._modules.items():
             place(module.requires_grad_(True))
-            fill(self._averages[name], module, place)
+            if not once:
+                fill(self._averages[name], module, place)
         if self.teacher is not None and own:
             fill(self.teacher, backbone.transformer, place)
         elif self.teacher is not None:
@@ -122,13 +125,15 @@ def make_roles(
     teacher: Backbone | None = None,
     further: Sequence[str] = (),
     start: Mapping[str, Pair] | None = None,
+    once: bool = False,
 ) -> Roles:
     """The roles for a recipe's way of tuning, `place` applied to each network once it is complete: by default it stays where
     it is, its matrices kept as `tuning.storage` says.
 
     The teacher of a method that needs one is `backbone`'s transformer as it stands now, unless a `teacher` is given, whose
     network may be of another size. `further` names the networks like the teacher's that are trained beside the student. `start`:
-    the LoRA that the student's adapter starts as.
+    the LoRA that the student's adapter starts as. `once`: nothing will be trained, so that weights which are tuned whole are
+    held once, as student and average.
 
     With precision bf16 what is frozen is kept in bfloat16, what is trained in float32. UserError for a network that cannot
     be tuned so.
@@ -150,7 +155,7 @@ def make_roles(
     if teacher is not None:
         second_time.detach(teacher.transformer)  # a teacher is asked for velocities alone
     teacher = (teacher or backbone) if "teacher" in needs else None
-    return FullRoles(backbone, teacher, tuning.text_encoder, frozen, place, further)
+    return FullRoles(backbone, teacher, tuning.text_encoder, frozen, place, further, once)
 
 
 def frozen_dtype(recipe: Recipe) -> torch.dtype:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from apexflow.backbones import load_backbone, second_time
 from apexflow.errors import UserError
 from apexflow.export import export
-from apexflow.training import recall
+from apexflow.training import recall, roles
 from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import train
@@ -27,20 +27,21 @@ METHODS = ("apex", "meanflow")  # without and with a second time
 @pytest.fixture(scope="module")
 def ended(tiny_model: Path, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory):
     """The folder of a finished run, by its way of tuning and method, each trained once."""
-    made: dict[tuple[str, str], Path] = {}
+    made: dict[tuple[str, str, str], Path] = {}
 
-    def run(kind: str, method: str = "apex") -> Path:
-        if (kind, method) not in made:
+    def run(kind: str, method: str = "apex", text_encoder: str = "false") -> Path:
+        if (kind, method, text_encoder) not in made:
             home = tmp_path_factory.mktemp("run")
             recipe = write(
                 home / "recipe.yaml",
                 f"output: {home / 'run'}\nmodel: {tiny_model}\ndata: {{source: {scene_folder}}}\nmethod: {method}\n"
-                f"tuning: {{kind: {kind}, rank: 2}}\nsteps: 4\nbatch: 4\ncheckpoint_every: 2\nkeep: 2\n"
+                f"tuning: {{kind: {kind}, rank: 2, text_encoder: {text_encoder}}}\n"
+                "steps: 4\nbatch: 4\ncheckpoint_every: 2\nkeep: 2\n"
                 "preview: {every: 100, count: 2}\noptimizer: {warmup: 2}\n",
             )
             train(load_recipe(recipe))
-            made[kind, method] = home / "run"
-        return made[kind, method]
+            made[kind, method, text_encoder] = home / "run"
+        return made[kind, method, text_encoder]
 
     return run
 
@@ -81,6 +82,20 @@ def test_the_last_checkpoint_is_the_run_to_the_byte(ended, kind: str, method: st
     assert export_checkpoint(last, tmp_path / "checkpoint") | {"output": ""} == expected | {"output": ""}
     assert files(tmp_path / "checkpoint") == files(tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_text_encoder_that_was_tuned_is_handed_over_too(ended, tmp_path: Path) -> None:
+    run = ended("full", text_encoder="true")
+    last = checkpoints(run / "checkpoints")[-1]
+    export(str(run), tmp_path / "run")
+    export_checkpoint(last, tmp_path / "checkpoint")
+    made, expected = files(tmp_path / "checkpoint"), files(tmp_path / "run")
+    assert any(name.startswith("text_encoder/") for name in made)
+    for of in (made, expected):
+        del of["tokenizer/tokenizer.json"]  # which notes how the run padded last
+    assert made == expected
+    with pytest.raises(UserError, match=f"the text encoder of {re.escape(str(last))} was tuned too"):
+        export_checkpoint(last, tmp_path / "lora", rank=2)
 
 
 def test_an_earlier_checkpoint_is_another_student(ended, tmp_path: Path) -> None:
@@ -135,6 +150,12 @@ def test_what_cannot_be_made_of_a_checkpoint_is_told_by_its_name_before_weights_
     monkeypatch.setattr(recall, "load_backbone", None)
     with pytest.raises(UserError, match=f"^{re.escape(str(last))} .*leave out --{next(iter(asked))}"):
         export_checkpoint(last, tmp_path / "out", **asked)
+
+
+def test_weights_that_were_tuned_whole_are_held_once(ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of 20 billion weights in float32 a further copy would take 80 GB."""
+    monkeypatch.setattr(roles, "hollow", None)  # which makes the copies of a run
+    export_checkpoint(checkpoints(ended("full") / "checkpoints")[-1], tmp_path / "out")
 
 
 def test_what_a_killed_export_left_is_taken_away(ended, tmp_path: Path) -> None:
