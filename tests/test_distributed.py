@@ -209,6 +209,23 @@ def test_kill_and_resume_on_two_processes_is_exact(
     assert len(list((parts / "tensorboard").iterdir())) <= 2  # one writer a start
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_own_prompts_are_drawn_as_by_one_process(recipe: Path, tmp_path: Path, parallel: str) -> None:
+    common = [
+        "train",
+        str(recipe),
+        "steps=1",
+        'preview.prompts=["a red star", "a blue circle"]',
+        f"parallel={parallel}",
+    ]
+    looks = []
+    for world in (1, 2):
+        output = tmp_path / str(world)
+        assert wait(launch(command, world, *common, f"output={output}")) == [0] * world
+        looks.append(json.loads((output / "previews" / "step-0000001.json").read_text()))
+    assert looks[1] == pytest.approx(looks[0], abs=1e-3) and looks[0]["diversity"] > 0
+
+
 LORA = ["tuning.kind=lora", "tuning.rank=4", "micro_batch=1"]
 
 
