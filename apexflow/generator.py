@@ -44,7 +44,8 @@ class Sampling(NamedTuple):
 
 class Generator:
     """A loaded model with its own sampling settings. `encode`: prompts to conditions, by default the model's text encoder;
-    `decode`: latents (B, C, h, w) to pictures, by default its autoencoder, and of what it leaves out no picture is made.
+    `decode`: latents (B, C, h, w) to pictures, by default its autoencoder, and of what it leaves out no picture is made;
+    `most`: how many rows the network is asked at once, which changes no picture.
 
     Of the last `generate`: `evaluations` counts network calls a picture, guidance included, and `finite` says of each picture
     whether the model's answer was.
@@ -55,8 +56,10 @@ class Generator:
         backbone: Backbone,
         encode: Callable[[Sequence[str]], Condition] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
+        most: int = MAX_BATCH,
     ) -> None:
         self.backbone = backbone
+        self.most = most
         self.encode = encode or backbone.encode_prompts
         self.decode = decode
         self.evaluations = 0
@@ -124,7 +127,7 @@ class Generator:
     def _draw(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> list[Image.Image]:
         pictures: list[Image.Image] = []
         self.finite = []
-        most = MAX_BATCH // 2 if plan.guidance != 1 and self.backbone.guided_at_once else MAX_BATCH  # rows of a pass
+        most = max(1, self.most // 2) if plan.guidance != 1 and self.backbone.guided_at_once else self.most
         latents = (
             self._sample(prompts[at : at + most], seeds[at : at + most], plan) for at in range(0, len(prompts), most)
         )

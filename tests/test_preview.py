@@ -185,6 +185,19 @@ def test_a_preview_draws_each_caption_from_two_noises(recipe_file: Path, monkeyp
     assert first == loop.preview(run) and first["diversity"] > 0
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_large_previews_are_drawn_a_few_at_a_time_and_are_the_same(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, guidance: float
+) -> None:
+    run = start(load_recipe(recipe_file, ["preview.count=5", f"preview.guidance={guidance}"]), resume=False)
+    expected, asked = loop.preview(run), []
+    velocity = run.backbone.velocity
+    monkeypatch.setattr(run.backbone, "velocity", lambda *given: asked.append(len(given[1])) or velocity(*given))
+    monkeypatch.setattr(preview, "at_once", lambda size: 2)
+    assert loop.preview(run) == pytest.approx(expected, abs=1e-3)
+    assert max(asked) == 2 and sum(asked) == 5 * (2 if guidance != 1 else 1)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_previews_are_drawn_by_the_average_as_the_recipe_says(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -17,7 +17,7 @@ from apexflow.conditioning import Condition
 from apexflow.data.cache import CachedSet
 from apexflow.errors import first_line, writing
 from apexflow.files import write_json
-from apexflow.generator import Generator, picture_grid
+from apexflow.generator import Generator, at_once, picture_grid
 from apexflow.progress import console
 from apexflow.training.config import Preview, Recipe
 from apexflow.training.distributed import leads
@@ -80,7 +80,9 @@ def save_preview(
     """
     half = len(shown.captions)
     with roles.shipped():
-        generator = Generator(backbone, shown.encode, partial(decoded, backbone) if leads() else nothing)
+        decode = partial(decoded, backbone) if leads() else nothing
+        # Beside what training holds there is little room: large pictures are drawn a few at a time.
+        generator = Generator(backbone, shown.encode, decode, at_once(size))
         prompts = (shown.captions * 2)[: shown.pictures]
         pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, size, guidance=preview.guidance)
     if not leads():
