@@ -29,14 +29,20 @@ def is_checkpoint(path: Path) -> bool:
 def export_checkpoint(
     checkpoint: Path, output: Path, scheduler: Any = None, merge: bool = False, rank: int | None = None
 ) -> dict[str, Any]:
-    """Hand over what a run would have left if it had ended at a checkpoint; as `export` otherwise. Nothing in the run changes.
+    """Hand over what a run would have left if it had ended at a checkpoint, under its own name, another (a copy) or by a link;
+    as `export` otherwise. Nothing in the run changes.
 
     UserError for a checkpoint that is damaged, or whose model is not where the run found it.
     """
     if output.exists():  # told before anything is read
         raise UserError(f"output {output} exists: choose another folder with -o")
-    with _ended_at(checkpoint.absolute(), output.absolute().parent) as (source, base):
-        return export(str(source), output, scheduler, merge, base, rank)
+    own = checkpoint.resolve() if checkpoint.is_symlink() else checkpoint.absolute()
+    with _ended_at(own, output.absolute().parent) as (source, base):
+        try:
+            return export(str(source), output, scheduler, merge, base, rank)
+        except UserError as error:  # of a folder that is gone once this is read
+            told = str(error).replace(str(source / "model"), str(checkpoint)).replace(str(source), str(checkpoint))
+            raise UserError(told) from error
 
 
 @contextmanager

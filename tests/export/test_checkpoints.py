@@ -125,6 +125,24 @@ def test_a_lora_is_taken_out_of_a_checkpoint_too(ended, tmp_path: Path) -> None:
     assert files(tmp_path / "checkpoint") == files(tmp_path / "run")
 
 
+def test_a_copy_and_a_link_under_other_names_are_the_checkpoint(ended, tmp_path: Path) -> None:
+    last = checkpoints(ended("full") / "checkpoints")[-1]
+    export_checkpoint(last, tmp_path / "own")
+    shutil.copytree(last, tmp_path / "step-best")
+    (tmp_path / "best").symlink_to(last)
+    for name in ("step-best", "best"):
+        export_checkpoint(tmp_path / name, tmp_path / f"of-{name}")
+        assert files(tmp_path / f"of-{name}") == files(tmp_path / "own")
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("full", {"merge": True}), ("lora", {"rank": 2})])
+def test_what_a_checkpoint_cannot_be_is_told_by_its_name(ended, kind: str, asked: dict, tmp_path: Path) -> None:
+    last = checkpoints(ended(kind) / "checkpoints")[-1]
+    with pytest.raises(UserError, match=f"^{last} (has no LoRA|is a LoRA already)"):
+        export_checkpoint(last, tmp_path / "out", **asked)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_checkpoint_leaves_nothing(ended, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / checkpoints(ended("full") / "checkpoints")[-1].name
     shutil.copytree(checkpoints(ended("full") / "checkpoints")[-1], folder)
