@@ -17,7 +17,7 @@ from apexflow.reporting.report import LOOKS
 from apexflow.training import loop, preview
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import start
-from apexflow.training.preview import appearance, decoded
+from apexflow.training.preview import appearance, decoded, in_pairs
 from apexflow.training.step import training_step
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -143,6 +143,15 @@ def test_diversity_is_between_pictures_of_one_caption() -> None:
     assert appearance([black, white, black, white], 2)["diversity"] == 0
     assert appearance([black, white, white, black], 2)["diversity"] == 1
     assert appearance([black, white, grey], 2)["diversity"] == pytest.approx(128 / 255, abs=1e-5)  # of the pair alone
+
+
+def test_the_second_picture_of_a_caption_lies_below_the_first() -> None:
+    first, second = [picture(10 * i, 0, 0) for i in range(5)], [picture(10 * i, 0, 9) for i in range(4)]
+    reds = [one.getpixel((0, 0))[::2] for one in in_pairs(first + second, 5, 2)]
+    blank = (255, 255)
+    expected = [(0, 0), (10, 0), (0, 9), (10, 9), (20, 0), (30, 0), (20, 9), (30, 9), (40, 0), blank]
+    assert reds == expected  # the last has one picture
+    assert in_pairs(first[:1], 1, 1) == first[:1]
 
 
 def test_a_preview_draws_each_caption_from_two_noises(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

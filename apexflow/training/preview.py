@@ -24,6 +24,7 @@ from apexflow.training.distributed import leads
 from apexflow.training.roles import Roles
 
 PREVIEW_SEED = 7
+COLUMNS = 8
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # of red, green and blue (ITU-R BT.709)
 
 
@@ -88,9 +89,21 @@ def save_preview(
     path = folder / "previews" / f"step-{step:07d}.png"
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        picture_grid(pictures, min(half, 8), 2 if pictures[0].width <= 64 else 1).save(path)
+        columns = min(half, COLUMNS)
+        picture_grid(in_pairs(pictures, half, columns), columns, 2 if pictures[0].width <= 64 else 1).save(path)
     write_json(path.with_suffix(".json"), numbers)
     return numbers
+
+
+def in_pairs(pictures: Sequence[Image.Image], half: int, columns: int) -> list[Image.Image]:
+    """Pictures in the order of a grid: `columns` captions from the first noise, below them the same from the second."""
+    blank = Image.new("RGB", pictures[0].size, "white")
+    ordered: list[Image.Image] = []
+    for first in range(0, half, columns):
+        for noise in (pictures[:half], pictures[half:]):
+            row = noise[first : first + columns]
+            ordered += [*row, *[blank] * (columns - len(row))] if row else []
+    return ordered
 
 
 def appearance(pictures: Sequence[Image.Image], half: int) -> dict[str, float]:
