@@ -14,7 +14,7 @@ from apexflow.export import export, save_lora
 from apexflow.export.lora import is_loadable
 from apexflow.files import write_json
 from apexflow.training.adapters import LoraRoles
-from apexflow.training.checkpoint import check_fit, read_into, read_shapes, read_state
+from apexflow.training.checkpoint import check_fit, checkpoints, read_into, read_shapes, read_state
 from apexflow.training.config import Recipe, parse
 from apexflow.training.roles import Roles, loaded_dtype, make_roles
 from apexflow.training.saving import check_finite, save_model, shipped_settings
@@ -22,7 +22,12 @@ from apexflow.training.sharding import leave
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is what a run saves on its way."""
+    """Whether a folder is what a run saves on its way; UserError for one that is not there, or not any more."""
+    if path.parent.name == "checkpoints" and not path.exists():
+        there = ", ".join(other.name for other in checkpoints(path.parent)) or "none"
+        raise UserError(
+            f"there is no checkpoint {path}: give one that is there ({there}); keep says how many a run leaves"
+        )
     return (path / "state.json").is_file()
 
 

@@ -115,6 +115,7 @@ def test_the_command_takes_a_checkpoint_and_says_so_where_a_model_is_asked_for(e
     assert code == 0 and json.loads(out)["kind"] == "model"
     refused(run("export", last, "-o", tmp_path / "out"), "exists")
     refused(run("export", last, "-o", tmp_path / "other", "--base", "mini-teacher"), "leave out --base")
+    refused(run("export", last.with_name("step-0000001"), "-o", tmp_path / "gone"), "no checkpoint", last.name, "keep")
 
 
 def test_a_lora_is_taken_out_of_a_checkpoint_too(ended, tmp_path: Path) -> None:
