@@ -78,6 +78,7 @@ LAUGHS = "output: x\nobjective: {a0: &a0 [1],\n" + ",".join(
         ("output: x\nobjective: {path_weight: true}\n", ("objective: path_weight: Input should be a number",)),
         ("output: x\nminutes: 1:30\n", ("minutes", "'1:30'")),
         ("output: x\nsteps: 0x10\n", ("steps", "'0x10'")),
+        ("output: x\npreview: {prompts: a red cube}\n", ("preview.prompts: Input should be a list, got 'a red cube'",)),
         ("output: x\nbatch: 1000000000000\n", ("batch", "less than or equal to 65536")),
     ],
 )

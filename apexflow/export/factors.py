@@ -70,7 +70,8 @@ def factor(student: Path, base: Path, targets: Collection[str], rank: int) -> Fa
             progress.advance()
     if not inside:
         raise UserError(
-            f"{student.parent} is {base.parent} where a LoRA lies: there is no difference to take one out of"
+            f"{student.parent} equals {base.parent} where a LoRA lies: there is no difference to take one out of; name the model "
+            "that it was tuned from with --base"
         )
     return Factors(pairs, min(kept / inside, 1.0), outside / (inside + outside))
 

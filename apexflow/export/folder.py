@@ -252,7 +252,7 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
             name = "apexflow.export.AnyStepScheduler" if chosen == "any-step" else STOCK
             lines.append(f'pipe.scheduler = {name}.from_pretrained({str(output)!r}, subfolder="scheduler")')
     call = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    lines.append(f'picture = pipe("a red cube", {call}).images[0]')
+    lines.append(f'picture = pipe(prompt="a red cube", {call}).images[0]')
     code = "\n".join(lines)
     return f"# {' '.join(output.name.split())}\n\nMade by `apexflow export`. With stock diffusers:\n\n```python\n{code}\n```\n"
 

@@ -23,7 +23,9 @@ def read_start(recipe: Recipe, backbone: Backbone) -> dict[str, Pair]:
     named = Path(recipe.tuning.start)
     file = named / FILE if named.is_dir() else named
     if not file.is_file():
-        raise UserError(f"tuning.start: {file} does not exist: name a LoRA file, or the folder that an export wrote")
+        raise UserError(
+            f"tuning.start: {file} does not exist: name a LoRA file, the lora/ of a run, or the folder that an export wrote"
+        )
     pairs = read_lora(file, backbone)
     check_start(file, pairs, recipe, backbone)
     return pairs

@@ -91,24 +91,26 @@ def checkpoints(folder: Path) -> list[Path]:
     return [p for step, p in sorted(named) if p.name == NAME.format(step) and (p / "state.json").is_file()]
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state`; UserError if it says what no run does, or a file is missing or truncated."""
+def read_state(path: Path, name: str | None = None) -> dict[str, Any]:
+    """A checkpoint's `state`; UserError if it says what no run does, it is not that of the folder's `name` (None: a copy, which
+    may have any), or a file is missing or truncated.
+    """
     with _reading(path):
         state = read_record(path / "state.json", STATE)
-        _check_state(state, path.name)
-        for name, size in state.pop("sizes").items():
-            if (path / name).stat().st_size != size:
-                raise OSError(f"{name} is truncated")
+        _check_state(state, name)
+        for file, size in state.pop("sizes").items():
+            if (path / file).stat().st_size != size:
+                raise OSError(f"{file} is truncated")
         return state
 
 
-def _check_state(state: Mapping[str, Any], name: str) -> None:
-    """ValueError for numbers that no run writes, or those of a checkpoint that had another `name`."""
+def _check_state(state: Mapping[str, Any], name: str | None) -> None:
+    """ValueError for numbers that no run writes, or those of a checkpoint that had another `name`, where one is given."""
     for key, least in {"step": 0, "bad": 0, "world": 1, "seconds": 0}.items():
         # JSON may hold true, which Python counts as 1, and NaN and Infinity.
         if isinstance(state[key], bool) or not least <= state[key] < 2**63:
             raise ValueError(f"{key} is {state[key]}")
-    if name != NAME.format(state["step"]):
+    if name not in (None, NAME.format(state["step"])):
         raise ValueError(f"it was saved at step {state['step']}")
     if not state["sizes"]:
         raise ValueError("sizes is empty")
@@ -134,7 +136,7 @@ def read_into(path: Path, targets: Mapping[str, Tensor], alone: bool = False) ->
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a whole checkpoint onto the CPU; UserError if a file is missing, truncated or foreign."""
-    state = read_state(path)
+    state = read_state(path, path.name)
     tensors = {name: torch.empty_like(t, device="cpu") for name, t in read_shapes(path).items()}
     read_into(path, tensors, alone=True)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("trained", "average", "optimizer", "memory")}

@@ -233,7 +233,7 @@ def parse(kind: type[Parsed], raw: dict[str, Any], where: str) -> Parsed:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
         got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
         raise UserError(": ".join(filter(None, (where, key, message))) + got) from error
     for key in _truths(raw, asdict(parsed)):

@@ -15,7 +15,7 @@ from apexflow.export.folder import check_asked
 from apexflow.export.lora import is_loadable
 from apexflow.files import write_json
 from apexflow.training.adapters import LoraRoles
-from apexflow.training.checkpoint import check_fit, read_into, read_shapes, read_state
+from apexflow.training.checkpoint import check_fit, checkpoints, read_into, read_shapes, read_state
 from apexflow.training.config import Recipe, parse
 from apexflow.training.roles import Roles, loaded_dtype, make_roles
 from apexflow.training.saving import check_finite, save_model, shipped_settings
@@ -23,14 +23,20 @@ from apexflow.training.sharding import leave
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is what a run saves on its way."""
+    """Whether a folder is what a run saves on its way; UserError for one that is not there, or not any more."""
+    if path.parent.name == "checkpoints" and not path.exists():
+        there = ", ".join(other.name for other in checkpoints(path.parent)) or "none"
+        raise UserError(
+            f"there is no checkpoint {path}: give one that is there ({there}); keep says how many a run leaves"
+        )
     return (path / "state.json").is_file()
 
 
 def export_checkpoint(
     checkpoint: Path, output: Path, scheduler: Any = None, merge: bool = False, rank: int | None = None
 ) -> dict[str, Any]:
-    """Hand over what a run would have left if it had ended at a checkpoint; as `export` otherwise. Nothing in the run changes.
+    """Hand over what a run would have left if it had ended at a checkpoint, under its own name, another (a copy) or by a link;
+    as `export` otherwise. Nothing in the run changes.
 
     UserError for a checkpoint that is damaged, or whose model is not where the run found it.
     """
@@ -39,10 +45,15 @@ def export_checkpoint(
     state = read_state(checkpoint)
     recipe = parse(Recipe, state["recipe"], str(checkpoint / "state.json"))
     check_asked(str(checkpoint), recipe.tuning.kind == "lora", recipe.tuning.text_encoder, merge, rank)
+    own = checkpoint.resolve() if checkpoint.is_symlink() else checkpoint.absolute()
     # Always the same name, so that what a killed process left is not left for good.
     made = output.absolute().with_name(f".checkpoint-{output.name}")
-    with _ended_at(checkpoint.absolute(), state, recipe, made) as base:
-        return export(str(made), output, scheduler, merge, base, rank)
+    with _ended_at(own, state, recipe, made) as base:
+        try:
+            return export(str(made), output, scheduler, merge, base, rank)
+        except UserError as error:  # of a folder that is gone once this is read
+            told = str(error).replace(str(made / "model"), str(checkpoint)).replace(str(made), str(checkpoint))
+            raise UserError(told) from error
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def restore(run: Run, path: Path) -> None:
     UserError if the checkpoint is damaged or of another model.
     """
     with together():
-        state, found = read_state(path), read_shapes(path)
+        state, found = read_state(path, path.name), read_shapes(path)
         before = state["recipe"] | {"output": run.recipe.output}  # a folder may be moved
         said = changed(before, run.recipe.to_dict())
         try:

@@ -132,6 +132,7 @@ def test_the_command_takes_a_checkpoint_and_says_so_where_a_model_is_asked_for(e
     assert code == 0 and json.loads(out)["kind"] == "model"
     refused(run("export", last, "-o", tmp_path / "out"), "exists")
     refused(run("export", last, "-o", tmp_path / "other", "--base", "mini-teacher"), "leave out --base")
+    refused(run("export", last.with_name("step-0000001"), "-o", tmp_path / "gone"), "no checkpoint", last.name, "keep")
 
 
 def test_a_lora_is_taken_out_of_a_checkpoint_too(ended, tmp_path: Path) -> None:
@@ -163,6 +164,16 @@ def test_what_a_killed_export_left_is_taken_away(ended, tmp_path: Path) -> None:
     write(tmp_path / ".checkpoint-out" / "model" / "left.safetensors", "half of one")
     export_checkpoint(checkpoints(ended("full") / "checkpoints")[-1], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_copy_and_a_link_under_other_names_are_the_checkpoint(ended, tmp_path: Path) -> None:
+    last = checkpoints(ended("full") / "checkpoints")[-1]
+    export_checkpoint(last, tmp_path / "own")
+    shutil.copytree(last, tmp_path / "step-best")
+    (tmp_path / "best").symlink_to(last)
+    for name in ("step-best", "best"):
+        export_checkpoint(tmp_path / name, tmp_path / f"of-{name}")
+        assert files(tmp_path / f"of-{name}") == files(tmp_path / "own")
 
 
 def test_a_damaged_checkpoint_leaves_nothing(ended, tmp_path: Path) -> None:

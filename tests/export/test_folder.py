@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from stock import largest_difference, load_stock
 from stock_runs import PROMPTS, noise, our_latents, stock_latents
 from test_lora import tuned
+from tiny import BUILDERS
 
 from apexflow import generator
 from apexflow.backbones import BUILT_IN, load_backbone
@@ -164,6 +166,17 @@ def test_the_lines_of_a_readme_are_python_whatever_the_output_is_called(lora, fo
     assert code is not None
     calls = [node for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Constant)]
     assert str(output) in [call.value for call in calls]
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_the_call_of_a_readme_hands_over_the_prompt_whatever_comes_first(name, folder_of, tmp_path):
+    export(str(folder_of(name)), tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    (call,) = (node for node in ast.walk(ast.parse(code)) if getattr(getattr(node, "func", None), "id", None) == "pipe")
+    pipeline = getattr(diffusers, json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"])
+    given = [ast.literal_eval(value) for value in call.args], {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    bound = inspect.signature(pipeline.__call__).bind(None, *given[0], **given[1])
+    assert bound.arguments["prompt"] == "a red cube"
 
 
 def test_a_folder_of_licenses_is_passed_over(folder_of, tmp_path):
