@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "guidance": 1.0,
         },
     ),
-    "apex-endpoint": ("apex", {"path_weight": 0.0, "share": 1.0}),  # as the shipped student is trained
+    "apex-endpoint": ("apex", {"path_weight": 0.0, "share": 1.0}),  # as the shipped student's training begins
     "meanflow-distilled": ("meanflow", {"velocity": "teacher"}),
     "rcgm-distilled": ("rcgm", {"velocity": "teacher"}),
     "twinflow-distilled": ("twinflow", {"base": {"velocity": "teacher"}}),
