@@ -107,7 +107,7 @@ def appearance(pictures: Sequence[Image.Image], half: int) -> dict[str, float]:
     """Mean brightness, contrast and saturation of pictures, in 0 to 1, and where picture `half + i` shares picture i's caption,
     diversity: the root mean square of their difference.
 
-    A student that darkens, burns in, or gives one picture whatever the noise, shows it here long before its loss does.
+    A student that darkens, burns in, or gives one picture whatever the noise, shows it here; its loss need not.
     """
     pixels = np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in pictures])
     grey, top = pixels @ LUMINANCE, pixels.max(-1)
