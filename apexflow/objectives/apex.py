@@ -274,7 +274,8 @@ class APEX(Objective):
             itself = self.reference == "student"
             network = networks.student if itself else networks.reference
             F_t = F.detach() if itself else network(x_t, t, c)
-            F_lt = network(x_lt, lt, c)
+            # At time 0 every prediction implies the point itself, and the network need not be asked.
+            F_lt = network(x_lt, lt, c) if self.lambda_max > 0 else F_t
             return secant_target(F_t, F_lt, x_t, x_lt, t, lt, networks.transport, self.clip)
 
     def _lambda(self, batch: Batch, walked: Tensor) -> Tensor:

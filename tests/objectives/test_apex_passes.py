@@ -20,6 +20,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "as the shipped student": {"path_weight": 0.0, "share": 1.0},
     "path on all rows": {"path_rows": "all"},
     "endpoint on half of the rows": {"path_weight": 0.0},
+    "the teacher's velocity on the path": {"lambda_max": 0.0},
 }
 READING = pytest.mark.parametrize("options", READINGS.values(), ids=READINGS.keys())
 
@@ -85,6 +86,7 @@ def test_no_answer_is_thrown_away(options: dict[str, Any]) -> None:
         ({"guidance": 1.0}, True, 2.0),
         ({"path_velocity": "sample"}, True, 2.0),
         ({"share": 0.25}, True, 13 / 6),
+        ({"lambda_max": 0.0}, True, 13 / 6),
         (READINGS["as the shipped student"], False, 2.5),
         (READINGS["as the shipped student"], True, 8 / 3),
     ],
