@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
-from apexflow.data.cache import CachedSet
+from apexflow.data.mixture import Cached
 from apexflow.errors import first_line, writing
 from apexflow.files import write_json
 from apexflow.generator import Generator, at_once, picture_grid
@@ -38,7 +38,7 @@ class Shown:
 
 
 @torch.no_grad()
-def choose(recipe: Recipe, backbone: Backbone, data: CachedSet, device: torch.device) -> Shown:
+def choose(recipe: Recipe, backbone: Backbone, data: Cached, device: torch.device) -> Shown:
     """The recipe's own prompts, encoded now, or captions spread over the data, whose embeddings are cached.
 
     A text encoder that is trained encodes them anew each time.
@@ -59,7 +59,7 @@ def choose(recipe: Recipe, backbone: Backbone, data: CachedSet, device: torch.de
     )
 
 
-def _looked_up(captions: Sequence[str], conditions: Condition, data: CachedSet) -> Callable[[Sequence[str]], Condition]:
+def _looked_up(captions: Sequence[str], conditions: Condition, data: Cached) -> Callable[[Sequence[str]], Condition]:
     """What encodes these captions, and the empty prompt, without a text encoder."""
     row_of = {caption: row for row, caption in enumerate(captions)}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Backbone
-from apexflow.data.cache import CachedSet
+from apexflow.data.mixture import Cached
 from apexflow.errors import UserError
 from apexflow.objectives import Networks, Objective
 from apexflow.progress import console
@@ -74,7 +74,7 @@ class Run:
     recipe: Recipe
     folder: Path
     backbone: Backbone
-    data: CachedSet
+    data: Cached
     objective: Objective
     roles: Roles
     engine: Engine
