@@ -21,7 +21,17 @@ from apexflow.backbones import (
     second_time,
     write_settings,
 )
-from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index, write_index
+from apexflow.backbones.folder import (
+    INDEX,
+    OWN,
+    RECIPE,
+    components,
+    copy_part,
+    is_run,
+    model_of,
+    read_index,
+    write_index,
+)
 from apexflow.backbones.parts import check_whole, index_entry, target_modules, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.factors import Factors, factor
@@ -115,11 +125,11 @@ def find_source(source: str, base: str | None) -> Source:
     if not source:
         raise UserError("the name of what to export is empty: give the folder of a run, a model, or a LoRA file")
     path = Path(source)
-    is_run = (path / "recipe.json").is_file()
-    is_lora = not is_run and (path.suffix == ".safetensors" or (path / FILE).is_file())
-    if base is not None and is_run:
+    of_run = is_run(path)
+    is_lora = not of_run and (path.suffix == ".safetensors" or (path / FILE).is_file())
+    if base is not None and of_run:
         raise UserError(f"{source} is a run, which knows its base: leave out --base")
-    if is_run:
+    if of_run:
         return _run(path)
     if is_lora:
         file = path / FILE if path.is_dir() else path
@@ -136,18 +146,18 @@ def find_source(source: str, base: str | None) -> Source:
 
 
 def _run(folder: Path) -> Source:
-    model, file = folder / "model", folder / "lora" / FILE
-    if not (model / INDEX).is_file():
+    model, file = model_of(folder), folder / "lora" / FILE
+    if model == folder:
         raise UserError(
             f"the run {folder} is not finished: export one of its checkpoints ({folder / 'checkpoints' / 'step-...'}), or go on "
             "with `apexflow train` and --resume"
         )
     try:
-        recipe = json.loads((folder / "recipe.json").read_text())
+        recipe = json.loads((folder / RECIPE).read_text())
         kind, named = recipe["tuning"]["kind"], recipe["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / 'recipe.json'} is damaged ({error}): `apexflow train` with the recipe and --resume writes it again"
+            f"{folder / RECIPE} is damaged ({error}): `apexflow train` with the recipe and --resume writes it again"
         ) from error
     backbone = load_backbone(str(model), "meta")
     base = named if named != "miniature" else str(folder / "base")
@@ -240,7 +250,8 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     pipeline = read_index(found.model)["_class_name"]
     loaded = found.base if kind == "lora" else str(output)
     if kind == "lora" and loaded in built_in():
-        loaded = str(BUILT_IN / loaded)  # diffusers does not know our names
+        loaded = str(BUILT_IN / loaded)  # diffusers knows neither our names
+    loaded = str(model_of(Path(loaded)))  # nor our runs
     lines = ["import torch, diffusers"]
     if chosen == "any-step":
         lines.append("import apexflow.export  # the scheduler's class")
