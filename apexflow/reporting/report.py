@@ -155,8 +155,15 @@ def _samples(folder: Path, recipe: Mapping[str, Any]) -> str:
         pictures.figure(picture, f"step {step:,}", "grid wide" if index in alone else "grid")
         for index, (step, picture) in enumerate(found)
     ]
-    shown = tag("div", "".join(figures), class_="pictures") if figures else ""
+    shown = _captions(folder / "previews") + tag("div", "".join(figures), class_="pictures") if figures else ""
     return section("Samples over time", shown, _samples_note(recipe.get("preview"))) + _looks(folder / "previews")
+
+
+def _captions(folder: Path) -> str:
+    """The captions of the newest preview that says them, under their numbers in the grids."""
+    said = [line["captions"] for line in pictures.beside_previews(folder) if isinstance(line.get("captions"), list)]
+    listed = "".join(tag("li", text(caption)) for caption in said[-1]) if said else ""
+    return tag("ol", listed, class_="captions") if listed else ""
 
 
 def _looks(folder: Path) -> str:
