@@ -8,7 +8,7 @@ import torch
 
 from apexflow.backbones import hub, second_time
 from apexflow.backbones.family import Backbone
-from apexflow.backbones.folder import INDEX, PICKLES, is_run, model_of, read_index
+from apexflow.backbones.folder import CHECKPOINTS, INDEX, PICKLES, is_run, model_of, read_index
 from apexflow.backbones.settings import Settings, read_settings, write_settings
 from apexflow.errors import UserError, check_built_in
 
@@ -100,7 +100,7 @@ def _no_model(folder: Path) -> str:
     if (folder / "model" / INDEX).is_file():
         return f"{folder} is no model, but holds one: name {folder / 'model'}"
     what = "a run that is not finished" if is_run(folder) else "no model"
-    saved = folder if (folder / "state.json").is_file() else max((folder / "checkpoints").glob("step-*"), default=None)
+    saved = folder if (folder / "state.json").is_file() else max((folder / CHECKPOINTS).glob("step-*"), default=None)
     if saved is not None:
         return f"{folder} is {what}: `apexflow export {saved} -o MODEL` makes one of what was trained (of a LoRA with --merge)"
     if is_run(folder):

@@ -15,7 +15,7 @@ from typing import Any
 from apexflow.errors import UserError
 
 INDEX = "model_index.json"
-RECIPE = "recipe.json"  # in the folder of a run
+RECIPE, CHECKPOINTS = "recipe.json", "checkpoints"  # in the folder of a run
 OWN = ("apexflow.json", "second_time.safetensors")  # what apexflow itself writes beside the index
 PICKLES = (".bin", ".pt", ".ckpt", ".pth")
 PLAIN = re.compile(r"\w[\w.-]*")  # a name in a folder: neither a path that leads out of it nor a pattern for the hub

@@ -22,6 +22,7 @@ from apexflow.backbones import (
     write_settings,
 )
 from apexflow.backbones.folder import (
+    CHECKPOINTS,
     INDEX,
     OWN,
     RECIPE,
@@ -74,11 +75,10 @@ def export(
     its model. merge: add the LoRA into the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from
     `base` where it is no run. scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or
     "original"; by default "stock" where the family's pipeline can run it. Returns the output, its kind and how to call the
-    pipeline; of a LoRA that was taken out also the shares of its `Factors`. UserError for an output that exists, a source that
-    is neither, and a LoRA for another model.
+    pipeline; of a LoRA that was taken out also the shares of its `Factors`. UserError for an output that `check_output` refuses,
+    a source that is neither, and a LoRA for another model.
     """
-    if output.exists():
-        raise UserError(f"output {output} exists: choose another folder with -o")
+    check_output(output)
     found = find_source(source, base)
     check_asked(source, found.lora is not None, _tuned_text_encoder(found.settings), merge, rank)
     if base is not None and found.lora is None and rank is None:
@@ -106,6 +106,18 @@ def export(
         (partial / "README.md").write_text(usage + (f"\n{factors.told}\n" if factors else ""))
     result = {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
     return result | ({"kept": factors.kept, "outside": factors.outside, "told": factors.told} if factors else {})
+
+
+def check_output(output: Path) -> None:
+    """UserError for an output that exists, or lies among the checkpoints of a run, where it would not last."""
+    if output.exists():
+        raise UserError(f"output {output} exists: choose another folder with -o")
+    around = [folder.parent for folder in output.resolve().parents if folder.name == CHECKPOINTS]
+    if runs := [folder for folder in around if is_run(folder)]:
+        raise UserError(
+            f"output {output} lies among the checkpoints of the run {runs[0]}, which deletes old ones: choose a folder outside "
+            "with -o"
+        )
 
 
 def check_asked(source: str, is_lora: bool, text_encoder: bool, merge: bool, rank: int | None) -> None:

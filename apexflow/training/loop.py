@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from apexflow.backbones import Backbone
+from apexflow.backbones.folder import CHECKPOINTS, RECIPE
 from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
 from apexflow.data.mixture import Cached
@@ -34,7 +35,7 @@ from apexflow.training.journal import Journal, last_step
 from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
-from apexflow.training.run import CHECKPOINTS, Run, Trainee, answering, ended, holds_run, restore, save
+from apexflow.training.run import Run, Trainee, answering, ended, holds_run, restore, save
 from apexflow.training.saving import save_model
 from apexflow.training.sharding import Place, all_processes, spread
 from apexflow.training.sources import NAME as SOURCES
@@ -113,7 +114,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
         if leads():
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "recipe.json", recipe.to_dict())
+            write_json(folder / RECIPE, recipe.to_dict())
             _tell_sources(recipe, folder, made.data)
     return run
 
