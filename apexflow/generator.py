@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from apexflow.backbones import Backbone, backbones, load_backbone, read_settings, resolve
-from apexflow.backbones.folder import read_index
+from apexflow.backbones.folder import model_of, read_index
 from apexflow.backbones.parts import stored_dtypes, weight_shapes
 from apexflow.backbones.precision import LARGE, multiply_in_tf32
 from apexflow.backbones.second_time import going_to, second_time_of
@@ -252,7 +252,8 @@ def whole(value: Any, name: str) -> int:
 def load(
     path_or_id: str = "mini-student", device: str | torch.device = "auto", dtype: torch.dtype | str | None = None
 ) -> Generator:
-    """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, or a hub id such as owner/name.
+    """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, the folder of a finished run, or a hub id
+    such as owner/name.
 
     dtype: of weights and arithmetic, or its name ("bfloat16"); None as in `suited_dtype`, and the matrices of a large model in
     float32 are then multiplied in TF32 on a GPU, from here on in all of this process.
@@ -275,7 +276,7 @@ def suited_dtype(path_or_id: str, device: str | torch.device) -> torch.dtype:
     """`suited_on_gpu` where `device` is a GPU; else float32."""
     if torch.device(device).type != "cuda":
         return torch.float32
-    return suited_on_gpu(resolve(path_or_id), path_or_id)
+    return suited_on_gpu(resolve(path_or_id), str(model_of(Path(path_or_id))))
 
 
 def suited_on_gpu(folder: Path, name: str, card: Mapping[str, Any] | None = None) -> torch.dtype:

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Model = Annotated[str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, or a hub id (owner/name).")]
+Model = Annotated[
+    str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, a run, or a hub id (owner/name).")
+]
 Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. Default: what the model was made for.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
 Size = Annotated[int | None, typer.Option(min=1, max=8192, help="Side in pixels. Default: the model's own.")]

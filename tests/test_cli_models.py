@@ -12,7 +12,7 @@ from command_line import Run, generate, refused, write
 from planted import plant
 from safetensors.torch import load_file, save_file
 
-from apexflow.backbones import load_backbone, second_time
+from apexflow.backbones import load_backbone, resolve, second_time
 
 
 def copy_model(source: Path, target: Path) -> Path:
@@ -30,7 +30,7 @@ def test_a_folder_that_is_no_model_is_named(
     refused(generate(run, tmp_path), "model_index.json")
     (tmp_path / "model").mkdir()
     write(tmp_path / "model" / "model_index.json", "{}")
-    refused(generate(run, tmp_path), "is a run", str(tmp_path / "model"))
+    refused(generate(run, tmp_path), "is no model, but holds one", str(tmp_path / "model"))
     model = copy_model(tiny_model, tmp_path / "foreign")
     (model / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
     refused(generate(run, model), "OtherPipeline")
@@ -61,6 +61,28 @@ def test_what_lies_in_a_run_and_is_no_model_is_told_with_the_way_to_one(
     (tmp_path / left).parent.mkdir(parents=True)
     write(tmp_path / left, "{}")
     refused(generate(run, tmp_path / named), *words)
+
+
+def test_a_finished_run_is_taken_for_its_model(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bf16-run"
+    copy_model(tiny_model, folder / "model")
+    write(folder / "recipe.json", "{}")
+    drawn = []
+    for index, named in enumerate((folder, folder / "model")):
+        code, _, _ = run("generate", "a photo of a red star", "--model", named, "-o", tmp_path / f"{index}.png")
+        assert code == 0
+        drawn.append((tmp_path / f"{index}.png").read_bytes())
+    assert drawn[0] == drawn[1] and resolve(str(folder)) == folder / "model"
+    write(folder / "model_index.json", (tiny_model / "model_index.json").read_text())
+    assert resolve(str(folder)) == folder  # which is a model itself
+
+
+def test_a_run_that_is_not_finished_is_told_with_the_way_to_a_model(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "recipe.json", "{}")
+    refused(generate(run, tmp_path), "a run that is not finished", "--resume")
+    saved = tmp_path / "checkpoints" / "step-0000002"
+    saved.mkdir(parents=True)
+    refused(generate(run, tmp_path), "a run that is not finished", f"apexflow export {saved} -o MODEL")
 
 
 def test_a_folder_with_the_name_of_a_shipped_model_is_not_passed_over(

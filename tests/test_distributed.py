@@ -101,13 +101,19 @@ def larger(tiny_model: Path, tmp_path: Path) -> Path:
     return like(tiny_model, tmp_path / "larger", width=64, depth=2)
 
 
-def test_gradients_equal_those_of_one_process(recipe: Path, tmp_path: Path, larger: Path, tiny_model: Path) -> None:
+def test_gradients_equal_those_of_one_process(
+    recipe: Path, tmp_path: Path, larger: Path, tiny_model: Path, scene_folder: Path
+) -> None:
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
     own = ["method=dmd2", "objective.guidance=2", f"teacher={larger}"]
     cases = CASES | {f"own teacher {parallel}": [*own, f"parallel={parallel}"] for parallel in ("ddp", "fsdp")}
     started = ["tuning.kind=lora", "tuning.rank=4", f"tuning.start={random_lora(tiny_model, tmp_path)}"]
     cases |= {f"started {parallel}": [*started, f"parallel={parallel}"] for parallel in ("ddp", "fsdp")}
+    few = tmp_path / "few.txt"
+    few.write_text("a red star\na blue ring\n")
+    shares = [f"data.source=[{scene_folder}, {few}]", "data.shares=[1, 2]", f"data.cache={tmp_path / 'mixture'}"]
+    cases["mixture"] = [*shares, "objective.path_weight=0", "objective.share=1"]
     split = {name: [*o, "micro_batch=1", "tuning.checkpointing=true"] for name, o in cases.items()}
     both = launch(gradients, 2, recipe, split, tmp_path / "two")
     alone = launch(gradients, 1, recipe, cases, tmp_path / "one")

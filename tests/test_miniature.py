@@ -57,5 +57,5 @@ def test_the_autoencoder_learns_to_see(scene_folder: Path) -> None:
             return float(reconstruction_loss(backbone.vae, x, torch.Generator().manual_seed(0))[1])
 
     before = error()
-    fit_autoencoder(backbone.vae, scene_folder, (64, 64), steps=12, seed=0, pictures=32)
+    fit_autoencoder(backbone.vae, [scene_folder], (64, 64), steps=12, seed=0, pictures=32)
     assert error() < before

@@ -7,19 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from apexflow.backbones import load_backbone
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.generator import Generator
-from apexflow.reporting.report import LOOKS
+from apexflow.reporting.report import LOOKS, write_report
 from apexflow.training import loop, prepare, preview
 from apexflow.training.config import load_recipe
 from apexflow.training.loop import start
-from apexflow.training.preview import appearance, decoded, in_rows
+from apexflow.training.preview import appearance, decoded, numbered_grid
 from apexflow.training.step import training_step
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -120,7 +121,7 @@ def test_only_who_writes_a_preview_decodes_it(
     (path,) = (run.folder / "previews").glob("*.png")
     width, height = Image.open(path).size
     assert width == 2 * 64 < height // 2 + 1  # one caption, from two noises: one above the other, at twice their size
-    assert set(json.loads(path.with_suffix(".json").read_text())) == {*LOOKS}
+    assert set(json.loads(path.with_suffix(".json").read_text())) == {*LOOKS, "captions"}
 
 
 def test_a_process_that_draws_no_previews_reads_no_text_encoder_for_them(
@@ -161,14 +162,40 @@ def test_diversity_is_between_pictures_of_one_caption() -> None:
 
 @pytest.mark.parametrize(("half", "count"), [(1, 1), (2, 3), (3, 6), (8, 16), (9, 17), (12, 24)])
 def test_the_second_noise_lies_below_the_first_however_many_captions_there_are(half: int, count: int) -> None:
-    blank, columns = (255, 255, 255), min(half, preview.ROW)
-    made = in_rows([picture(number, 0, 0) for number in range(count)], half)
-    colours = [one.getpixel((0, 0)) for one in made]
-    assert sorted(red for red, _, blue in colours if blue == 0) == list(range(count)) and len(made) % columns == 0
-    for number in range(count - half):
-        above = colours.index((number, 0, 0))
-        assert colours[above + columns] == (half + number, 0, 0)
-    assert colours.count(blank) == len(made) - count
+    size, written = 80, list[tuple[int, int, str]]()
+    made = [Image.new("RGB", (size, size), (100 + number, 200, 0)) for number in range(count)]
+    with pytest.MonkeyPatch.context() as patch:
+        note = ImageDraw.ImageDraw.text
+        patch.setattr(
+            ImageDraw.ImageDraw,
+            "text",
+            lambda own, place, said, *more, **named: (
+                written.append((int(place[0]), int(place[1]), said)) or note(own, place, said, *more, **named)
+            ),
+        )
+        sheet = np.array(numbered_grid(made, half))
+    found = {number: np.argwhere((sheet == (100 + number, 200, 0)).all(-1)) for number in range(count)}
+    assert all(len(places) == size * size for places in found.values())  # each whole, and none over another
+    assert [said for *_, said in written] == [str(number + 1) for number in range(half)]
+    for number, (across, down, _) in enumerate(written):
+        (top, left), below = found[number][0], found.get(half + number)
+        assert left < across < left + size and 0 < top - down < size // 2  # its number stands above it
+        assert below is None or tuple(below[0] - found[number][0]) == (size + 2, 0)
+
+
+def test_the_numbers_of_columns_are_seen_whatever_the_size_of_the_pictures() -> None:
+    for size in (64, 512):
+        sheet = numbered_grid([Image.new("RGB", (size, size), "white")] * 16, 8)
+        dark = np.argwhere(np.array(sheet).max(-1) < 100)
+        shown = 1100 / sheet.width  # at the width of the report's page
+        assert (dark[:, 0].max() - dark[:, 0].min()) * min(1, shown) >= 8  # pixels
+
+
+def test_a_report_lists_the_captions_under_their_numbers(recipe_file: Path) -> None:
+    run = start(load_recipe(recipe_file, ['preview.prompts=["a red star", "ein <blauer> Ring"]']), resume=False)
+    loop.preview(run)
+    page = write_report(run.folder).read_text()
+    assert '<ol class="captions"><li>a red star</li><li>ein &lt;blauer&gt; Ring</li></ol>' in page
 
 
 def test_a_preview_draws_each_caption_from_two_noises(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

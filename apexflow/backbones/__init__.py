@@ -8,7 +8,7 @@ import torch
 
 from apexflow.backbones import hub, second_time
 from apexflow.backbones.family import Backbone
-from apexflow.backbones.folder import INDEX, PICKLES, read_index
+from apexflow.backbones.folder import CHECKPOINTS, INDEX, PICKLES, is_run, model_of, read_index
 from apexflow.backbones.settings import Settings, read_settings, write_settings
 from apexflow.errors import UserError, check_built_in
 
@@ -73,7 +73,8 @@ def built_in() -> list[str]:
 
 
 def resolve(path_or_id: str) -> Path:
-    """The folder of a model: a built-in name ("mini-teacher", "mini-student"), a local folder, or a hub id.
+    """The folder of a model: a built-in name ("mini-teacher", "mini-student"), a local folder, that of a finished run, or a
+    hub id.
 
     The network is touched only for a hub id, that is a name of the form owner/name which is no local path. UserError for
     what is none of these, or both the first and the second.
@@ -85,7 +86,7 @@ def resolve(path_or_id: str) -> Path:
         return BUILT_IN / path_or_id
     folder = Path(path_or_id)
     if folder.exists():
-        return folder
+        return model_of(folder)
     if path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~")):
         return hub.download(path_or_id)
     names = ", ".join(built_in())
@@ -97,10 +98,13 @@ def resolve(path_or_id: str) -> Path:
 def _no_model(folder: Path) -> str:
     """What a folder without an index is, and how to get a model of it: all of these are left by our own commands."""
     if (folder / "model" / INDEX).is_file():
-        return f"{folder} is a run, not a model: name {folder / 'model'}"
-    saved = folder if (folder / "state.json").is_file() else max((folder / "checkpoints").glob("step-*"), default=None)
+        return f"{folder} is no model, but holds one: name {folder / 'model'}"
+    what = "a run that is not finished" if is_run(folder) else "no model"
+    saved = folder if (folder / "state.json").is_file() else max((folder / CHECKPOINTS).glob("step-*"), default=None)
     if saved is not None:
-        return f"{folder} is no model: `apexflow export {saved} -o MODEL` makes one of what was trained (of a LoRA with --merge)"
+        return f"{folder} is {what}: `apexflow export {saved} -o MODEL` makes one of what was trained (of a LoRA with --merge)"
+    if is_run(folder):
+        return f"{folder} is {what}, and has no checkpoint yet: go on with `apexflow train` and --resume"
     if loras := sorted(folder.glob("*lora*.safetensors")):
         return (
             f"{folder} is a LoRA, no whole model: `apexflow export {loras[0]} --base MODEL --merge -o FOLDER` makes one of it "

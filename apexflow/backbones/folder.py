@@ -15,10 +15,23 @@ from typing import Any
 from apexflow.errors import UserError
 
 INDEX = "model_index.json"
+RECIPE, CHECKPOINTS = "recipe.json", "checkpoints"  # in the folder of a run
 OWN = ("apexflow.json", "second_time.safetensors")  # what apexflow itself writes beside the index
 PICKLES = (".bin", ".pt", ".ckpt", ".pth")
 PLAIN = re.compile(r"\w[\w.-]*")  # a name in a folder: neither a path that leads out of it nor a pattern for the hub
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers, of transformers
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is what `apexflow train` wrote."""
+    return (folder / RECIPE).is_file()
+
+
+def model_of(folder: Path) -> Path:
+    """The model that a folder stands for: of a finished run the one in it, else the folder itself."""
+    made = folder / "model"
+    inside = not (folder / INDEX).is_file() and is_run(folder) and (made / INDEX).is_file()
+    return made if inside else folder
 
 
 def read_index(folder: Path) -> dict[str, Any]:

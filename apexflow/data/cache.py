@@ -67,6 +67,7 @@ class CachedSet:
             sizes = {folder / entry["file"]: entry["bytes"] for entry in self._shards}
             self._ends = list(accumulate(sum(count for _, count in entry["buckets"]) for entry in self._shards))
             self.buckets = self._find_buckets()
+            self._bucket_ends = {n: list(accumulate(c for _, c in spans)) for n, spans in self.buckets.items()}
             self._shapes = {name: self.index["latent_shapes"][name] for name in self.buckets}
             self.has_text = bool(self.index["made_by"]["text"])  # embeddings are kept, not captions alone
             self.size = int(self.index["made_by"]["size"])  # the side of a square picture, in pixels
@@ -81,21 +82,31 @@ class CachedSet:
         return self._ends[-1] if self._ends else 0
 
     @property
+    def channels(self) -> set[int]:
+        """How many channels its latents have: one number."""
+        return {int(shape[0]) for shape in self._shapes.values()}
+
+    @property
     def has_pictures(self) -> bool:
         """Whether latents are kept; a list of prompts has none."""
         return bool(self.index["pictures"])
 
     def batch_rows(self, step: int, rows: Sequence[int], batch: int, seed: int) -> list[int]:
         """The rows of this set that stand at `rows` of a step's global batch: all of one bucket, so of one shape."""
-        spans = list(self.buckets.values())
-        bucket, positions = batch_rows([sum(count for _, count in s) for s in spans], step, rows, batch, seed)
-        ends = list(accumulate(count for _, count in spans[bucket]))
-        found = []
-        for position in positions:
-            span = bisect_right(ends, position)
-            first, count = spans[bucket][span]
-            found.append(first + position - (ends[span] - count))
-        return found
+        names = list(self.buckets)
+        bucket, positions = batch_rows([self.count(name) for name in names], step, rows, batch, seed)
+        return [self.row_of(names[bucket], position) for position in positions]
+
+    def count(self, bucket: str) -> int:
+        """How many rows a bucket has; none where the set has no such bucket."""
+        return self._bucket_ends[bucket][-1] if bucket in self._bucket_ends else 0
+
+    def row_of(self, bucket: str, position: int) -> int:
+        """The row that stands at a position of a bucket."""
+        ends = self._bucket_ends[bucket]
+        span = bisect_right(ends, position)
+        first, count = self.buckets[bucket][span]
+        return first + position - (ends[span] - count)
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Latents (B, C, h, w) in float32 of rows of one bucket; zeros for a list of prompts, which has no pictures."""
@@ -110,7 +121,7 @@ class CachedSet:
         if not self.has_text:
             raise ValueError("this set was cached without text embeddings")
         parts = [self._text(row) for row in rows]
-        return _condition([embeds for embeds, _ in parts], [pooled for _, pooled in parts if pooled is not None])
+        return padded([embeds for embeds, _ in parts], [pooled for _, pooled in parts if pooled is not None])
 
     def null(self) -> Condition | None:
         """The condition of the empty prompt, (1, L, D); None when only captions are kept."""
@@ -118,7 +129,7 @@ class CachedSet:
             return None
         with _opened(self.folder / NULL) as file:
             pooled = [file.get_tensor("pooled")[0]] if "pooled" in file.keys() else []  # noqa: SIM118 no mapping
-            return _condition([file.get_tensor("embeds")], pooled)
+            return padded([file.get_tensor("embeds")], pooled)
 
     def captions(self, rows: Iterable[int]) -> list[str]:
         """The captions of some rows."""
@@ -172,7 +183,8 @@ class CachedSet:
         return dict(sorted(found.items()))
 
 
-def _condition(spans: list[Tensor], pooled: list[Tensor]) -> Condition:
+def padded(spans: list[Tensor], pooled: list[Tensor]) -> Condition:
+    """One condition of the tokens (L, D) of several captions, in float32, and what is pooled of each, where something is."""
     lengths = {len(span) for span in spans}
     mask = None
     if len(lengths) > 1:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,6 +23,34 @@ def batch_rows(sizes: Sequence[int], step: int, rows: Sequence[int], batch: int,
     bucket, start = _place(tuple(sizes), step, batch, seed)
     stream = seed if bucket == 0 else mix(seed, 4, bucket)
     return bucket, [data_row(start + row, sizes[bucket], stream) for row in rows]
+
+
+def mixed_rows(
+    places: Sequence[Sequence[int]],
+    counts: Sequence[Sequence[int]],
+    step: int,
+    rows: Sequence[int],
+    batch: int,
+    seed: int,
+) -> tuple[int, list[tuple[int, int]]]:
+    """As `batch_rows` over several sets: the bucket, and for each row which set it comes from and the position there.
+
+    places: by bucket, how many of an epoch's rows each set gets. counts: how many pictures it has there. An epoch is shuffled
+    as a whole, and each set beneath it is an endless stream of shuffled epochs of its own, so that each of its pictures is
+    seen as often as the others, however many places the set has.
+    """
+    bucket, start = _place(tuple(sum(each) for each in places), step, batch, seed)
+    ends = list(accumulate(places[bucket]))
+    stream = seed if bucket == 0 else mix(seed, 4, bucket)
+    found = []
+    for row in rows:
+        epoch, offset = divmod(start + row, ends[-1])
+        place = int(epoch_order(epoch, ends[-1], stream)[offset])
+        part = bisect_right(ends, place)
+        own = places[bucket][part]
+        position = epoch * own + place - (ends[part] - own)
+        found.append((part, data_row(position, counts[bucket][part], mix(stream, 5, part))))
+    return bucket, found
 
 
 def data_row(position: int, count: int, seed: int) -> int:

@@ -21,7 +21,18 @@ from apexflow.backbones import (
     second_time,
     write_settings,
 )
-from apexflow.backbones.folder import INDEX, OWN, components, copy_part, read_index, write_index
+from apexflow.backbones.folder import (
+    CHECKPOINTS,
+    INDEX,
+    OWN,
+    RECIPE,
+    components,
+    copy_part,
+    is_run,
+    model_of,
+    read_index,
+    write_index,
+)
 from apexflow.backbones.parts import check_whole, index_entry, target_modules, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.factors import Factors, factor
@@ -64,11 +75,10 @@ def export(
     its model. merge: add the LoRA into the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from
     `base` where it is no run. scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or
     "original"; by default "stock" where the family's pipeline can run it. Returns the output, its kind and how to call the
-    pipeline; of a LoRA that was taken out also the shares of its `Factors`. UserError for an output that exists, a source that
-    is neither, and a LoRA for another model.
+    pipeline; of a LoRA that was taken out also the shares of its `Factors`. UserError for an output that `check_output` refuses,
+    a source that is neither, and a LoRA for another model.
     """
-    if output.exists():
-        raise UserError(f"output {output} exists: choose another folder with -o")
+    check_output(output)
     found = find_source(source, base)
     check_asked(source, found.lora is not None, _tuned_text_encoder(found.settings), merge, rank)
     if base is not None and found.lora is None and rank is None:
@@ -98,6 +108,18 @@ def export(
     return result | ({"kept": factors.kept, "outside": factors.outside, "told": factors.told} if factors else {})
 
 
+def check_output(output: Path) -> None:
+    """UserError for an output that exists, or lies among the checkpoints of a run, where it would not last."""
+    if output.exists():
+        raise UserError(f"output {output} exists: choose another folder with -o")
+    around = [folder.parent for folder in output.resolve().parents if folder.name == CHECKPOINTS]
+    if runs := [folder for folder in around if is_run(folder)]:
+        raise UserError(
+            f"output {output} lies among the checkpoints of the run {runs[0]}, which deletes old ones: choose a folder outside "
+            "with -o"
+        )
+
+
 def check_asked(source: str, is_lora: bool, text_encoder: bool, merge: bool, rank: int | None) -> None:
     """UserError where there is no LoRA to merge, or none can be taken out; text_encoder: whether that was tuned too."""
     if merge and not is_lora:
@@ -115,11 +137,11 @@ def find_source(source: str, base: str | None) -> Source:
     if not source:
         raise UserError("the name of what to export is empty: give the folder of a run, a model, or a LoRA file")
     path = Path(source)
-    is_run = (path / "recipe.json").is_file()
-    is_lora = not is_run and (path.suffix == ".safetensors" or (path / FILE).is_file())
-    if base is not None and is_run:
+    of_run = is_run(path)
+    is_lora = not of_run and (path.suffix == ".safetensors" or (path / FILE).is_file())
+    if base is not None and of_run:
         raise UserError(f"{source} is a run, which knows its base: leave out --base")
-    if is_run:
+    if of_run:
         return _run(path)
     if is_lora:
         file = path / FILE if path.is_dir() else path
@@ -136,18 +158,18 @@ def find_source(source: str, base: str | None) -> Source:
 
 
 def _run(folder: Path) -> Source:
-    model, file = folder / "model", folder / "lora" / FILE
-    if not (model / INDEX).is_file():
+    model, file = model_of(folder), folder / "lora" / FILE
+    if model == folder:
         raise UserError(
             f"the run {folder} is not finished: export one of its checkpoints ({folder / 'checkpoints' / 'step-...'}), or go on "
             "with `apexflow train` and --resume"
         )
     try:
-        recipe = json.loads((folder / "recipe.json").read_text())
+        recipe = json.loads((folder / RECIPE).read_text())
         kind, named = recipe["tuning"]["kind"], recipe["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / 'recipe.json'} is damaged ({error}): `apexflow train` with the recipe and --resume writes it again"
+            f"{folder / RECIPE} is damaged ({error}): `apexflow train` with the recipe and --resume writes it again"
         ) from error
     backbone = load_backbone(str(model), "meta")
     base = named if named != "miniature" else str(folder / "base")
@@ -240,7 +262,8 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     pipeline = read_index(found.model)["_class_name"]
     loaded = found.base if kind == "lora" else str(output)
     if kind == "lora" and loaded in built_in():
-        loaded = str(BUILT_IN / loaded)  # diffusers does not know our names
+        loaded = str(BUILT_IN / loaded)  # diffusers knows neither our names
+    loaded = str(model_of(Path(loaded)))  # nor our runs
     lines = ["import torch, diffusers"]
     if chosen == "any-step":
         lines.append("import apexflow.export  # the scheduler's class")

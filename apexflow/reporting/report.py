@@ -12,7 +12,7 @@ from apexflow.files import replacing
 from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import duration, is_number, number, section, tag, text
 from apexflow.reporting.style import CSS
-from apexflow.reporting.tables import recipe_section, score_section
+from apexflow.reporting.tables import data_section, recipe_section, score_section
 from apexflow.training.journal import read_metrics
 
 NAME = "report.html"
@@ -33,8 +33,8 @@ def write_report(
 ) -> Path:
     """Write `folder/report.html`, whole or not at all; its path.
 
-    `folder` is a run's (recipe.json, metrics.jsonl, previews/); what it lacks is left out. `scores` maps a name such as
-    "student, one step" to its numbers: overall, tasks {name: number}, strict and any other, standard errors under
+    `folder` is a run's (recipe.json, metrics.jsonl, data.json, previews/); what it lacks is left out. `scores` maps a name such
+    as "student, one step" to its numbers: overall, tasks {name: number}, strict and any other, standard errors under
     `key_se`. `grids` are (caption, picture file). Raises UserError where the folder is no run, a file in it or a grid
     cannot be read, or the page cannot be written.
     """
@@ -48,6 +48,7 @@ def write_report(
         _comparison(grids),
         _curves(lines),
         _samples(folder, recipe),
+        data_section(_sources(folder), _last(lines, "step"), recipe.get("batch")),
         recipe_section(recipe),
         tag("footer", "Written by apexflow. Everything on this page is inside this file."),
     ]
@@ -64,6 +65,14 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[Line]]:
     if not isinstance(recipe, dict):
         raise UserError(f"{recipe_file} is damaged: it must hold a mapping of keys to values")
     return recipe, sorted((line for line in lines if is_number(line.get("step"))), key=lambda line: line["step"])
+
+
+def _sources(folder: Path) -> list[Mapping[str, Any]]:
+    """What a run was trained on, a mapping for each set; nothing where it does not say."""
+    path = folder / "data.json"
+    read = _whole(path, lambda: json.loads(path.read_text())) if path.is_file() else {}
+    sources = read.get("sources") if isinstance(read, dict) else None
+    return [one for one in sources if isinstance(one, dict)] if isinstance(sources, list) else []
 
 
 def _whole(path: Path, read: Callable[[], Any]) -> Any:
@@ -146,8 +155,15 @@ def _samples(folder: Path, recipe: Mapping[str, Any]) -> str:
         pictures.figure(picture, f"step {step:,}", "grid wide" if index in alone else "grid")
         for index, (step, picture) in enumerate(found)
     ]
-    shown = tag("div", "".join(figures), class_="pictures") if figures else ""
+    shown = _captions(folder / "previews") + tag("div", "".join(figures), class_="pictures") if figures else ""
     return section("Samples over time", shown, _samples_note(recipe.get("preview"))) + _looks(folder / "previews")
+
+
+def _captions(folder: Path) -> str:
+    """The captions of the newest preview that says them, under their numbers in the grids."""
+    said = [line["captions"] for line in pictures.beside_previews(folder) if isinstance(line.get("captions"), list)]
+    listed = "".join(tag("li", text(caption)) for caption in said[-1]) if said else ""
+    return tag("ol", listed, class_="captions") if listed else ""
 
 
 def _looks(folder: Path) -> str:

@@ -39,6 +39,9 @@ figure { margin: 0; }
 .curve .line { stroke: var(--accent); stroke-width: 1.9; }
 .curve .missing { stroke: var(--warn); stroke-width: 1.5; stroke-linecap: butt; }
 .curve .end { fill: var(--accent); stroke: var(--paper); stroke-width: 1.5; }
+.captions { columns: 22rem 2; column-gap: 3rem; margin: 0 0 1.8rem; padding-left: 2rem; font-size: .9rem; }
+.captions li { break-inside: avoid; padding-left: .3rem; }
+.captions li::marker { color: var(--soft); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.8rem; }
 .pictures .wide { grid-column: 1 / -1; }
 .grid img { display: block; max-width: 100%; height: auto; border-radius: 4px; background: #fff; }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -89,6 +89,25 @@ def score(value: float | None) -> str:
     if value is not None and not isinstance(value, Integral) and (value == 0 or 0.0005 <= abs(value) <= 1):
         return minus(f"{value:.3f}")
     return number(value) if value is not None else NOTHING
+
+
+def data_section(sources: Sequence[Mapping[str, Any]], steps: float | None, batch: Any) -> str:
+    """A table of the sets that a run was trained on: rows, share of the run's rows, and how often each row was seen by then."""
+    head = tag("td") + "".join(tag("th", text(name), scope="col") for name in ("Rows", "Share", "Times seen"))
+    lines = "".join(_source(source, steps, batch) for source in sources)
+    table = tag("table", tag("thead", tag("tr", head)) + tag("tbody", lines), class_="scores") if lines else ""
+    return section(
+        "Data", tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="data") if table else ""
+    )
+
+
+def _source(source: Mapping[str, Any], steps: float | None, batch: Any) -> str:
+    rows, share = (value if is_number(value := source.get(key)) else None for key in ("rows", "share"))
+    known = rows and share is not None and steps is not None and is_number(batch)
+    seen = number(steps * batch * share / rows, 2) if known else NOTHING  # type: ignore[operator]
+    name = str(source.get("source")) + ("" if source.get("pictures", True) else " (prompts alone)")
+    cells = (number(rows), NOTHING if share is None else minus(f"{share:.1%}"), seen)
+    return tag("tr", tag("th", text(name), scope="row") + "".join(tag("td", cell) for cell in cells))
 
 
 def recipe_section(recipe: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from apexflow.progress import Progress
 
 
 def fit_autoencoder(
-    vae: Any, source: Path, size: tuple[int, int], steps: int, seed: int, pictures: int = 4000
+    vae: Any, sources: Sequence[Path], size: tuple[int, int], steps: int, seed: int, pictures: int = 4000
 ) -> float:
-    """Train `vae` in place on the first `pictures` of a captioned set; the mean squared error at the end.
+    """Train `vae` in place on the first pictures of some captioned sets, `pictures` together; the mean squared error at the end.
 
     Latents are held near unit variance and get noise before decoding, so that the decoder forgives the small errors of a
     generator. Cosine schedule, AdamW.
     """
     torch.manual_seed(seed)
-    images = load_images(source, size, pictures)
+    images = torch.cat([load_images(source, size, -(-pictures // len(sources))) for source in sources])
     generator = torch.Generator().manual_seed(seed)
     # channels_last is about a quarter faster for these convolutions on a CPU.
     vae.requires_grad_(True).train().to(memory_format=torch.channels_last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -12,11 +12,12 @@ import torch
 
 from apexflow.backbones import Backbone
 from apexflow.data.cache import CachedSet
+from apexflow.data.mixture import check_alike
 from apexflow.data.readers import recognise
 from apexflow.errors import UserError
 from apexflow.objectives import Objective
 from apexflow.training import storage
-from apexflow.training.config import Recipe
+from apexflow.training.config import Data, Recipe
 from apexflow.training.depth import SHALLOW, at_depth, layers_of
 from apexflow.training.further import blocks_at
 from apexflow.training.roles import make_roles
@@ -28,31 +29,37 @@ def check_teacher(recipe: Recipe) -> None:
         raise UserError(f"teacher: method {recipe.method} with these settings asks no teacher: leave it out")
 
 
-def check_data(recipe: Recipe, finished: Path | None) -> None:
+def check_data(recipe: Recipe, finished: Sequence[CachedSet | None]) -> None:
     """UserError for data that are not there, are too few for a batch, or have no pictures where the method reads them.
 
-    finished: the finished cache that the recipe names, if it does. No picture is read.
+    finished: for each source the finished cache that it names, if it does. No picture is read.
     """
-    if finished is not None:
-        cached = CachedSet(finished)
-        check_pictures(recipe, cached.has_pictures)
-        check_batch(recipe, len(cached))
-    elif recipe.data.drawn:
-        check_batch(recipe, recipe.data.count)
-    else:
-        origin = recognise(Path(str(recipe.data.source)))
-        check_pictures(recipe, origin.kind.pictures)
-        broken: dict[str, str] = {}
-        found = sum(1 for _ in islice(origin.samples(broken), recipe.batch))
-        if not broken:  # what cannot be read is told with its reason when the cache is made
-            check_batch(recipe, found)
+    check_alike([one for one in finished if one is not None])
+    found = [_records(recipe, part, cached) for part, cached in zip(recipe.data.parts, finished, strict=True)]
+    if None not in found:
+        check_batch(recipe, sum(filter(None, found)))
 
 
-def check_pictures(recipe: Recipe, pictures: bool) -> None:
-    """UserError when the data are prompts alone and the method reads pictures."""
+def _records(recipe: Recipe, part: Data, cached: CachedSet | None) -> int | None:
+    """How many records a source has, or as many as a batch; None where some cannot be read, which is told with the reason when
+    the cache is made. UserError as `check_data`."""
+    if cached is not None:
+        check_pictures(recipe, part, cached.has_pictures)
+        return len(cached)
+    if part.drawn:
+        return part.count
+    origin = recognise(Path(str(part.source)))
+    check_pictures(recipe, part, origin.kind.pictures)
+    broken: dict[str, str] = {}
+    found = sum(1 for _ in islice(origin.samples(broken), recipe.batch))
+    return None if broken else found
+
+
+def check_pictures(recipe: Recipe, part: Data, pictures: bool) -> None:
+    """UserError when a source is prompts alone and the method reads pictures."""
     if not pictures and recipe.build_objective().needs_pictures:
         raise UserError(
-            f"{recipe.data.source or recipe.data.cache} holds prompts alone, and {recipe.method} with these settings starts "
+            f"{part.told} holds prompts alone, and {recipe.method} with these settings starts "
             "from pictures: draw them with `apexflow synthesize`, or use a method that starts from noise alone "
             "(apex with objective.path_weight=0)"
         )
@@ -61,9 +68,8 @@ def check_pictures(recipe: Recipe, pictures: bool) -> None:
 def check_batch(recipe: Recipe, rows: int) -> None:
     """UserError when the data are fewer than a batch, which would show the same ones several times in every step."""
     if rows < recipe.batch:
-        source = recipe.data.source or recipe.data.cache or "scenes"
         raise UserError(
-            f"batch {recipe.batch} is more than the {rows} records of {source}: set batch to {rows} or less, or "
+            f"batch {recipe.batch} is more than the {rows} records of {recipe.data.told}: set batch to {rows} or less, or "
             "give more data"
         )
 

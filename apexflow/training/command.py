@@ -52,18 +52,22 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe needs on each GPU before anything is loaded, and what to switch on where it does not fit."""
+    """Say what a recipe needs on each GPU before anything is loaded, what to switch on where it does not fit, and what of its
+    data is there."""
     from apexflow.training.config import load_recipe
     from apexflow.training.plan import GIB, advise, plan_table, settled
     from apexflow.training.plan import plan as count
+    from apexflow.training.sources import foreseen, source_line
 
     limit = round(memory * GIB)
     loaded = settled(load_recipe(recipe, overrides or []), gpus, limit)
     found = count(loaded, gpus, tokens)
     advice = advise(loaded, limit, gpus, tokens)
     fits = found.peak <= limit
-    result = found.to_dict() | {"fits": fits, "switch_on": [[change, then.to_dict()] for change, then in advice]}
-    show(result, as_json, plan_table(found, advice, memory))
+    data = foreseen(loaded.data)
+    switched = [[change, then.to_dict()] for change, then in advice]
+    result = found.to_dict() | {"fits": fits, "switch_on": switched, "data": data}
+    show(result, as_json, "\n".join([plan_table(found, advice, memory), *map(source_line, data)]))
 
 
 def _no_room(recipe: Recipe) -> str:

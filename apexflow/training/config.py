@@ -6,12 +6,12 @@ import difflib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
 from apexflow.errors import UserError, check_built_in, quoted
 from apexflow.objectives import Objective, objectives
@@ -33,21 +33,39 @@ Rows = Annotated[int, Field(ge=1, le=2**16)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Text = Annotated[str, Field(min_length=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Parsed = TypeVar("Parsed", bound="DataclassInstance")
+
+
+def _sources(value: Any) -> str | tuple[str, ...] | None:
+    """What `data.source` names: one set or several. A list of one is that one."""
+    if value is None:
+        return None
+    names = value if isinstance(value, list | tuple) else [value]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"Input should be a path, or a list of paths, got {value!r}")
+    expanded = tuple(os.path.expanduser(name) for name in names)
+    if twice := [name for place, name in enumerate(expanded) if name in expanded[:place]]:
+        raise ValueError(f"{twice[0]} is named twice: name it once, and give its part with data.shares")
+    return expanded[0] if len(expanded) == 1 else expanded
 
 
 @dataclass(frozen=True)
 class Data:
     """Where captioned pictures come from, and how they are cached; see docs/data.md.
 
-    source: "scenes" (drawn, `count` from `seed`), a path to a set of any kind, or a finished cache. When it is not given: the
-        finished cache that `cache` names, else scenes.
-    cache: the folder that keeps latents and embeddings; by default inside the output.
-    size: side in pixels (by default the model's own). buckets: keep aspect ratios. captions: the fields that hold them.
+    source: "scenes" (drawn, `count` from `seed`), a path to a set of any kind, or a finished cache; or a list of such. When it
+        is not given: the finished cache that `cache` names, else scenes.
+    shares: the parts of the rows that come from each of several sources; by default in proportion to their sizes.
+    cache: the folder that keeps latents and embeddings, those of several sources in folders of their own; by default inside
+        the output.
+    size: side in pixels (by default the model's own, or that of the finished caches). buckets: keep aspect ratios. captions:
+        the fields that hold them.
     skip_limit: the share of unusable records or files that is borne.
     """
 
-    source: Name | None = None
+    source: Annotated[str | tuple[str, ...] | None, PlainValidator(_sources)] = None
+    shares: tuple[Weight, ...] = ()
     count: Count = 20000
     seed: Seed = 1
     cache: Name | None = None
@@ -56,10 +74,29 @@ class Data:
     captions: tuple[str, ...] = ()
     skip_limit: Share = 0.05
 
+    def __post_init__(self) -> None:
+        if self.shares and not isinstance(self.source, tuple):
+            raise ValueError("shares go with several sources: make source a list of them, or leave shares out")
+        if self.shares and len(self.shares) != len(self.parts):
+            raise ValueError(f"shares has {len(self.shares)} numbers for {len(self.parts)} sources: give one for each")
+        if self.shares and not any(self.shares):
+            raise ValueError("shares are all 0: give a number above 0 for a source that is to be used")
+
+    @property
+    def parts(self) -> tuple[Data, ...]:
+        """The same for each of several sources alone; itself where there is one."""
+        several = self.source if isinstance(self.source, tuple) else None
+        return (self,) if several is None else tuple(replace(self, source=one, shares=()) for one in several)
+
     @property
     def drawn(self) -> bool:
-        """Whether the pictures are scenes, where no finished cache is named."""
+        """Of one source: whether the pictures are scenes, where no finished cache is named."""
         return self.source in (None, "scenes")
+
+    @property
+    def told(self) -> str:
+        """The data as a message names them."""
+        return ", ".join(str(one.source or one.cache or "scenes") for one in self.parts)
 
 
 @dataclass(frozen=True)
@@ -196,7 +233,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(raw, override)
     recipe = parse(Recipe, raw, str(path))
     recipe.build_objective()
-    if recipe.data.source == "scenes":
+    if any(part.source == "scenes" for part in recipe.data.parts):
         check_built_in("scenes", "scenes that are drawn")
     if recipe.model == "miniature":
         check_built_in("miniature", "a small model that is built anew")

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from apexflow.backbones import Backbone
+from apexflow.backbones.folder import CHECKPOINTS, RECIPE
 from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
+from apexflow.data.mixture import Cached
 from apexflow.devices import device_name
 from apexflow.errors import Stopped, UserError, is_taken, writing
 from apexflow.evaluation.runner import EvaluationSettings, evaluate
@@ -33,9 +35,11 @@ from apexflow.training.journal import Journal, last_step
 from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
-from apexflow.training.run import CHECKPOINTS, Run, Trainee, answering, ended, holds_run, restore, save
+from apexflow.training.run import Run, Trainee, answering, ended, holds_run, restore, save
 from apexflow.training.saving import save_model
 from apexflow.training.sharding import Place, all_processes, spread
+from apexflow.training.sources import NAME as SOURCES
+from apexflow.training.sources import source_line, used
 from apexflow.training.step import training_step
 from apexflow.training.storage import storing
 
@@ -110,8 +114,17 @@ def start(recipe: Recipe, resume: bool) -> Run:
         if leads():
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "recipe.json", recipe.to_dict())
+            write_json(folder / RECIPE, recipe.to_dict())
+            _tell_sources(recipe, folder, made.data)
     return run
+
+
+def _tell_sources(recipe: Recipe, folder: Path, data: Cached) -> None:
+    """Keep what is trained on beside the run, and say it where it is several sets."""
+    sources = used(recipe.data, data)
+    write_json(folder / SOURCES, {"sources": sources})
+    if len(sources) > 1:
+        console.print("\n".join(["trained on", *map(source_line, sources)]))
 
 
 def _check_taken(recipe: Recipe, folder: Path, resume: bool) -> None:

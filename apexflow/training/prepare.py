@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from apexflow.data.cache import CachedSet, check_made_by, is_cache
 from apexflow.data.caching import CacheSettings, make_cache, picture_sizes
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
+from apexflow.data.mixture import Cached, Mixture
+from apexflow.data.readers import recognise
 from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
@@ -48,7 +51,7 @@ class Prepared:
     backbone: Backbone
     objective: Objective
     teacher: Backbone | None
-    data: CachedSet
+    data: Cached
     shown: Shown | None
     parallel: str
     start: Mapping[str, Pair]
@@ -61,26 +64,30 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, fresh: bool) -> 
     `fresh` run alone. Autoencoder and text encoder stand on `device` only while the cache is made
     and own prompts of previews are encoded; the model is left on the CPU.
     """
-    finished = finished_cache(recipe.data)
+    finished = finished_sets(recipe.data)
     check_teacher(recipe)
     check_data(recipe, finished)
     if recipe.model == "miniature":
-        model = miniature(recipe, folder, finished or captioned_source(recipe))
+        pairs = zip(finished, recipe.data.parts, strict=True)
+        model = miniature(recipe, folder, [one.folder if one else captioned_source(part) for one, part in pairs])
     else:
         model = resolve(recipe.model)
     folders = [model, resolve(recipe.teacher)] if recipe.teacher else [model]
     parallel, backbone, teacher = _load(recipe, folders, device)
-    size = CachedSet(finished).size if finished else recipe.data.size
+    size = next((one.size for one in finished if one), recipe.data.size)
     for one in filter(None, (backbone, teacher)):
         one.draw_at(size or one.default_size)  # what it learns to draw, and so what the saved model draws
     objective = suited_objective(recipe, backbone, teacher)
-    if finished is None:
-        picture_sizes(backbone, cache_settings(recipe))
+    settings = cache_settings(recipe, size)
+    if None in finished:
+        picture_sizes(backbone, settings)
     check_networks(recipe, backbone, objective)
     start = read_start(recipe, backbone) if fresh else {}
     if teacher is not None:
         check_teaches(recipe, (backbone, teacher), folders)
-    data = cached_data(recipe, folder, device, backbone, model, finished)
+    for cached in filter(None, finished):
+        check_made_by(cached.folder, cached.index["made_by"], _expected(recipe.data, settings, backbone, model))
+    data = cached_data(recipe, folder, device, backbone, model, finished, settings)
     check_batch(recipe, len(data))
     # Sharded networks need all processes to draw; of others one does, and the rest read no text encoder for it.
     shown = choose(recipe, backbone, data, device) if leads() or parallel == "fsdp" else None
@@ -88,22 +95,41 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, fresh: bool) -> 
 
 
 def cached_data(
-    recipe: Recipe, folder: Path, device: torch.device, backbone: Backbone, model: Path, finished: Path | None
-) -> CachedSet:
-    """The finished cache of a recipe, or one that is made (or finished) now."""
-    settings = cache_settings(recipe)
-    if finished is not None:
-        data = CachedSet(finished)
-        check_made_by(finished, data.index["made_by"], _expected(recipe.data, settings, backbone, model))
-        return data
-    cache = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
-    with backbone.encoders_on(device):
-        if not is_cache(cache):
-            read_encoders(backbone)  # damaged ones are told before scenes are drawn
-        source = captioned_source(recipe)
-        with alone_in(cache, wait=True):
-            make_cache(source, backbone, model, cache, settings)
-    return CachedSet(cache)
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    backbone: Backbone,
+    model: Path,
+    finished: Sequence[CachedSet | None],
+    settings: CacheSettings,
+) -> Cached:
+    """The finished caches that a recipe names, and of its other sources those that are made (or finished) now."""
+    home = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
+    if len(finished) > 1 and None in finished and is_cache(home):
+        raise UserError(f"{home} is the cache of one set, and several are named: choose another folder with data.cache")
+    folders = [home] if len(finished) == 1 else [home / name for name in cache_names(recipe.data)]
+    sets = []
+    for cached, part, cache in zip(finished, recipe.data.parts, folders, strict=True):
+        if cached is None:
+            with backbone.encoders_on(device):
+                if not is_cache(cache):
+                    read_encoders(backbone)  # damaged ones are told before scenes are drawn
+                source = captioned_source(part)
+                with alone_in(cache, wait=True):
+                    make_cache(source, backbone, model, cache, settings)
+        sets.append(cached or CachedSet(cache))
+    return sets[0] if len(sets) == 1 else Mixture(sets, recipe.data.shares)
+
+
+def cache_names(data: Data) -> list[str]:
+    """What the folders are called that keep the caches of several sources: each by its source, so that a list may change."""
+    names: list[str] = []
+    for part in data.parts:
+        name = Path(str(part.source)).resolve().name or "set"
+        while name in names:
+            name += "-2"
+        names.append(name)
+    return names
 
 
 def read_encoders(backbone: Backbone) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -158,21 +184,27 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def null_condition(recipe: Recipe, backbone: Backbone, data: CachedSet) -> Condition:
+def null_condition(recipe: Recipe, backbone: Backbone, data: Cached) -> Condition:
     """The condition of the empty prompt: from the cache, unless the text encoder is trained."""
     cached = None if recipe.tuning.text_encoder else data.null()
     return cached or backbone.encode_prompts([""])
 
 
+def finished_sets(data: Data) -> list[CachedSet | None]:
+    """For each source the finished cache that it names, opened, or None."""
+    return [CachedSet(folder) if folder else None for folder in map(finished_cache, data.parts)]
+
+
 def finished_cache(data: Data) -> Path | None:
-    """The finished cache that `source` names, or `cache` where no source is given."""
+    """The finished cache that `source`, a single one, names, or `cache` where no source is given."""
     named = None if data.source == "scenes" else data.source or data.cache
-    return Path(named) if named and is_cache(Path(named)) else None
+    return Path(str(named)) if named and is_cache(Path(str(named))) else None
 
 
-def cache_settings(recipe: Recipe) -> CacheSettings:
+def cache_settings(recipe: Recipe, size: int | None) -> CacheSettings:
+    """How a source is cached, at a size that may be that of the finished caches beside it."""
     data = recipe.data
-    return CacheSettings(data.size, data.buckets, not recipe.tuning.text_encoder, data.captions, data.skip_limit)
+    return CacheSettings(size, data.buckets, not recipe.tuning.text_encoder, data.captions, data.skip_limit)
 
 
 def _expected(data: Data, settings: CacheSettings, backbone: Backbone, model: Path) -> dict[str, Any]:
@@ -182,9 +214,8 @@ def _expected(data: Data, settings: CacheSettings, backbone: Backbone, model: Pa
     return {"autoencoder": autoencoder_fingerprint(model)} | by_text | {k: v for k, v in said.items() if v is not None}
 
 
-def captioned_source(recipe: Recipe) -> Path:
-    """The set that a recipe names; scenes are drawn into a shared folder on first use."""
-    data = recipe.data
+def captioned_source(data: Data) -> Path:
+    """The set that a single source names; scenes are drawn into a shared folder on first use."""
     if not data.drawn:
         return Path(str(data.source))
     folder = CACHE_HOME / f"scenes-{data.count}-seed{data.seed}"
@@ -195,7 +226,7 @@ def captioned_source(recipe: Recipe) -> Path:
     return folder
 
 
-def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:
+def miniature(recipe: Recipe, folder: Path, sources: Sequence[Path]) -> Path:
     """A SANA of tiny size, in `folder/base`; made once: fitted autoencoder, transformer with random weights.
 
     Its vocabulary is the words of the captions. The text encoder is taught to read scenes; of other captions its random
@@ -207,22 +238,23 @@ def miniature(recipe: Recipe, folder: Path, source: Path) -> Path:
 
     base = folder / "base"
     if not (base / INDEX).is_file():
-        if is_cache(source):
-            raise UserError(f"model: miniature is fitted on pictures, and {source} is a cache: name the pictures")
+        if cached := [source for source in sources if is_cache(source)]:
+            raise UserError(f"model: miniature is fitted on pictures, and {cached[0]} is a cache: name the pictures")
         of_scenes = recipe.data.drawn
-        words = vocabulary() if of_scenes else words_of(source, recipe.data.captions)
+        words = vocabulary() if of_scenes else words_of(sources, recipe.data.captions)
         backbone = build_miniature(words, recipe.seed)
         if of_scenes:
             fit_text_encoder(backbone.text_encoder, backbone.tokenizer, recipe.text_encoder_steps, recipe.seed)
-        fit_autoencoder(backbone.vae, source, (64, 64), recipe.autoencoder_steps, recipe.seed)
+        pictured = [source for source in sources if recognise(source).kind.pictures]
+        fit_autoencoder(backbone.vae, pictured or sources, (64, 64), recipe.autoencoder_steps, recipe.seed)
         with new_folder(base) as partial:
             backbone.save(partial, backbone.settings)
     return base
 
 
-def words_of(source: Path, captions: Sequence[str]) -> list[str]:
-    """Every word that the captions of a set hold."""
+def words_of(sources: Sequence[Path], captions: Sequence[str]) -> list[str]:
+    """Every word that the captions of some sets hold."""
     words: set[str] = set()
-    for record in read_captioned(source, Skipped(), captions):
+    for record in chain.from_iterable(read_captioned(source, Skipped(), captions) for source in sources):
         words.update(re.findall(r"[a-z0-9]+", record.caption.lower()))
     return sorted(words)

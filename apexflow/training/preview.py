@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
-from apexflow.data.cache import CachedSet
+from apexflow.data.mixture import Cached
 from apexflow.errors import first_line, writing
 from apexflow.files import write_json
-from apexflow.generator import Generator, at_once, picture_grid
+from apexflow.generator import GAP, Generator, at_once, picture_grid
 from apexflow.progress import console
 from apexflow.training.config import Preview, Recipe
 from apexflow.training.distributed import leads
@@ -38,7 +38,7 @@ class Shown:
 
 
 @torch.no_grad()
-def choose(recipe: Recipe, backbone: Backbone, data: CachedSet, device: torch.device) -> Shown:
+def choose(recipe: Recipe, backbone: Backbone, data: Cached, device: torch.device) -> Shown:
     """The recipe's own prompts, encoded now, or captions spread over the data, whose embeddings are cached.
 
     A text encoder that is trained encodes them anew each time.
@@ -59,7 +59,7 @@ def choose(recipe: Recipe, backbone: Backbone, data: CachedSet, device: torch.de
     )
 
 
-def _looked_up(captions: Sequence[str], conditions: Condition, data: CachedSet) -> Callable[[Sequence[str]], Condition]:
+def _looked_up(captions: Sequence[str], conditions: Condition, data: Cached) -> Callable[[Sequence[str]], Condition]:
     """What encodes these captions, and the empty prompt, without a text encoder."""
     row_of = {caption: row for row, caption in enumerate(captions)}
 
@@ -73,8 +73,9 @@ def _looked_up(captions: Sequence[str], conditions: Condition, data: CachedSet) 
 def save_preview(
     backbone: Backbone, roles: Roles, shown: Shown, size: int, preview: Preview, folder: Path, step: int
 ) -> dict[str, float]:
-    """Write `previews/step-N.png`: each caption from two noises, the same every time, one row above the other. Beside it
-    `step-N.json` has what they look like (`appearance`), which is returned.
+    """Write `previews/step-N.png`: each caption from two noises, the same every time, one picture above the other. Beside it
+    `step-N.json` has the captions, in the order of their numbers in the grid, and what the pictures look like (`appearance`),
+    which is returned.
 
     Whoever calls draws latents; the first process makes them pictures, and writes.
     """
@@ -91,16 +92,39 @@ def save_preview(
     path = folder / "previews" / f"step-{step:07d}.png"
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        picture_grid(in_rows(pictures, half), min(half, ROW), 2 if pictures[0].width <= 64 else 1).save(path)
-    write_json(path.with_suffix(".json"), numbers)
+        numbered_grid(pictures, half).save(path)
+    write_json(path.with_suffix(".json"), numbers | {"captions": shown.captions})
     return numbers
 
 
-def in_rows(pictures: Sequence[Image.Image], half: int) -> list[Image.Image]:
-    """Rows of a grid, end to end: of up to `ROW` captions the pictures from the first noise, then those from the second."""
-    noises, blank = (pictures[:half], pictures[half:]), Image.new("RGB", pictures[0].size, "white")
-    rows = [row for at in range(0, half, ROW) for noise in noises if (row := list(noise[at : at + ROW]))]
-    return [picture for row in rows for picture in row + [blank] * (min(half, ROW) - len(row))]
+def numbered_grid(pictures: Sequence[Image.Image], half: int) -> Image.Image:
+    """A column for each of `half` captions, under its number from 1 on: the picture from the first noise, below it that from the
+    second, if there is one. Up to `ROW` captions side by side, the next ones below them.
+
+    Numbers, since captions are of any length and in any script: those who show the grid write them beside it.
+    """
+    scale = 2 if pictures[0].width <= 64 else 1
+    columns = [range(at, min(at + ROW, half)) for at in range(0, half, ROW)]
+    blocks = [
+        picture_grid([*pictures[one.start : one.stop], *pictures[half + one.start : half + one.stop]], len(one), scale)
+        for one in columns
+    ]
+    head = max(16, blocks[0].width // 48)  # readable where a wide grid is shown at the width of a page
+    sheet = Image.new("RGB", (blocks[0].width, sum(head + GAP + block.height for block in blocks)), "white")
+    top = 0
+    for numbers, block in zip(columns, blocks, strict=True):
+        _write_numbers(sheet, numbers, top, pictures[0].width * scale, head)
+        sheet.paste(block, (0, top + head))
+        top += head + block.height + GAP
+    return sheet
+
+
+def _write_numbers(sheet: Image.Image, numbers: range, top: int, width: int, height: int) -> None:
+    """Above columns of pictures of so many pixels' width, the numbers of captions, counted from 1."""
+    drawing, font = ImageDraw.Draw(sheet), ImageFont.load_default(0.8 * height)
+    for column, number in enumerate(numbers):
+        middle = (column * (width + GAP) + width / 2, top + height / 2)
+        drawing.text(middle, str(number + 1), "black", font, anchor="mm")
 
 
 def appearance(pictures: Sequence[Image.Image], half: int) -> dict[str, float]:

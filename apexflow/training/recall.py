@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.backbones import load_backbone, write_settings
+from apexflow.backbones.folder import CHECKPOINTS
 from apexflow.errors import UserError, writing
 from apexflow.export import export, save_lora
-from apexflow.export.folder import check_asked
+from apexflow.export.folder import check_asked, check_output
 from apexflow.export.lora import is_loadable
 from apexflow.files import write_json
 from apexflow.training.adapters import LoraRoles
@@ -24,7 +25,7 @@ from apexflow.training.sharding import leave
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is what a run saves on its way; UserError for one that is not there, or not any more."""
-    if path.parent.name == "checkpoints" and not path.exists():
+    if path.parent.name == CHECKPOINTS and not path.exists():
         there = ", ".join(other.name for other in checkpoints(path.parent)) or "none"
         raise UserError(
             f"there is no checkpoint {path}: give one that is there ({there}); keep says how many a run leaves"
@@ -40,8 +41,7 @@ def export_checkpoint(
 
     UserError for a checkpoint that is damaged, or whose model is not where the run found it.
     """
-    if output.exists():  # told before any weights are read
-        raise UserError(f"output {output} exists: choose another folder with -o")
+    check_output(output)  # told before any weights are read
     state = read_state(checkpoint)
     recipe = parse(Recipe, state["recipe"], str(checkpoint / "state.json"))
     check_asked(str(checkpoint), recipe.tuning.kind == "lora", recipe.tuning.text_encoder, merge, rank)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Backbone
-from apexflow.data.cache import CachedSet
+from apexflow.backbones.folder import CHECKPOINTS, RECIPE
+from apexflow.data.mixture import Cached
 from apexflow.errors import UserError
 from apexflow.objectives import Networks, Objective
 from apexflow.progress import console
@@ -30,7 +31,6 @@ from apexflow.training.engine import Engine
 from apexflow.training.preview import Shown
 from apexflow.training.roles import Roles
 
-CHECKPOINTS = "checkpoints"
 # Settings that change what is made of the trained weights, or how steps are shared and kept, but no step itself.
 FINISHING = {"steps", "minutes", "preview", "sampling_steps", "sampling_guidance", "suite", "checkpoint_every", "keep"}
 FINISHING |= {"device", "parallel", "micro_batch", "bad_steps"}
@@ -45,7 +45,7 @@ BEFORE_A_RUN = {"cache", ".cache.lock", ".cache-finishing.lock", "base", ".parti
 def holds_run(folder: Path) -> bool:
     """Whether a folder that is not empty is a run's, or what one left that ended while it prepared."""
     held = {entry.name for entry in folder.iterdir()}
-    return "recipe.json" in held or held <= BEFORE_A_RUN
+    return RECIPE in held or held <= BEFORE_A_RUN
 
 
 def answering(recipe: Recipe, device: torch.device) -> torch.autocast:
@@ -74,7 +74,7 @@ class Run:
     recipe: Recipe
     folder: Path
     backbone: Backbone
-    data: CachedSet
+    data: Cached
     objective: Objective
     roles: Roles
     engine: Engine

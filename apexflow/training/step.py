@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from apexflow.backbones.folder import CHECKPOINTS
 from apexflow.conditioning import Condition, replace_rows
 from apexflow.errors import Diverged
 from apexflow.objectives import Batch
@@ -18,7 +19,7 @@ from apexflow.training.config import Recipe
 from apexflow.training.distributed import own_rows, summed, together, world
 from apexflow.training.engine import sum_gradients
 from apexflow.training.roles import update_average
-from apexflow.training.run import CHECKPOINTS, Run, Trainee, answering
+from apexflow.training.run import Run, Trainee, answering
 
 
 def training_step(run: Run) -> dict[str, float]:

@@ -135,6 +135,21 @@ def test_the_command_takes_a_checkpoint_and_says_so_where_a_model_is_asked_for(e
     refused(run("export", last.with_name("step-0000001"), "-o", tmp_path / "gone"), "no checkpoint", last.name, "keep")
 
 
+def test_nothing_is_handed_over_into_the_checkpoints_of_a_run(ended, run: Run, tmp_path: Path) -> None:
+    folder = ended("full")
+    saved = folder / "checkpoints"
+    (tmp_path / "link").symlink_to(saved)
+    before = sorted(saved.rglob("*"))
+    for source in (checkpoints(saved)[-1], folder, "mini-teacher"):
+        for output in (saved / "mine", checkpoints(saved)[0] / "mine", tmp_path / "link" / "mine"):
+            refused(
+                run("export", source, "-o", output), f"output {output} lies among the checkpoints of the run {folder}"
+            )
+    assert sorted(saved.rglob("*")) == before
+    code, _, _ = run("export", folder, "-o", tmp_path / "checkpoints" / "mine")  # of no run
+    assert code == 0
+
+
 def test_a_lora_is_taken_out_of_a_checkpoint_too(ended, tmp_path: Path) -> None:
     run = ended("full")
     last = checkpoints(run / "checkpoints")[-1]

@@ -281,6 +281,14 @@ def test_a_lora_whose_tensors_are_none(folder_of, tmp_path, tensor, words):
     refused(tmp_path, (FILE, "blocks.0.to_k", words), *arguments, merge=True, base=str(folder_of("sana")))
 
 
+def test_the_model_of_a_run_is_what_a_lora_of_it_is_loaded_into(folder_of, tmp_path):
+    shutil.copytree(folder_of("sana"), tmp_path / "run" / "model")
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    file = save_lora(tuned(folder_of("sana")), tmp_path / "lora")
+    export(str(file), tmp_path / "o", base=str(tmp_path / "run"))
+    assert f"from_pretrained({str(tmp_path / 'run' / 'model')!r}" in (tmp_path / "o" / "README.md").read_text()
+
+
 def test_the_pattern_of_a_lora_is_no_search_without_end(tmp_path):
     names = [f"transformer.{'x' * 60}.lora_{side}.weight" for side in "AB"]
     metadata = {"transformer.alpha_pattern": {"(x+x+)+y": 2}}

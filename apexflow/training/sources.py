@@ -1,0 +1,42 @@
+"""What a run's data are, source by source: told beforehand by `apexflow plan`, and kept beside the run for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apexflow.data.mixture import Cached, Mixture
+from apexflow.training.config import Data
+from apexflow.training.prepare import finished_sets
+
+NAME = "data.json"
+
+
+def used(data: Data, cached: Cached) -> list[dict[str, Any]]:
+    """Of each source: its name, how many rows it has, which share of a run's rows it gives, and whether it has pictures."""
+    sets, shares = (cached.sets, cached.shares) if isinstance(cached, Mixture) else ([cached], [1.0])
+    return [
+        {"source": part.told, "rows": len(one), "share": round(share, 6), "pictures": one.has_pictures}
+        for part, one, share in zip(data.parts, sets, shares, strict=True)
+    ]
+
+
+def foreseen(data: Data) -> list[dict[str, Any]]:
+    """The same before a run, without what only a cache tells: rows and share are None where they are not known yet."""
+    sets = finished_sets(data)
+    pairs = list(zip(data.parts, sets, strict=True))
+    rows = [len(one) if one is not None else part.count if part.drawn else None for part, one in pairs]
+    parts: Sequence[float | None] = data.shares or (rows if len(rows) > 1 else [1.0])
+    known = [part for part in parts if part is not None]
+    shares = [round(part / sum(known), 6) if len(known) == len(parts) and part is not None else None for part in parts]
+    return [
+        {"source": part.told, "rows": count, "share": share}
+        for (part, _), count, share in zip(pairs, rows, shares, strict=True)
+    ]
+
+
+def source_line(source: Mapping[str, Any]) -> str:
+    """One source in words."""
+    rows = "not cached yet" if source["rows"] is None else f"{source['rows']:,} rows"
+    share = "in proportion to its size" if source["share"] is None else f"{source['share']:.1%} of a run's rows"
+    return f"{source['source']}: {rows}, {share}"
