@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -58,6 +59,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def folder(name: str) -> Path:
         if name not in made:
             tiny.build(name).save_pretrained(home / name)
+            if name in tiny.MAX_TOKENS:
+                (home / name / "apexflow.json").write_text(json.dumps({"max_tokens": tiny.MAX_TOKENS[name]}))
             made.add(name)
         return home / name
 

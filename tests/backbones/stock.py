@@ -7,6 +7,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from tiny import MAX_TOKENS
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
@@ -24,9 +25,9 @@ OPTIONS = {
     "sana_sprint": {"max_timesteps": math.pi / 2, "intermediate_timesteps": None, "use_resolution_binning": False},
     "qwen_image": {"sigmas": [1.0], "true_cfg_scale": 1.0},
     "sd3": PLAIN,
-    "flux_schnell": {"sigmas": [1.0], "max_sequence_length": 256},
-    "flux_dev": {"sigmas": [1.0], "guidance_scale": 3.5},
-    "flux2": PLAIN,
+    "flux_schnell": {"sigmas": [1.0], "max_sequence_length": MAX_TOKENS["flux_schnell"]},
+    "flux_dev": {"sigmas": [1.0], "guidance_scale": 3.5, "max_sequence_length": MAX_TOKENS["flux_dev"]},
+    "flux2": PLAIN | {"max_sequence_length": MAX_TOKENS["flux2"]},
     "z_image": {"sigmas": [1.0], "guidance_scale": 0.0},
     "lumina2": PLAIN,
     "sdxl": {"guidance_scale": 1.0},

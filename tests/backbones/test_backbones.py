@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from stock import largest_difference, load_stock, one_step
-from tiny import BUILDERS
+from tiny import BUILDERS, MAX_TOKENS
 from torch import nn
 
 from apexflow.backbones import Settings, backbones, load_backbone
@@ -259,8 +259,6 @@ def test_the_null_prompt(name, folder_of, backbone_of):
         expected, mask = stock.encode_prompt([" "], **options)
     elif name == "sana_sprint":  # never guided, so the stock pipeline has no null prompt
         return
-    elif name == "flux2":
-        expected, mask = stock.encode_prompt("", **options)[0], None
     elif name.startswith("flux"):
         limit = backbone.settings.max_tokens
         expected, mask = stock.encode_prompt([""], max_sequence_length=limit, **options)[0], None
@@ -276,9 +274,9 @@ def test_the_null_prompt(name, folder_of, backbone_of):
 
 def test_a_prompt_too_long_is_cut_and_said(backbone_of):
     backbone = backbone_of("flux_schnell")
-    with pytest.warns(UserWarning, match="longer than the 256 tokens"):
+    with pytest.warns(UserWarning, match=f"longer than the {MAX_TOKENS['flux_schnell']} tokens"):
         c = backbone.encode_prompts(["word " * 600])
-    assert isinstance(c, Condition) and c.embeds.shape[1] == 256
+    assert isinstance(c, Condition) and c.embeds.shape[1] == MAX_TOKENS["flux_schnell"]
 
 
 def test_settings_of_a_folder_lie_over_the_family_s(tmp_path, folder_of):

@@ -295,6 +295,9 @@ def pixart(kind: type, sample_size: int) -> PixArtAlphaPipeline | PixArtSigmaPip
 # One step of DDIM so set starts at the last index and answers its x0.
 DDIM = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
 
+# Families that pad every text: to 256 and 512 tokens by themselves, which would be most of a tiny model's time.
+MAX_TOKENS = dict.fromkeys(("flux_schnell", "flux_dev", "flux2"), 48)
+
 BUILDERS = {
     "sana": sana,
     "sana_sprint": sana_sprint,
