@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError, going_on
+from apexflow.errors import UserError, going_on, writing
 from apexflow.options import MOST_SEED, Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
 
 if TYPE_CHECKING:
@@ -127,9 +127,8 @@ def _alone_in(output: Path | None, share: Share, seeds: range | None) -> Iterato
 
 def _check_drawn_into(output: Path) -> None:
     """UserError for a folder that holds something else than drawn seeds: a data set, for one, would be none any more."""
-    if not output.is_dir():
-        return
-    visible = [entry.name for entry in output.iterdir() if not entry.name.startswith(".")]
+    with writing(output):
+        visible = [entry.name for entry in output.iterdir() if entry.name[0] != "."] if output.is_dir() else []
     if visible and not any(name.startswith("seed-") for name in visible):
         raise UserError(f"output {output} exists and holds no evaluation: choose another folder")
 
