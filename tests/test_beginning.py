@@ -108,6 +108,9 @@ def test_another_rank_or_other_modules_are_refused(
     save_file(mixed | {name: tensor for name, tensor in tensors.items() if name.startswith(module)}, file)
     told("rank 2, 4", "--merge")
     file.unlink()
+    pickled = file.with_suffix(".PT")
+    pickled.write_bytes(b"anything")
+    refused(run("train", recipe_file, *options(pickled)), str(pickled), "is a pickle", "safetensors")
     told("does not exist", str(file))
     refused(run("train", recipe_file, "tuning.kind=full", f"tuning.start={file}"), "tuning.start", "--merge")
 

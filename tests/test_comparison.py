@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from apexflow.backbones import load_backbone
 from apexflow.comparison import results as comparison
 from apexflow.comparison import scores
 from apexflow.comparison import train as training
@@ -21,12 +22,14 @@ from apexflow.comparison.results import run_comparison
 from apexflow.comparison.scores import own_sampler
 from apexflow.comparison.tables import budget_table
 from apexflow.comparison.train import run_folder, stages, train_to_budgets
+from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.errors import Diverged, Stopped, UserError
 from apexflow.objectives import objectives
 from apexflow.training import loop
 from apexflow.training.config import Data, parse
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import train
+from apexflow.training.prepare import finished_cache
 
 METHODS = ("scm", BASIS)
 
@@ -381,6 +384,18 @@ def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str
 def test_recipes_of_a_comparison_differ_in_the_method_alone(plan: Plan) -> None:
     one, other = (plan.recipe_for(name, Path("run"), 1e-4, 10).to_dict() for name in METHODS)
     assert {key for key in one if one[key] != other[key]} == {"method", "objective"}
+
+
+def test_a_finished_cache_that_the_recipe_names_is_trained_and_measured_on(
+    plan: Plan, tiny_model: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "MOST_TRUE", 40)
+    folder = tmp_path / "cache"
+    make_cache(scene_folder, load_backbone(str(tiny_model)), tiny_model, folder, CacheSettings(None))
+    for data in (Data(source=str(folder)), Data(cache=str(folder))):
+        named = replace(plan, recipe=replace(plan.recipe, data=data))
+        assert finished_cache(named.recipe_for(BASIS, tmp_path / "run", 1e-4, 4).data) == folder
+        assert scores.true_pictures(named, 8)["pictures"] == 8
 
 
 def test_a_folder_is_older_than_fields_of_a_recipe(plan: Plan) -> None:

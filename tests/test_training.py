@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from apexflow.backbones import load_backbone
 from apexflow.errors import Diverged, UserError
 from apexflow.training import loop
+from apexflow.training.checkpoint import checkpoints
 from apexflow.training.config import load_recipe
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import start, train
 from apexflow.training.roles import FullRoles
-from apexflow.training.run import save
+from apexflow.training.run import Run, save
 from apexflow.training.step import training_step
 
 
@@ -182,6 +183,25 @@ def test_a_non_finite_loss_is_skipped_counted_and_ends_the_run(
     save(run)
     with pytest.raises(UserError, match=r"; the last checkpoint is .*checkpoints/step-0000001$"):
         training_step(run)
+
+
+def test_checkpoints_from_before_a_loss_was_not_finite_are_not_pushed_out(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = loop.training_step
+
+    def then_bad(run: Run) -> dict[str, float]:
+        if run.step == 2:
+            shape = run.data.latents([0]).shape[1:]
+            monkeypatch.setattr(run.data, "latents", lambda rows: torch.full((len(rows), *shape), float("nan")))
+        return good(run)
+
+    monkeypatch.setattr(loop, "training_step", then_bad)
+    overrides = ["steps=20", "checkpoint_every=1", "keep=2", "bad_steps=4"]
+    with pytest.raises(Diverged, match=r"the last checkpoint is .*step-0000002$"):
+        train(load_recipe(recipe_file, overrides))
+    left = [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")]
+    assert left == ["step-0000001", "step-0000002"]
 
 
 @pytest.mark.parametrize("tuned", ["tuning.kind=full", "tuning.kind=lora", "tuning.text_encoder=true"])

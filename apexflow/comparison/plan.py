@@ -12,6 +12,7 @@ from apexflow.data.cache import is_cache
 from apexflow.errors import UserError
 from apexflow.objectives import guided, objectives
 from apexflow.training.config import WARMUP, Data, Optimizer, Recipe, parse, short_recipe, suggest
+from apexflow.training.prepare import finished_cache
 
 # Readings of a method that are compared beside its defaults: method, and fields of its dataclass.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,6 +87,11 @@ class Plan:
         return max(1, self.images // self.recipe.batch)
 
     @property
+    def cache(self) -> Path:
+        """Where the training pictures lie as latents: the finished cache that the recipe names, else one of the folder's own."""
+        return finished_cache(self.recipe.data) or self.output / "cache"
+
+    @property
     def training_seeds(self) -> range:
         return range(self.recipe.seed, self.recipe.seed + self.runs)
 
@@ -111,7 +117,7 @@ class Plan:
     def recipe_for(self, name: str, folder: Path, rate: float, steps: int, seed: int | None = None) -> Recipe:
         """The run of one method at one learning rate; the first seed where none is given."""
         method, objective = self.entry(name)
-        cache = self.output / "cache"
+        cache = self.cache
         source = None if is_cache(cache) else self.recipe.data.source  # drawn and cached once
         settings = replace(self.recipe.optimizer, learning_rate=rate, warmup=min(WARMUP, steps))
         return replace(

@@ -69,7 +69,7 @@ def score(
     report = over_seeds(reports)
     mine = statistics(torch.cat(seen).numpy())
     return {key: report[key] for key in KEPT if key in report} | {
-        "distance": fid_from_statistics(*mine, *true_statistics(str(plan.output / "cache")))
+        "distance": fid_from_statistics(*mine, *true_statistics(str(plan.cache)))
     }
 
 
@@ -107,14 +107,13 @@ def true_pictures(plan: Plan, count: int) -> dict[str, Any]:
 
     Nothing where the set has too few beside those that everything is measured against.
     """
-    cache = plan.output / "cache"
-    data = CachedSet(cache)
+    data = CachedSet(plan.cache)
     others = np.arange(MOST_TRUE, len(data))
     if len(others) < count:
         return {}
     drawn = np.random.default_rng(TRUE_SEED).choice(others, count, replace=False)
     mine = _cached_statistics(data, drawn.tolist())
-    return {"pictures": count, "distance": fid_from_statistics(*mine, *true_statistics(str(cache)))}
+    return {"pictures": count, "distance": fid_from_statistics(*mine, *true_statistics(str(plan.cache)))}
 
 
 def _cached_statistics(data: CachedSet, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

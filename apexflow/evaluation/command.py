@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError, going_on
+from apexflow.errors import UserError, going_on, writing
 from apexflow.options import MOST_SEED, Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def evaluate(
         raise UserError(
             f"--seeds {seeds} goes from --seed {seed} beyond the last one, {MOST_SEED}: give less of either"
         )
+    if output is not None and images is None:
+        _check_drawn_into(output)
     share = Share.from_environment()
     console.quiet = not share.leads
     place = str(worker_device(device))
@@ -121,6 +123,14 @@ def _alone_in(output: Path | None, share: Share, seeds: range | None) -> Iterato
             if folder is not None:
                 held.enter_context(share.alone_in(folder))
         yield
+
+
+def _check_drawn_into(output: Path) -> None:
+    """UserError for a folder that holds something else than drawn seeds: a data set, for one, would be none any more."""
+    with writing(output):
+        visible = [entry.name for entry in output.iterdir() if entry.name[0] != "."] if output.is_dir() else []
+    if visible and not any(name.startswith("seed-") for name in visible):
+        raise UserError(f"output {output} exists and holds no evaluation: choose another folder")
 
 
 def _of_seed(output: Path | None, seed: int) -> Path | None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apexflow.backbones import Backbone
+from apexflow.backbones.folder import PICKLES
 from apexflow.backbones.parts import weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.foreign import in_diffusers_names, is_foreign
@@ -43,8 +44,10 @@ class Pair:
 def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:
     """The pairs of a LoRA file for such a model by the name of the module, in whatever program's names.
 
-    UserError for a damaged file, and what of it cannot be understood.
+    UserError for a pickle, a damaged file, and what of it cannot be understood.
     """
+    if path.suffix.lower() in PICKLES:
+        raise UserError(f"{path} is a pickle, which can run code: convert it to safetensors first")
     try:
         with safe_open(path, "pt") as opened:
             metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))

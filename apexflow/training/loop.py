@@ -73,7 +73,7 @@ def steps(run: Run) -> None:
             journal.write(run.step, numbers | {"seconds": run.seconds})
             progress.advance(note=_note(numbers))
             last = ended(run)
-            if run.step % recipe.checkpoint_every == 0 or last or stopped:
+            if checkpoint_due(run) or last or stopped:
                 save(run)
             if run.step % recipe.preview.every == 0 or last:
                 journal.show(run.step, {f"previews/{name}": value for name, value in preview(run).items()})
@@ -196,6 +196,13 @@ def adam_in_eight_bits() -> Any:
     except ImportError as error:
         raise UserError("optimizer.kind=adamw8bit needs bitsandbytes: pip install 'apexflow[8bit]'") from error
     return AdamW8bit
+
+
+def checkpoint_due(run: Run) -> bool:
+    """Whether it is time for a checkpoint. While losses are not finite it is not, if one was due before: each would push out one
+    of the good ones, and a run that diverges has to go back to them."""
+    good, every = run.step - run.bad, run.recipe.checkpoint_every
+    return run.step % every == 0 and (run.bad == 0 or good < every)
 
 
 def preview(run: Run) -> dict[str, float]:

@@ -25,6 +25,15 @@ def test_draw_now_and_score_later(run: Run, tiny_model: Path, tmp_path: Path) ->
     assert report["evaluations"] == 2 and report["steps"] == 1  # known from the folder of the drawing
 
 
+def test_a_folder_of_something_else_is_not_drawn_into(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "0.tar").touch()
+    refused(
+        run("evaluate", "--limit", 2, "-o", tmp_path / "set"), "set exists", "holds no evaluation", "choose another"
+    )
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["0.tar"]
+
+
 def test_seeds_end_where_those_of_one_do(run: Run) -> None:
     last = 2**63 - 1
     refused(run("evaluate", "--model", "none", "--seed", last, "--seeds", 2), "--seeds 2", f"--seed {last}", "beyond")
