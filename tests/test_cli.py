@@ -210,6 +210,7 @@ def test_a_plan_says_what_fits_and_what_to_switch_on(run: Run, recipe_file: Path
     assert set(result["parts_gib"]) >= {"trained weights", "optimizer", "activations", "allowance"}
     code, out, _ = run("plan", recipe_file, "batch=4", "--tokens", 8, "--memory", 0.5)
     assert code == 0 and "does not fit" in out and "tuning.checkpointing=true" in out and "larger GPUs" in out
+    assert "rows" in out and "of a run's rows" not in out  # said of several sets alone
     refused(run("plan", recipe_file, "model=someone/else"), "someone/else", "folder")
     refused(run("plan", recipe_file, "data.size=50"), "50")
 

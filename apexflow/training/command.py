@@ -67,7 +67,8 @@ def plan(
     data = foreseen(loaded.data)
     switched = [[change, then.to_dict()] for change, then in advice]
     result = found.to_dict() | {"fits": fits, "switch_on": switched, "data": data}
-    show(result, as_json, "\n".join([plan_table(found, advice, memory), *map(source_line, data)]))
+    told = map(source_line, data) if len(data) > 1 else ()
+    show(result, as_json, "\n".join([plan_table(found, advice, memory), *told]))
 
 
 def _no_room(recipe: Recipe) -> str:
