@@ -26,17 +26,18 @@ def download(hub_id: str) -> Path:
         raise
     except Exception as error:  # the hub raises many kinds
         told = f"{hub_id!r} is no folder here, and cannot be fetched from the hub"
-        raise UserError(f"{told}: {_reason(hub_id, error)}") from error
+        raise UserError(f"{told}: {why_not(hub_id, error, 'model')}") from error
 
 
-def _reason(hub_id: str, error: Exception) -> str:
+def why_not(page: str, error: Exception, what: str) -> str:
+    """Why a repository, whose page on the hub is `page`, could not be fetched, and what to do; `what` it was taken for."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
-        where = f"https://huggingface.co/{hub_id}"
+        where = f"https://huggingface.co/{page}"
         return f"accept its owners' terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
-        return "it knows no such model: check the name, or log in with `hf auth login` if it is private"
+        return f"it knows no such {what}: check the name, or log in with `hf auth login` if it is private"
     if is_full_disk(error):
         return "no space is left; HF_HOME says where it goes"
     return f"check the name and the network ({type(error).__name__})"

@@ -20,7 +20,12 @@ SkipLimit = Annotated[
 
 
 def cache(
-    source: Annotated[Path, typer.Argument(help="A set of captioned pictures of any kind (docs/data.md), or prompts.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A set of captioned pictures of any kind (docs/data.md), hf://datasets/OWNER/NAME, or prompts.",
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the cache; an interrupted cache goes on.")
     ] = None,
@@ -46,10 +51,11 @@ def cache(
     """
     from apexflow.data.cache import verify as check
     from apexflow.data.caching import WINDOW, CacheSettings
+    from apexflow.data.hub import located
     from apexflow.data.jobs import cache_command
 
     if verify:
-        whole = check(source)
+        whole = check(Path(source))
         if speaks():
             show(whole, as_json, f"{source}: whole, {whole['rows']} rows in {whole['shards']} shards")
         return
@@ -57,14 +63,15 @@ def cache(
         raise UserError("name the folder of the cache with -o FOLDER")
     settings = CacheSettings(size, buckets, captions=tuple(caption or ()), skip_limit=skip_limit)
     with going_on(partial(_kept, output, "shard-*.json", f"{WINDOW} records")):
-        result = cache_command(source, output, model, settings, device)
+        result = cache_command(located(source), output, model, settings, device)
     if result is not None:
         show(result, as_json, _cache_text(result))
 
 
 def synthesize(
     prompts: Annotated[
-        Path, typer.Argument(help="A .txt or .jsonl file of prompts, or any set whose captions are to be drawn.")
+        str,
+        typer.Argument(help="A .txt or .jsonl file of prompts, or any set whose captions are to be drawn."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the webdataset shards; an interrupted set goes on.")
@@ -86,12 +93,13 @@ def synthesize(
 
     Under torchrun the processes share the work.
     """
+    from apexflow.data.hub import located
     from apexflow.data.jobs import synthesize_command
     from apexflow.data.synthesize import SHARD, Synthesis
 
     settings = Synthesis(steps, guidance, seed, size, tuple(caption or ()), skip_limit)
     with going_on(partial(_kept, output, "*.tar", f"{SHARD} pictures")):
-        result = synthesize_command(prompts, output, model, settings, device)
+        result = synthesize_command(located(prompts), output, model, settings, device)
     if result is None:
         return
     more = "" if result["complete"] else "; this process has done its part, others are still to come"

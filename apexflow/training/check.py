@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from apexflow.backbones import Backbone
 from apexflow.data.cache import CachedSet
+from apexflow.data.hub import located
 from apexflow.data.mixture import check_alike
 from apexflow.data.readers import recognise
 from apexflow.errors import UserError
@@ -48,7 +48,7 @@ def _records(recipe: Recipe, part: Data, cached: CachedSet | None) -> int | None
         return len(cached)
     if part.drawn:
         return part.count
-    origin = recognise(Path(str(part.source)))
+    origin = recognise(located(str(part.source)))
     check_pictures(recipe, part, origin.kind.pictures)
     broken: dict[str, str] = {}
     found = sum(1 for _ in islice(origin.samples(broken), recipe.batch))

@@ -54,8 +54,8 @@ def _sources(value: Any) -> str | tuple[str, ...] | None:
 class Data:
     """Where captioned pictures come from, and how they are cached; see docs/data.md.
 
-    source: "scenes" (drawn, `count` from `seed`), a path to a set of any kind, or a finished cache; or a list of such. When it
-        is not given: the finished cache that `cache` names, else scenes.
+    source: "scenes" (drawn, `count` from `seed`), a path to a set of any kind, a set of the hub, or a finished cache; or a list
+        of such. When it is not given: the finished cache that `cache` names, else scenes.
     shares: the parts of the rows that come from each of several sources; by default in proportion to their sizes.
     cache: the folder that keeps latents and embeddings, those of several sources in folders of their own; by default inside
         the output.

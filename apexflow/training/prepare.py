@@ -18,6 +18,7 @@ from apexflow.data.cache import CachedSet, check_made_by, is_cache
 from apexflow.data.caching import CacheSettings, make_cache, picture_sizes
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
+from apexflow.data.hub import located
 from apexflow.data.mixture import Cached, Mixture
 from apexflow.data.readers import recognise
 from apexflow.data.scenes import scenes, vocabulary
@@ -217,7 +218,7 @@ def _expected(data: Data, settings: CacheSettings, backbone: Backbone, model: Pa
 def captioned_source(data: Data) -> Path:
     """The set that a single source names; scenes are drawn into a shared folder on first use."""
     if not data.drawn:
-        return Path(str(data.source))
+        return located(str(data.source))
     folder = CACHE_HOME / f"scenes-{data.count}-seed{data.seed}"
     with alone_in(folder, wait=True):
         if not folder.is_dir():

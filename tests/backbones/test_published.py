@@ -50,7 +50,9 @@ def test_an_instruction_shorter_than_the_text_limit_is_cut_off_as_in_stock(name,
 def test_defaults_are_those_of_the_checkpoint(folder_of, tmp_path):
     assert load_backbone(str(folder_of("sana"))).settings.guidance == 4.5
     for name, (steps, tokens) in {"flux_dev": (28, 512), "flux_schnell": (4, 256)}.items():
-        settings = load_backbone(str(folder_of(name))).settings
+        folder = Path(shutil.copytree(folder_of(name), tmp_path / name))
+        (folder / "apexflow.json").unlink()  # the tiny ones say how long their texts are
+        settings = load_backbone(str(folder)).settings
         assert (settings.steps, settings.max_tokens) == (steps, tokens)
     for shift, expected in ((6.0, (50, 6.0)), (3.0, (8, 1.0))):
         folder = Path(shutil.copytree(folder_of("z_image"), tmp_path / f"{shift}"))
