@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -17,7 +17,7 @@ from apexflow.backbones.presets import load_shapes
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import rows_each
 from apexflow.training.engine import parallel_kind
-from apexflow.training.memory import activations, kept_for_backward, network_sizes
+from apexflow.training.memory import Activations, activations, kept_for_backward, network_sizes
 from apexflow.training.passes import Pass, trace_passes
 from apexflow.training.roles import checkpointed, loaded_dtype
 from apexflow.training.storage import Kind
@@ -97,7 +97,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
         of_losses = kept.bytes
         del losses
     again, blocks = checkpointed(recipe.tuning, backbone.transformer), blocks_of(backbone)
-    needed = activations(backbone, recipe, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0, teacher)
+    needed = _activations(recipe, backbone, teacher, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0)
     sizes = network_sizes(backbone, recipe, objective.needs, tokens, teacher)
     denoiser, named = bytes_of(backbone.transformer), bytes_of(teacher.transformer) if teacher else 0
     encoder = bytes_of(backbone.text_encoder) if recipe.tuning.text_encoder else 0
@@ -128,6 +128,32 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
     if recipe.tuning.kind == "lora":
         saving = denoiser + sizes.average  # merged on the CPU, however the base is stored
     return MemoryPlan(backward, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
+
+
+_COUNTED: dict[str, Activations] = {}
+
+
+def _activations(
+    recipe: Recipe,
+    backbone: Backbone,
+    teacher: Backbone | None,
+    passes: Sequence[Pass],
+    shape: Sequence[int],
+    tokens: int,
+    captions: int,
+) -> Activations:
+    """`activations`, counted once for all that they depend on: much of the advice changes none of it."""
+    of_networks = (
+        recipe.model,
+        recipe.teacher,
+        loaded_dtype(recipe),
+        replace(recipe.tuning, storage=None),
+        recipe.precision,
+    )
+    key = repr((of_networks, recipe.method, recipe.objective, recipe.seed, passes, shape, tokens, captions))
+    if key not in _COUNTED:
+        _COUNTED[key] = activations(backbone, recipe, passes, shape, tokens, captions, teacher)
+    return _COUNTED[key]
 
 
 def shapes_of(recipe: Recipe) -> Backbone:
