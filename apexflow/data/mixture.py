@@ -14,7 +14,7 @@ from apexflow.data.cache import CachedSet, padded
 from apexflow.data.order import mixed_rows
 from apexflow.errors import UserError
 
-PLACES = 1_000  # of an epoch at least, so that a share is met to a tenth of a percent
+PLACES = 1_000  # of an epoch at least for each bucket, so that a share is met to a tenth of a percent
 
 
 class Mixture:
@@ -33,7 +33,7 @@ class Mixture:
 
     def _places_of(self, counts: Sequence[int], shares: Sequence[float]) -> list[int]:
         """How many rows of an epoch each set gets in a bucket where it has so many pictures."""
-        epoch = max(len(self), PLACES)
+        epoch = max(len(self), PLACES * len(self._buckets))
         parts = [share / sum(shares) / len(one) for share, one in zip(shares, self.sets, strict=True)]
         # No bucket is left out, however few its pictures.
         return [max(round(epoch * part * n), min(1, n)) if part else 0 for part, n in zip(parts, counts, strict=True)]

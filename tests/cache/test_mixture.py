@@ -90,6 +90,15 @@ def test_a_small_set_repeats_as_often_as_its_share_asks(whole: Path, second: Pat
     assert {row for step in range(9) for row in only.batch_rows(step, range(6), 6, seed=1)} == set(range(48, 54))
 
 
+def test_shares_are_met_over_many_buckets(whole: Path) -> None:
+    few, many = (CachedSet(whole) for _ in range(2))
+    for one, count in ((few, 1), (many, 5)):
+        one.buckets = {f"{width}x64": [(0, count)] for width in range(40)}
+        one._ends, one._bucket_ends = [40 * count], {name: [count] for name in one.buckets}
+    for share in (0.001, 0.01, 0.3):
+        assert Mixture([few, many], [share, 1 - share]).shares[0] == pytest.approx(share, abs=0.001)
+
+
 def test_rows_are_those_of_the_sets(whole: Path, second: Path) -> None:
     one, other = CachedSet(whole), CachedSet(second)
     data, rows = Mixture([one, other]), [50, 0, 47, 48]
