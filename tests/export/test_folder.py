@@ -289,6 +289,12 @@ def test_the_model_of_a_run_is_what_a_lora_of_it_is_loaded_into(folder_of, tmp_p
     assert f"from_pretrained({str(tmp_path / 'run' / 'model')!r}" in (tmp_path / "o" / "README.md").read_text()
 
 
+def test_a_model_with_a_recipe_beside_it_is_exported_as_the_model_that_it_is(folder_of, tmp_path):
+    model = shutil.copytree(folder_of("sana"), tmp_path / "model")
+    (model / "recipe.json").write_text("{}")
+    assert export(str(model), tmp_path / "o")["kind"] == "model"
+
+
 def test_the_pattern_of_a_lora_is_no_search_without_end(tmp_path):
     names = [f"transformer.{'x' * 60}.lora_{side}.weight" for side in "AB"]
     metadata = {"transformer.alpha_pattern": {"(x+x+)+y": 2}}
