@@ -244,7 +244,7 @@ def test_the_plan_says_what_is_there(run: Run, whole: Path, recipe_file: Path, t
     shares = (sources(whole, tmp_path / "later"), "data.shares=[3, 1]")
     code, out, _ = run("plan", recipe_file, *shares)
     assert code == 0 and f"{whole}: 48 rows, 75.0% of a run's rows" in out
-    assert f"{tmp_path / 'later'}: not cached yet, 25.0% of a run's rows" in out
+    assert f"{tmp_path / 'later'}: rows are counted when it is cached, 25.0% of a run's rows" in out
     refused(run("plan", recipe_file, *shares[:1], "data.shares=[1]"), "1 numbers for 2 sources")
     for others, expected in (((), [0.5, 0.5]), ((tmp_path / "later",), [None] * 3)):
         found = foreseen(Data(source=(str(whole), "scenes", *map(str, others)), count=48))
