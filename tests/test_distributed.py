@@ -229,6 +229,7 @@ def test_own_prompts_are_drawn_as_by_one_process(recipe: Path, tmp_path: Path, p
         output = tmp_path / str(world)
         assert wait(launch(command, world, *common, f"output={output}")) == [0] * world
         looks.append(json.loads((output / "previews" / "step-0000001.json").read_text()))
+        assert looks[-1].pop("captions") == ["a red star", "a blue circle"]
     assert looks[1] == pytest.approx(looks[0], abs=1e-3) and looks[0]["diversity"] > 0
 
 
