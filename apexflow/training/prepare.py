@@ -123,7 +123,8 @@ def cached_data(
 
 
 def cache_names(data: Data) -> list[str]:
-    """What the folders are called that keep the caches of several sources: each by its source, so that a list may change."""
+    """What the folders are called that keep the caches of several sources: each by its source, so that a list may change. Sets of
+    one name are told apart by their order; a cache that then lies where another set is looked for is refused."""
     names: list[str] = []
     for part in data.parts:
         name = Path(str(part.source)).resolve().name or "set"
