@@ -23,7 +23,7 @@ class Mixture:
     def __init__(self, sets: Sequence[CachedSet], shares: Sequence[float] = ()) -> None:
         """shares: the parts of the rows that come from each, of whatever sum; by default as many as it has, so that the sets are
         shuffled together. UserError for sets that cannot stand in one batch."""
-        check_alike(sets)
+        check_sizes(sets)
         self.sets = list(sets)
         self.size = sets[0].size
         self._ends = list(accumulate(len(one) for one in sets))
@@ -80,16 +80,11 @@ class Mixture:
 Cached = CachedSet | Mixture
 
 
-def check_alike(sets: Sequence[CachedSet]) -> None:
-    """UserError where caches cannot go into one run: pictures of other sizes, or latents of other channels."""
+def check_sizes(sets: Sequence[CachedSet]) -> None:
+    """UserError for caches that were made at different sizes."""
     for one, other in pairwise(sets):
         if one.size != other.size:
             raise UserError(
                 f"cache {other.folder} was made at size {other.size} and cache {one.folder} at {one.size}: make them at one size "
                 "(apexflow cache --size)"
-            )
-        if one.channels != other.channels:
-            raise UserError(
-                f"the latents of cache {other.folder} have {max(other.channels)} channels and those of cache {one.folder} "
-                f"{max(one.channels)}: make both with one model (apexflow cache --model)"
             )

@@ -118,7 +118,8 @@ def cached_data(
                 source = captioned_source(part)
                 with alone_in(cache, wait=True):
                     make_cache(source, backbone, model, cache, settings)
-        sets.append(cached or CachedSet(cache))
+            cached = CachedSet(cache)
+        sets.append(cached)
     return sets[0] if len(sets) == 1 else Mixture(sets, recipe.data.shares)
 
 

@@ -221,9 +221,6 @@ def test_sets_that_cannot_go_together_are_named(
     )
     others = Path(shutil.copytree(second, tmp_path / "others"))
     index = json.loads((others / "cache.json").read_text())
-    wide = index | {"latent_shapes": {"64x64": [32, 8, 8]}}
-    (others / "cache.json").write_text(json.dumps(wide))
-    assert "have 32 channels and those" in told(sources(whole, others))
     index["made_by"]["autoencoder"] = "another"
     (others / "cache.json").write_text(json.dumps(index))
     words = told(sources(tmp_path / "red", whole, others))  # before anything is cached
