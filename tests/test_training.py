@@ -204,6 +204,14 @@ def test_checkpoints_from_before_a_loss_was_not_finite_are_not_pushed_out(
     assert left == ["step-0000001", "step-0000002"]
 
 
+def test_a_stop_while_losses_are_not_finite_deletes_no_checkpoint(recipe_file: Path) -> None:
+    run = start(load_recipe(recipe_file, ["keep=1"]), resume=False)
+    for step, bad, left in ((1, 0, [1]), (3, 2, [1, 3]), (4, 0, [4])):
+        run.step, run.bad = step, bad
+        found = checkpoints(save(run).parent)
+        assert [path.name for path in found] == [f"step-{number:07d}" for number in left]
+
+
 @pytest.mark.parametrize("tuned", ["tuning.kind=full", "tuning.kind=lora", "tuning.text_encoder=true"])
 def test_weights_that_are_not_finite_are_not_saved_as_a_model(recipe_file: Path, tmp_path: Path, tuned: str) -> None:
     run = start(load_recipe(recipe_file, [tuned]), resume=False)

@@ -23,15 +23,14 @@ NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffu
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is what `apexflow train` wrote."""
-    return (folder / RECIPE).is_file()
+    """Whether a folder is what `apexflow train` wrote. A model is none, whatever else its folder holds."""
+    return (folder / RECIPE).is_file() and not (folder / INDEX).is_file()
 
 
 def model_of(folder: Path) -> Path:
     """The model that a folder stands for: of a finished run the one in it, else the folder itself."""
     made = folder / "model"
-    inside = not (folder / INDEX).is_file() and is_run(folder) and (made / INDEX).is_file()
-    return made if inside else folder
+    return made if is_run(folder) and (made / INDEX).is_file() else folder
 
 
 def read_index(folder: Path) -> dict[str, Any]:

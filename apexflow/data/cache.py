@@ -82,11 +82,6 @@ class CachedSet:
         return self._ends[-1] if self._ends else 0
 
     @property
-    def channels(self) -> set[int]:
-        """How many channels its latents have: one number."""
-        return {int(shape[0]) for shape in self._shapes.values()}
-
-    @property
     def has_pictures(self) -> bool:
         """Whether latents are kept; a list of prompts has none."""
         return bool(self.index["pictures"])

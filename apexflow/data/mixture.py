@@ -14,7 +14,7 @@ from apexflow.data.cache import CachedSet, padded
 from apexflow.data.order import mixed_rows
 from apexflow.errors import UserError
 
-PLACES = 1_000  # of an epoch at least, so that a share is met to a tenth of a percent
+PLACES = 1_000  # of an epoch at least for each bucket, so that a share is met to a tenth of a percent
 
 
 class Mixture:
@@ -23,7 +23,7 @@ class Mixture:
     def __init__(self, sets: Sequence[CachedSet], shares: Sequence[float] = ()) -> None:
         """shares: the parts of the rows that come from each, of whatever sum; by default as many as it has, so that the sets are
         shuffled together. UserError for sets that cannot stand in one batch."""
-        check_alike(sets)
+        check_sizes(sets)
         self.sets = list(sets)
         self.size = sets[0].size
         self._ends = list(accumulate(len(one) for one in sets))
@@ -33,7 +33,7 @@ class Mixture:
 
     def _places_of(self, counts: Sequence[int], shares: Sequence[float]) -> list[int]:
         """How many rows of an epoch each set gets in a bucket where it has so many pictures."""
-        epoch = max(len(self), PLACES)
+        epoch = max(len(self), PLACES * len(self._buckets))
         parts = [share / sum(shares) / len(one) for share, one in zip(shares, self.sets, strict=True)]
         # No bucket is left out, however few its pictures.
         return [max(round(epoch * part * n), min(1, n)) if part else 0 for part, n in zip(parts, counts, strict=True)]
@@ -80,16 +80,11 @@ class Mixture:
 Cached = CachedSet | Mixture
 
 
-def check_alike(sets: Sequence[CachedSet]) -> None:
-    """UserError where caches cannot go into one run: pictures of other sizes, or latents of other channels."""
+def check_sizes(sets: Sequence[CachedSet]) -> None:
+    """UserError for caches that were made at different sizes."""
     for one, other in pairwise(sets):
         if one.size != other.size:
             raise UserError(
                 f"cache {other.folder} was made at size {other.size} and cache {one.folder} at {one.size}: make them at one size "
                 "(apexflow cache --size)"
-            )
-        if one.channels != other.channels:
-            raise UserError(
-                f"the latents of cache {other.folder} have {max(other.channels)} channels and those of cache {one.folder} "
-                f"{max(one.channels)}: make both with one model (apexflow cache --model)"
             )

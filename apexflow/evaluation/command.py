@@ -130,7 +130,7 @@ def _check_drawn_into(output: Path) -> None:
     with writing(output):
         visible = [entry.name for entry in output.iterdir() if entry.name[0] != "."] if output.is_dir() else []
     if visible and not any(name.startswith("seed-") for name in visible):
-        raise UserError(f"output {output} exists and holds no evaluation: choose another folder")
+        raise UserError(f"output {output} exists and holds no seed that evaluate drew: choose another folder")
 
 
 def _of_seed(output: Path | None, seed: int) -> Path | None:

@@ -150,7 +150,8 @@ def find_source(source: str, base: str | None) -> Source:
         if base is None:
             raise UserError(f"{source} is a LoRA: name the model that it belongs to with --base")
         model, backbone = resolve(base), load_backbone(base, "meta")
-        return Source(base, model, backbone, read_settings(file.parent, backbone.settings), file, base)
+        settings = read_settings(file.parent, backbone.settings)
+        return Source(str(model_of(Path(base))), model, backbone, settings, file, base)
     if path.is_dir() and not (path / INDEX).is_file():
         raise UserError(f"{source} is no run, no model folder and no LoRA: give the output folder of a recipe")
     backbone = load_backbone(source, "meta")

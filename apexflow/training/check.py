@@ -12,7 +12,7 @@ import torch
 from apexflow.backbones import Backbone
 from apexflow.data.cache import CachedSet
 from apexflow.data.hub import located
-from apexflow.data.mixture import check_alike
+from apexflow.data.mixture import check_sizes
 from apexflow.data.readers import recognise
 from apexflow.errors import UserError
 from apexflow.objectives import Objective
@@ -34,7 +34,7 @@ def check_data(recipe: Recipe, finished: Sequence[CachedSet | None]) -> None:
 
     finished: for each source the finished cache that it names, if it does. No picture is read.
     """
-    check_alike([one for one in finished if one is not None])
+    check_sizes([one for one in finished if one is not None])
     found = [_records(recipe, part, cached) for part, cached in zip(recipe.data.parts, finished, strict=True)]
     if None not in found:
         check_batch(recipe, sum(filter(None, found)))

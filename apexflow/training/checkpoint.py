@@ -42,8 +42,8 @@ class Checkpoint:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-N`, then delete all up to it but the last `keep`. On a full disk the older checkpoints survive.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int | None) -> Path:
+    """Write `folder/step-N`, then delete all up to it but the last `keep` (None: none). On a full disk the older ones survive.
 
     All processes take part, each with its own tensors.
     """
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(final, ignore_errors=True)  # what a deletion left that was cut off: no step is saved twice
             os.replace(partial, final)
             found = checkpoints(folder)
-            for old in found[: found.index(final) + 1][:-keep]:
+            for old in found[: found.index(final) + 1][:-keep] if keep else []:
                 shutil.rmtree(old)
     return final
 

@@ -33,7 +33,7 @@ Rows = Annotated[int, Field(ge=1, le=2**16)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Text = Annotated[str, Field(min_length=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Parsed = TypeVar("Parsed", bound="DataclassInstance")
 
 
@@ -45,7 +45,7 @@ def _sources(value: Any) -> str | tuple[str, ...] | None:
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"Input should be a path, or a list of paths, got {value!r}")
     expanded = tuple(os.path.expanduser(name) for name in names)
-    if twice := [name for place, name in enumerate(expanded) if name in expanded[:place]]:
+    if twice := [name for place, name in enumerate(expanded) if Path(name) in map(Path, expanded[:place])]:
         raise ValueError(f"{twice[0]} is named twice: name it once, and give its part with data.shares")
     return expanded[0] if len(expanded) == 1 else expanded
 

@@ -199,8 +199,8 @@ def adam_in_eight_bits() -> Any:
 
 
 def checkpoint_due(run: Run) -> bool:
-    """Whether it is time for a checkpoint. While losses are not finite it is not, if one was due before: each would push out one
-    of the good ones, and a run that diverges has to go back to them."""
+    """Whether it is time for a checkpoint. While losses are not finite it is not, if one was due before: it would hold
+    the weights that gave such losses, and be the one that a run which diverges is told to go back to."""
     good, every = run.step - run.bad, run.recipe.checkpoint_every
     return run.step % every == 0 and (run.bad == 0 or good < every)
 

@@ -118,12 +118,14 @@ def cached_data(
                 source = captioned_source(part)
                 with alone_in(cache, wait=True):
                     make_cache(source, backbone, model, cache, settings)
-        sets.append(cached or CachedSet(cache))
+            cached = CachedSet(cache)
+        sets.append(cached)
     return sets[0] if len(sets) == 1 else Mixture(sets, recipe.data.shares)
 
 
 def cache_names(data: Data) -> list[str]:
-    """What the folders are called that keep the caches of several sources: each by its source, so that a list may change."""
+    """What the folders are called that keep the caches of several sources: each by its source, so that a list may change. Sets of
+    one name are told apart by their order; a cache that then lies where another set is looked for is refused."""
     names: list[str] = []
     for part in data.parts:
         name = Path(str(part.source)).resolve().name or "set"

@@ -96,7 +96,10 @@ class Run:
 
 
 def save(run: Run) -> Path:
-    """Checkpoint a run: everything that the next step depends on. All processes take part."""
+    """Checkpoint a run: everything that the next step depends on. All processes take part.
+
+    While losses are not finite no older checkpoint is deleted: a run that diverges has to go back to one.
+    """
     tensors: dict[str, dict[str, Tensor]] = {
         "trained": dict(run.trained),
         "average": run.roles.average,
@@ -106,7 +109,7 @@ def save(run: Run) -> Path:
     state = {"step": run.step, "bad": run.bad, "seconds": run.seconds, "world": world(), "recipe": run.recipe.to_dict()}
     state["objective"] = asdict(run.objective)  # with what its model has put in, which no recipe says
     state["size"] = run.data.size
-    return save_checkpoint(run.folder / CHECKPOINTS, Checkpoint(tensors, state), run.recipe.keep)
+    return save_checkpoint(run.folder / CHECKPOINTS, Checkpoint(tensors, state), None if run.bad else run.recipe.keep)
 
 
 def _moments(run: Run) -> list[tuple[str, nn.Parameter, dict[str, Tensor]]]:

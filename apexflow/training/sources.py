@@ -23,20 +23,19 @@ def used(data: Data, cached: Cached) -> list[dict[str, Any]]:
 
 def foreseen(data: Data) -> list[dict[str, Any]]:
     """The same before a run, without what only a cache tells: rows and share are None where they are not known yet."""
-    sets = finished_sets(data)
-    pairs = list(zip(data.parts, sets, strict=True))
-    rows = [len(one) if one is not None else part.count if part.drawn else None for part, one in pairs]
-    parts: Sequence[float | None] = data.shares or (rows if len(rows) > 1 else [1.0])
-    known = [part for part in parts if part is not None]
-    shares = [round(part / sum(known), 6) if len(known) == len(parts) and part is not None else None for part in parts]
+    found = zip(data.parts, finished_sets(data), strict=True)
+    rows = [len(one) if one is not None else part.count if part.drawn else None for part, one in found]
+    weights: Sequence[float | None] = data.shares or (rows if len(rows) > 1 else [1.0])
+    known = [weight for weight in weights if weight is not None]
+    shares = [round(weight / sum(known), 6) for weight in known] if len(known) == len(weights) else [None] * len(rows)
     return [
         {"source": part.told, "rows": count, "share": share}
-        for (part, _), count, share in zip(pairs, rows, shares, strict=True)
+        for part, count, share in zip(data.parts, rows, shares, strict=True)
     ]
 
 
 def source_line(source: Mapping[str, Any]) -> str:
     """One source in words."""
-    rows = "not cached yet" if source["rows"] is None else f"{source['rows']:,} rows"
+    rows = "rows are counted when it is cached" if source["rows"] is None else f"{source['rows']:,} rows"
     share = "in proportion to its size" if source["share"] is None else f"{source['share']:.1%} of a run's rows"
     return f"{source['source']}: {rows}, {share}"

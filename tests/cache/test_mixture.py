@@ -90,6 +90,15 @@ def test_a_small_set_repeats_as_often_as_its_share_asks(whole: Path, second: Pat
     assert {row for step in range(9) for row in only.batch_rows(step, range(6), 6, seed=1)} == set(range(48, 54))
 
 
+def test_shares_are_met_over_many_buckets(whole: Path) -> None:
+    few, many = (CachedSet(whole) for _ in range(2))
+    for one, count in ((few, 1), (many, 5)):
+        one.buckets = {f"{width}x64": [(0, count)] for width in range(40)}
+        one._ends, one._bucket_ends = [40 * count], {name: [count] for name in one.buckets}
+    for share in (0.001, 0.01, 0.3):
+        assert Mixture([few, many], [share, 1 - share]).shares[0] == pytest.approx(share, abs=0.001)
+
+
 def test_rows_are_those_of_the_sets(whole: Path, second: Path) -> None:
     one, other = CachedSet(whole), CachedSet(second)
     data, rows = Mixture([one, other]), [50, 0, 47, 48]
@@ -182,7 +191,9 @@ def test_a_list_of_one_is_that_one(whole: Path, recipe_file: Path) -> None:
         (["data.source=[a, b]", "data.shares=[.inf, 1]"], "finite number"),
         (["data.source=[a, b]", "data.shares=[true, 1]"], "data.shares.0: Input should be a number"),
         (["data.source=a", "data.shares=[1]"], "shares go with several sources"),
+        (["data.source=[a, b]", "data.shares=[1e308, 1e308]"], "data.shares.0: Input should be less than or equal to"),
         (["data.source=[a, a]"], "a is named twice"),
+        (["data.source=[a, ./a/]"], "./a/ is named twice"),
         (["data.source=[]"], "data.source: Input should be a path, or a list of paths"),
         (["data.source=[a, 3]"], "data.source: Input should be a path, or a list of paths"),
     ],
@@ -210,9 +221,6 @@ def test_sets_that_cannot_go_together_are_named(
     )
     others = Path(shutil.copytree(second, tmp_path / "others"))
     index = json.loads((others / "cache.json").read_text())
-    wide = index | {"latent_shapes": {"64x64": [32, 8, 8]}}
-    (others / "cache.json").write_text(json.dumps(wide))
-    assert "have 32 channels and those" in told(sources(whole, others))
     index["made_by"]["autoencoder"] = "another"
     (others / "cache.json").write_text(json.dumps(index))
     words = told(sources(tmp_path / "red", whole, others))  # before anything is cached
@@ -233,7 +241,7 @@ def test_the_plan_says_what_is_there(run: Run, whole: Path, recipe_file: Path, t
     shares = (sources(whole, tmp_path / "later"), "data.shares=[3, 1]")
     code, out, _ = run("plan", recipe_file, *shares)
     assert code == 0 and f"{whole}: 48 rows, 75.0% of a run's rows" in out
-    assert f"{tmp_path / 'later'}: not cached yet, 25.0% of a run's rows" in out
+    assert f"{tmp_path / 'later'}: rows are counted when it is cached, 25.0% of a run's rows" in out
     refused(run("plan", recipe_file, *shares[:1], "data.shares=[1]"), "1 numbers for 2 sources")
     for others, expected in (((), [0.5, 0.5]), ((tmp_path / "later",), [None] * 3)):
         found = foreseen(Data(source=(str(whole), "scenes", *map(str, others)), count=48))

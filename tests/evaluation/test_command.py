@@ -29,7 +29,10 @@ def test_a_folder_of_something_else_is_not_drawn_into(run: Run, tmp_path: Path) 
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "0.tar").touch()
     refused(
-        run("evaluate", "--limit", 2, "-o", tmp_path / "set"), "set exists", "holds no evaluation", "choose another"
+        run("evaluate", "--limit", 2, "-o", tmp_path / "set"),
+        "set exists",
+        "holds no seed that evaluate drew",
+        "choose another",
     )
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["0.tar"]
 

@@ -24,6 +24,7 @@ from apexflow import generator
 from apexflow.backbones import BUILT_IN, load_backbone
 from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, export, save_lora
+from apexflow.export.folder import find_source
 from apexflow.export.lora import FILE
 from apexflow.export.merge import Pair, read_lora
 from apexflow.export.stock import call_options
@@ -286,7 +287,14 @@ def test_the_model_of_a_run_is_what_a_lora_of_it_is_loaded_into(folder_of, tmp_p
     (tmp_path / "run" / "recipe.json").write_text("{}")
     file = save_lora(tuned(folder_of("sana")), tmp_path / "lora")
     export(str(file), tmp_path / "o", base=str(tmp_path / "run"))
+    assert find_source(str(file), str(tmp_path / "run")).name == str(tmp_path / "run" / "model")  # as of generate
     assert f"from_pretrained({str(tmp_path / 'run' / 'model')!r}" in (tmp_path / "o" / "README.md").read_text()
+
+
+def test_a_model_with_a_recipe_beside_it_is_exported_as_the_model_that_it_is(folder_of, tmp_path):
+    model = shutil.copytree(folder_of("sana"), tmp_path / "model")
+    (model / "recipe.json").write_text("{}")
+    assert export(str(model), tmp_path / "o")["kind"] == "model"
 
 
 def test_the_pattern_of_a_lora_is_no_search_without_end(tmp_path):
