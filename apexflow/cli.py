@@ -70,7 +70,7 @@ def generate(
 
     from PIL import Image
 
-    from apexflow.generator import load, picture_grid
+    from apexflow.generator import NOT_FINITE, load, picture_grid
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"cannot write a picture as {str(output)!r}: end the name with .png")
@@ -81,8 +81,15 @@ def generate(
     generator = load(model, device)
     repeated = [prompt for prompt in prompts for _ in range(count)]
     began = time.perf_counter()
-    pictures = generator.generate(repeated, steps, seed, size, guidance, kappa, rho, order)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not finite")  # told below, with what comes of it
+        pictures = generator.generate(repeated, steps, seed, size, guidance, kappa, rho, order)
     seconds = time.perf_counter() - began
+    if lost := generator.finite.count(False):
+        raise UserError(
+            f"{lost} of {len(pictures)} pictures are not finite, and {output} is not written: {NOT_FINITE}; restore the model, "
+            "lower those, or take another precision (apexflow.load with dtype)"
+        )
     columns = min(len(pictures), 8) if count == 1 else count
     with replacing(output) as partial:
         grid = picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]
