@@ -382,6 +382,13 @@ def test_pickled_weights_are_refused(
     refused(generate(run, single), suffix)
 
 
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora.bin"])
+def test_a_lora_given_as_a_model_is_told_the_way_to_one(run: Run, tmp_path: Path, name: str) -> None:
+    way = f"apexflow export {tmp_path / 'lora.safetensors'} --base MODEL --merge -o FOLDER"
+    refused(generate(run, write(tmp_path / name, "x"), "-o", tmp_path / "o.png"), "folder of a diffusers", way)
+    refused(run("bench", tmp_path / name), way)
+
+
 @pytest.mark.parametrize(("options", "words"), [(("--order", 2), "order is 2"), (("--kappa", 0.1), "kappa is 0.1")])
 def test_a_model_with_a_second_time_is_not_asked_to_leave_its_path(
     run: Run, tiny_model: Path, tmp_path: Path, options: tuple[object, ...], words: str

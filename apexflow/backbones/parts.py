@@ -201,7 +201,7 @@ def target_modules(backbone: Any) -> dict[str, tuple[int, ...]]:
 
 
 def most_rank(backbone: Any) -> int:
-    """The highest rank that a LoRA can make use of on some module of a denoiser: the shorter side of its matrix. 0 without any."""
+    """The highest rank that a LoRA can make use of on some module of a denoiser: its matrix's shorter side. 0 without any."""
     shapes = target_modules(backbone).values()
     return max((min(shape[0], math.prod(shape[1:])) for shape in shapes), default=0)
 
