@@ -185,6 +185,15 @@ class CachedSet:
         return dict(sorted(found.items()))
 
 
+def spans_of(conditions: Iterable[Condition]) -> list[Tensor]:
+    """The valid tokens (L, D) of each row of some conditions, in order."""
+    return [
+        c.embeds[row] if c.mask is None else c.embeds[row][c.mask[row].bool()]
+        for c in conditions
+        for row in range(len(c))
+    ]
+
+
 def padded(spans: list[Tensor], pooled: list[Tensor]) -> Condition:
     """One condition of the tokens (L, D) of several captions, in float32, and what is pooled of each, where something is."""
     lengths = {len(span) for span in spans}
