@@ -110,6 +110,11 @@ class CachedSet:
         first, count = self.buckets[bucket][span]
         return first + position - (ends[span] - count)
 
+    def spread(self, most: int) -> list[int]:
+        """Rows from all over the set, at equal distances: `most` of them, or all if it has fewer."""
+        count = min(most, len(self))
+        return [index * len(self) // count for index in range(count)]
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Latents (B, C, h, w) in float32 of rows of one bucket; zeros for a list of prompts, which has no pictures."""
         if not self.has_pictures:

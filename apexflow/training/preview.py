@@ -53,12 +53,10 @@ def choose(recipe: Recipe, backbone: Backbone, data: Cached, device: torch.devic
             with backbone.encoders_on(device):
                 encode = _looked_up(captions, _encoded(backbone, captions, at_once(data.size)), data)
         return Shown(captions, 2 * len(captions), encode)
-    half = min(-(-preview.count // 2), len(data))
-    rows = [index * len(data) // half for index in range(half)]
+    rows = data.spread(-(-preview.count // 2))
     captions = data.captions(rows)
-    return Shown(
-        captions, min(preview.count, 2 * half), _looked_up(captions, data.condition(rows), data) if cached else None
-    )
+    encode = _looked_up(captions, data.condition(rows), data) if cached else None
+    return Shown(captions, min(preview.count, 2 * len(rows)), encode)
 
 
 def _encoded(backbone: Backbone, captions: Sequence[str], most: int) -> Condition:
