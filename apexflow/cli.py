@@ -27,6 +27,8 @@ from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, S
 from apexflow.torchrun import speaks, tells
 from apexflow.training.command import plan, train
 
+STOPPED = 130  # exit code after Ctrl-C
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data_app, name="data")
@@ -70,7 +72,7 @@ def generate(
 
     from PIL import Image
 
-    from apexflow.generator import load, picture_grid
+    from apexflow.generator import NOT_FINITE, load, picture_grid
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"cannot write a picture as {str(output)!r}: end the name with .png")
@@ -81,8 +83,15 @@ def generate(
     generator = load(model, device)
     repeated = [prompt for prompt in prompts for _ in range(count)]
     began = time.perf_counter()
-    pictures = generator.generate(repeated, steps, seed, size, guidance, kappa, rho, order)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not finite")  # told below, with what comes of it
+        pictures = generator.generate(repeated, steps, seed, size, guidance, kappa, rho, order)
     seconds = time.perf_counter() - began
+    if lost := generator.finite.count(False):
+        raise UserError(
+            f"{lost} of {len(pictures)} pictures are not finite, and {output} is not written: {NOT_FINITE}; restore the model, "
+            "lower those, or take another precision (apexflow.load with dtype)"
+        )
     columns = min(len(pictures), 8) if count == 1 else count
     with replacing(output) as partial:
         grid = picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]
@@ -245,15 +254,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         code = app(prog_name="apexflow", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)  # the parser turns an unhandled Ctrl-C into a code
+        if code == STOPPED:  # what the parser makes of a Ctrl-C that no command heard
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         _fail("" if isinstance(error, ToldElsewhere) else str(error), 2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Stopped as stop:
-        _fail(f"stopped: {stop}" * speaks(), 130)
+        _fail(f"stopped: {stop}" * speaks(), STOPPED)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 130)
+        _fail("stopped", STOPPED)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
             _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)

@@ -28,6 +28,7 @@ from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
 
 MAX_BATCH = 32
 NOT_FINITE = "the weights are damaged or overflow, or guidance or kappa is too large"
+LARGER = 4  # times a side of what a model draws: beyond that it is warned of
 GAP = 2  # pixels between the pictures of a grid
 
 
@@ -80,13 +81,14 @@ class Generator:
 
         One step unless asked otherwise; what is None comes from the model's settings. Picture i depends on `seed` and i alone,
         not on the batch. Raises UserError for steps < 1, a size that the model cannot take or a prompt that is no text; warns
-        when a prompt is empty or has no word that the model knows.
+        when a prompt is empty or has no word that the model knows, and of a size far above the model's own.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
             _check_text(prompt)
         plan = self._plan(steps, size, guidance, kappa, rho, order)
         seeds = [(whole(seed, "seed"), index) for index in range(len(prompts))]
+        _warn_of_size(self.backbone.default_size if size is None else size, self.backbone.default_size)
         if not all(prompt.strip() for prompt in prompts):
             warnings.warn("the prompt is empty: the picture follows nothing", stacklevel=2)
         for prompt in self.backbone.unknown_words(prompts):
@@ -239,6 +241,14 @@ def _square(size: int | tuple[int, int]) -> tuple[int, int]:
     if len(sides) != 2:
         raise UserError(f"size is {size}: give one side, or height and width")
     return whole(sides[0], "size"), whole(sides[1], "size")
+
+
+def _warn_of_size(size: int | tuple[int, int], own: int) -> None:
+    """Warn of a size (one side, or height and width) that is far above a model's own, in pixels a side."""
+    height, width = _square(size)
+    if max(height, width) > LARGER * own:
+        told = f"the model draws at {own}, and {height}x{width} is asked: it takes long, and no such picture was learnt"
+        warnings.warn(told, stacklevel=3)
 
 
 def whole(value: Any, name: str) -> int:

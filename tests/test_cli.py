@@ -233,6 +233,15 @@ def test_out_of_memory_says_what_the_plan_says(
     refused(run("generate", "a star", "-o", recipe_file.parent / "o.png"), "out of memory", "fewer or smaller")
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_rank_above_every_matrix_is_refused_before_anything_is_built(
+    run: Run, recipe_file: Path, tmp_path: Path, command: str
+) -> None:
+    asked = run(command, recipe_file, "tuning.kind=lora", "tuning.rank=1000000")
+    refused(asked, "tuning.rank is 1000000", "tuning.rank=32 or less")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_shift_that_the_model_cannot_see_and_a_side_that_it_cannot_take(run: Run, recipe_file: Path) -> None:
     refused(run("train", recipe_file, "data.size=50"), "50", "multiples")
     refused(run("train", recipe_file, "tuning.storage=fp8"), "tuning.storage", "tuning.kind=lora")

@@ -116,7 +116,7 @@ def test_cache_makes_reads_and_verifies(run: Run, recipe_file: Path, tiny_model:
     assert code == 0 and json.loads(out)["rows"] == 5
     assert run("train", recipe_file, "steps=1", f"data.source={folder}")[0] == 0
     (folder / "null.safetensors").unlink()
-    refused(run("cache", folder, "--verify"), "null.safetensors", "run the same command again")
+    refused(run("cache", folder, "--verify"), "null.safetensors is missing", "make it again", "apexflow cache")
     refused(run(*command, "--skip-limit", 0.5, "--size", 32), "size", "other settings")
     refused(run("cache", own), "-o")
     refused(run("cache", folder, "-o", tmp_path / "twice"), "is a finished cache")

@@ -204,7 +204,7 @@ def test_a_scheduler_that_is_none_is_named(run: Run, tiny_model: Path, tmp_path:
     refused(generate(run, model), "scheduler_config.json")
 
 
-def test_weights_of_another_network_are_named_and_damaged_ones_warned_of(
+def test_weights_of_another_network_are_named_and_damaged_ones_draw_nothing(
     run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -212,7 +212,10 @@ def test_weights_of_another_network_are_named_and_damaged_ones_warned_of(
     weights = next((model / "transformer").glob("*.safetensors"))
     tensors = load_file(weights)
     save_file({name: tensor * math.nan for name, tensor in tensors.items()}, weights, {"format": "pt"})
-    assert "warning: the model's answer is not finite" in generate(run, model)[2]
+    (tmp_path / "out.png").write_text("an earlier picture")
+    result = generate(run, model, "--count", 2)
+    refused(result, "2 of 2 pictures are not finite, and out.png is not written", "another precision")
+    assert len(result[2].splitlines()) == 1 and (tmp_path / "out.png").read_text() == "an earlier picture"
     for part in ("transformer", "vae", "text_encoder"):
         model = copy_model(tiny_model, tmp_path / part)
         save_file({"other": torch.zeros(3)}, next((model / part).glob("*.safetensors")), {"format": "pt"})
@@ -377,6 +380,13 @@ def test_pickled_weights_are_refused(
     refused(generate(run, model), suffix, "pickle", "safetensors")
     single = write(tmp_path / f"weights{suffix}", "x")
     refused(generate(run, single), suffix)
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora.bin"])
+def test_a_lora_given_as_a_model_is_told_the_way_to_one(run: Run, tmp_path: Path, name: str) -> None:
+    way = f"apexflow export {tmp_path / 'lora.safetensors'} --base MODEL --merge -o FOLDER"
+    refused(generate(run, write(tmp_path / name, "x"), "-o", tmp_path / "o.png"), "folder of a diffusers", way)
+    refused(run("bench", tmp_path / name), way)
 
 
 @pytest.mark.parametrize(("options", "words"), [(("--order", 2), "order is 2"), (("--kappa", 0.1), "kappa is 0.1")])

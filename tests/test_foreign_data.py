@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import tarfile
@@ -38,6 +39,22 @@ def test_pictures_of_every_depth_look_as_they_do_elsewhere(tmp_path: Path) -> No
     white, red = [255, 255, 255], [255, 0, 0]
     assert seen_as[:4] == [[[0] * 3, [128] * 3, white], [white, red], [white, red], [red]]
     assert max(abs(a - b) for a, b in zip(seen_as[4][0], red, strict=True)) < 8
+
+
+def test_floats_are_scaled_and_what_has_no_known_white_is_left_out(tmp_path: Path) -> None:
+    rows = {"good": [0, 0.5, 1], "bytes": [0, 128, 255], "odd": [0, 0.5, math.nan], "below": [-1, 0, 1]}
+    for name, values in rows.items():
+        Image.fromarray(np.array([values], np.float32)).save(tmp_path / f"{name}.tif")
+    Image.fromarray(np.array([[0, 1, 2**30]], np.int32)).save(tmp_path / "wide.tif")
+    for path in sorted(tmp_path.iterdir()):
+        path.with_suffix(".txt").write_text("a star")
+    skipped = Skipped()
+    (record,) = read_captioned(tmp_path, skipped)
+    assert np.array(record.image).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+    reasons = {Path(name).stem: reason for name, reason in skipped.reasons.items()}
+    assert reasons == dict.fromkeys(["below", "bytes", "odd"], "pixels beyond 0 to 1") | {
+        "wide": "pixels beyond 0 to 65535"
+    }
 
 
 @pytest.mark.parametrize("ending", ["gif", "bmp", "tif", "TIFF"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,16 @@ def test_a_long_prompt_is_shown_by_its_beginning() -> None:
     with pytest.raises(UserError, match="bytes that are no text") as refused:
         generator.generate("\udcff" + "x" * 100_000)
     assert all(len(str(message)) < 300 for message in (refused.value, *(one.message for one in told)))
+
+
+def test_a_size_far_above_the_models_own_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = apexflow.load("mini-student", "cpu")
+    monkeypatch.setattr(generator, "_draw", lambda *asked: [])
+    with pytest.warns(UserWarning, match="draws at 64, and 512x512 is asked"):
+        generator.generate("a red star", size=512)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.generate("a red star", size=256)
 
 
 def test_settings_may_be_why_an_answer_is_not_finite() -> None:

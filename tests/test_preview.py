@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from apexflow.backbones import load_backbone
+from apexflow.backbones.sana import Sana
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.generator import Generator
 from apexflow.reporting.report import LOOKS, write_report
@@ -189,6 +190,22 @@ def test_the_numbers_of_columns_are_seen_whatever_the_size_of_the_pictures() -> 
         dark = np.argwhere(np.array(sheet).max(-1) < 100)
         shown = 1100 / sheet.width  # at the width of the report's page
         assert (dark[:, 0].max() - dark[:, 0].min()) * min(1, shown) >= 8  # pixels
+
+
+def test_own_prompts_are_encoded_as_many_at_once_as_are_drawn(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    encode = Sana.encode_prompts
+    monkeypatch.setattr(Sana, "encode_prompts", lambda own, prompts: asked.append(len(prompts)) or encode(own, prompts))
+    monkeypatch.setattr(preview, "at_once", lambda size: 2)
+    prompts = ["a red star", "a photo of a blue ring left of a green heart", "a star", "two green hearts", "a ring"]
+    run = start(load_recipe(recipe_file, [f"preview.prompts={json.dumps(prompts)}"]), resume=False)
+    assert asked[-3:] == [2, 2, 1]
+    assert run.shown is not None and run.shown.encode is not None
+    shown, own = run.shown.encode(prompts), encode(run.backbone, prompts)
+    assert own.mask is not None and shown.mask is not None
+    assert torch.allclose(shown.embeds[shown.mask.bool()], own.embeds[own.mask.bool()], atol=1e-5)
 
 
 def test_a_report_lists_the_captions_under_their_numbers(recipe_file: Path) -> None:

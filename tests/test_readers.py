@@ -51,6 +51,12 @@ def test_identity_follows_content_not_place(kind: str, tmp_path: Path) -> None:
     assert recognise(moved.path).identity() != identity
 
 
+def test_suffixes_in_capitals_are_read(tmp_path: Path) -> None:
+    (tmp_path / "A.JPG").write_bytes(picture("red", "JPEG"))
+    (tmp_path / "A.TXT").write_text("red")
+    assert [record.caption for record in read_captioned(tmp_path, Skipped())] == ["red"]
+
+
 def test_json_lines_of_prompts(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a star", "tag": "x"}\n"a ring"\n{"tag": "x"}\nnonsense\n[1]\n')

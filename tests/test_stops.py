@@ -12,6 +12,7 @@ from command_line import Run, write
 
 from apexflow.data import caching, files, shards, synthesize
 from apexflow.errors import Stopped
+from apexflow.generator import load
 
 
 def stopped(result: tuple[int, str, str], *words: str) -> None:
@@ -77,3 +78,8 @@ def test_a_demo_which_has_no_resume(
     result = run("demo", "-o", tmp_path / "demo")
     stopped(result, "the same command with --force starts anew")
     assert "--resume" not in result[2]
+
+
+def test_a_stop_before_anything_is_kept_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apexflow.generator.load", ctrl_c_at("", load))
+    assert run("generate", "a star", "-o", tmp_path / "o.png") == (130, "", "apexflow: error: stopped\n")

@@ -124,7 +124,10 @@ def load_backbone(
     if folder.is_file():
         pickled = folder.suffix in PICKLES
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
-        raise UserError(f"{folder} is {what}; give the folder of a diffusers checkpoint")
+        raise UserError(
+            f"{folder} is {what}; give the folder of a diffusers checkpoint, or if it is a LoRA, make one of it with "
+            f"`apexflow export {folder.with_suffix('.safetensors')} --base MODEL --merge -o FOLDER`"
+        )
     if not (folder / INDEX).is_file():
         raise UserError(_no_model(folder))
     pipeline = read_index(folder).get("_class_name")

@@ -200,6 +200,12 @@ def target_modules(backbone: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(part.weight.shape) for name, part in named if check_target_module_exists(config, name)}
 
 
+def most_rank(backbone: Any) -> int:
+    """The highest rank that a LoRA can make use of on some module of a denoiser: its matrix's shorter side. 0 without any."""
+    shapes = target_modules(backbone).values()
+    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes), default=0)
+
+
 def without_weights(kind: Any, config: Any, buffers: bool = True) -> nn.Module:
     """A network of diffusers or transformers with its parameters on the meta device; its `buffers` are real, or there too."""
     from accelerate import init_empty_weights

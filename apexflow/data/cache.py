@@ -23,7 +23,7 @@ from apexflow.errors import UserError
 
 INDEX = "cache.json"
 NULL = "null.safetensors"
-AGAIN = "run the same command again, which makes the missing part only"
+AGAIN = "make it again as it was made (apexflow cache, or the run that it lies in), which makes the missing part only"
 INDEX_FIELDS: Fields = {
     "made_by": dict,
     "rows": int,
@@ -59,7 +59,7 @@ class CachedSet:
     """A finished cache. Rows are numbered over all shards; within a shard they stand bucket by bucket."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the index and see that every shard is there and whole in size; UserError names the one that is not."""
+        """Read the index and see that every file is there, and every shard whole in size; UserError names the one that is not."""
         self.folder = folder
         self.index = read_index(folder)
         try:
@@ -73,6 +73,8 @@ class CachedSet:
             self.size = int(self.index["made_by"]["size"])  # the side of a square picture, in pixels
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"cache {folder} is damaged ({INDEX} lacks {error}): delete {INDEX} and {AGAIN}") from error
+        if self.has_text and not (folder / NULL).is_file():
+            raise UserError(f"cache {folder} is damaged ({NULL} is missing): {AGAIN}")
         for path, size in sizes.items():
             if not path.is_file() or path.stat().st_size != size:
                 raise UserError(f"cache {folder} is damaged ({path.name} is missing or truncated): {AGAIN}")
@@ -102,6 +104,11 @@ class CachedSet:
         span = bisect_right(ends, position)
         first, count = self.buckets[bucket][span]
         return first + position - (ends[span] - count)
+
+    def spread(self, most: int) -> list[int]:
+        """Rows from all over the set, at equal distances: `most` of them, or all if it has fewer."""
+        count = min(most, len(self))
+        return [index * len(self) // count for index in range(count)]
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Latents (B, C, h, w) in float32 of rows of one bucket; zeros for a list of prompts, which has no pictures."""
@@ -178,6 +185,15 @@ class CachedSet:
         return dict(sorted(found.items()))
 
 
+def spans_of(conditions: Iterable[Condition]) -> list[Tensor]:
+    """The valid tokens (L, D) of each row of some conditions, in order."""
+    return [
+        c.embeds[row] if c.mask is None else c.embeds[row][c.mask[row].bool()]
+        for c in conditions
+        for row in range(len(c))
+    ]
+
+
 def padded(spans: list[Tensor], pooled: list[Tensor]) -> Condition:
     """One condition of the tokens (L, D) of several captions, in float32, and what is pooled of each, where something is."""
     lengths = {len(span) for span in spans}
@@ -241,7 +257,7 @@ def verify(folder: Path) -> dict[str, Any]:
     files += [(NULL, cached.index["null"])] if cached.has_text else []
     for name, expected in files:
         if not (folder / name).is_file() or checksum(folder / name) != expected:
-            raise UserError(f"cache {folder} is damaged ({name} differs from its checksum): delete {name} and {AGAIN}")
+            raise UserError(f"cache {folder} is damaged ({name} differs from its checksum): {_mend(folder / name)}")
     return {"cache": str(folder), "shards": len(shards), "rows": len(cached)}
 
 
@@ -250,19 +266,20 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _mend(path: Path) -> str:
+    """What is to be done about a file of a cache that cannot be used."""
+    return f"delete {path.name} and {AGAIN}" if path.exists() else AGAIN
+
+
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cache {path.parent} is damaged ({path.name}: {error}): delete {path.name} and {AGAIN}"
-        ) from error
+        raise UserError(f"cache {path.parent} is damaged ({path.name}: {error}): {_mend(path)}") from error
 
 
 def _read_json(path: Path, fields: Fields) -> dict[str, Any]:
     try:
         return read_record(path, fields)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cache {path.parent} is damaged ({path.name}: {error}): delete {path.name} and {AGAIN}"
-        ) from error
+        raise UserError(f"cache {path.parent} is damaged ({path.name}: {error}): {_mend(path)}") from error

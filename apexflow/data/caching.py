@@ -32,6 +32,7 @@ from apexflow.data.cache import (
     read_index,
     read_sidecar,
     sidecar,
+    spans_of,
 )
 from apexflow.data.captioned import Captioned, Sample, Skipped, read_sample
 from apexflow.data.files import read_record, write_record, write_tensors
@@ -279,9 +280,7 @@ def _name(size: Size) -> str:
 
 def flatten(conditions: list[Condition]) -> dict[str, Tensor]:
     """`embeds`: the valid tokens of all captions end to end; `starts`: where each caption begins; `pooled` where there is one."""
-    spans = []
-    for c in conditions:
-        spans += [c.embeds[row] if c.mask is None else c.embeds[row][c.mask[row].bool()] for row in range(len(c))]
+    spans = spans_of(conditions)
     starts = torch.tensor([0, *[len(span) for span in spans]]).cumsum(0)
     pooled = [c.pooled for c in conditions if c.pooled is not None]
     return {"embeds": torch.cat(spans), "starts": starts} | ({"pooled": torch.cat(pooled)} if pooled else {})

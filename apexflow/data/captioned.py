@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from apexflow.data.pictures import open_upright
@@ -118,6 +119,8 @@ def _decode(picture: bytes) -> Image.Image | str:
         with warnings.catch_warnings():  # pillow is alarmed from half the size on that it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return _plain(open_upright(io.BytesIO(picture)))
+    except OutOfRange as error:
+        return str(error)
     except Image.DecompressionBombError as error:
         return f"picture too large ({str(error).partition(',')[0]})"
     except MemoryError:
@@ -126,16 +129,31 @@ def _decode(picture: bytes) -> Image.Image | str:
         return "corrupt picture"
 
 
+class OutOfRange(Exception):
+    """Pixels of a kind whose white is known, with values beyond it: nobody knows how bright they are meant."""
+
+
 def _plain(image: Image.Image) -> Image.Image:
-    """In eight bits of RGB. What lies under transparent pixels was never meant to be seen, so they become white."""
+    """In eight bits of RGB. What lies under transparent pixels was never meant to be seen, so they become white. OutOfRange
+    where the values of pixels are beyond what their kind has for white."""
     if image.mode.startswith("I"):  # grey of sixteen bits, which pillow would cut off at 255
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+        image = _in_eight_bits(image.convert("I"), 65535)
+    elif image.mode == "F":  # which pillow would take for 0 to 255
+        image = _in_eight_bits(image, 1)
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")  # a huge picture is held twice, not four times
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
         return white
     return image.convert("RGB")
+
+
+def _in_eight_bits(image: Image.Image, white: int) -> Image.Image:
+    """A grey picture whose values go from 0 to `white`; OutOfRange if they do not."""
+    values = np.asarray(image)
+    if not (values.min() >= 0 and values.max() <= white):  # so that NaN is refused too
+        raise OutOfRange(f"pixels beyond 0 to {white}")
+    return Image.fromarray(np.rint(np.multiply(values, 255 / white, dtype=np.float32)).astype(np.uint8))
 
 
 def read_captioned(source: Path, skipped: Skipped, captions: Sequence[str] = ()) -> Iterator[Captioned]:

@@ -53,6 +53,13 @@ class Mixture:
         name, starts = self._buckets[bucket], [0, *self._ends]
         return [starts[part] + self.sets[part].row_of(name, position) for part, position in found]
 
+    def spread(self, most: int) -> list[int]:
+        """Rows from all over each set that has a share, as many of one as of another: `most` of them, or all there are."""
+        used = [part for part, share in enumerate(self.shares) if share]
+        turns = [part for turn in range(most) for part in used if turn < len(self.sets[part])][:most]
+        starts = [0, *self._ends]
+        return [starts[part] + row for part in used for row in self.sets[part].spread(turns.count(part))]
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Latents (B, C, h, w) in float32 of rows of one bucket; zeros for those of a list of prompts."""
         return torch.cat([one.latents([row]) for one, row in map(self._locate, rows)])

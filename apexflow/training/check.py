@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones import Backbone
+from apexflow.backbones.parts import most_rank
 from apexflow.data.cache import CachedSet
 from apexflow.data.hub import located
 from apexflow.data.mixture import check_sizes
@@ -74,8 +75,19 @@ def check_batch(recipe: Recipe, rows: int) -> None:
         )
 
 
+def check_rank(recipe: Recipe, backbone: Backbone) -> None:
+    """UserError for a LoRA of a rank that no matrix of the model has room for: what goes beyond it adds nothing."""
+    most, rank = most_rank(backbone), recipe.tuning.rank
+    if recipe.tuning.kind == "lora" and 0 < most < rank:
+        raise UserError(
+            f"tuning.rank is {rank}, and no matrix that a LoRA adapts in {recipe.model} has a shorter side above {most}: "
+            f"set tuning.rank={most} or less"
+        )
+
+
 def check_networks(recipe: Recipe, backbone: Backbone, objective: Objective) -> None:
     """UserError where this model cannot be tuned as the recipe says: its roles are made on shapes."""
+    check_rank(recipe, backbone)
     if recipe.tuning.storage == "nf4":
         storage.four_bit_functions()
     if recipe.tuning.storage and "jvp" in _derivatives(asdict(objective)):

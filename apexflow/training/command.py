@@ -54,13 +54,16 @@ def plan(
 ) -> None:
     """Say what a recipe needs on each GPU before anything is loaded, what to switch on where it does not fit, and what of its
     data is there."""
+    from apexflow.training.check import check_rank
     from apexflow.training.config import load_recipe
-    from apexflow.training.plan import GIB, advise, plan_table, settled
+    from apexflow.training.plan import GIB, advise, plan_table, settled, shapes_of
     from apexflow.training.plan import plan as count
     from apexflow.training.sources import foreseen, source_line
 
     limit = round(memory * GIB)
-    loaded = settled(load_recipe(recipe, overrides or []), gpus, limit)
+    loaded = load_recipe(recipe, overrides or [])
+    check_rank(loaded, shapes_of(loaded))
+    loaded = settled(loaded, gpus, limit)
     found = count(loaded, gpus, tokens)
     advice = advise(loaded, limit, gpus, tokens)
     fits = found.peak <= limit

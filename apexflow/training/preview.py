@@ -14,7 +14,9 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
+from apexflow.data.cache import padded, spans_of
 from apexflow.data.mixture import Cached
+from apexflow.data.shards import groups
 from apexflow.errors import first_line, writing
 from apexflow.files import write_json
 from apexflow.generator import GAP, Generator, at_once, picture_grid
@@ -49,14 +51,18 @@ def choose(recipe: Recipe, backbone: Backbone, data: Cached, device: torch.devic
         encode = None
         if cached:
             with backbone.encoders_on(device):
-                encode = _looked_up(captions, backbone.encode_prompts(captions).to("cpu"), data)
+                encode = _looked_up(captions, _encoded(backbone, captions, at_once(data.size)), data)
         return Shown(captions, 2 * len(captions), encode)
-    half = min(-(-preview.count // 2), len(data))
-    rows = [index * len(data) // half for index in range(half)]
+    rows = data.spread(-(-preview.count // 2))
     captions = data.captions(rows)
-    return Shown(
-        captions, min(preview.count, 2 * half), _looked_up(captions, data.condition(rows), data) if cached else None
-    )
+    encode = _looked_up(captions, data.condition(rows), data) if cached else None
+    return Shown(captions, min(preview.count, 2 * len(rows)), encode)
+
+
+def _encoded(backbone: Backbone, captions: Sequence[str], most: int) -> Condition:
+    """The captions' conditions on the CPU, by the text encoder, which is asked for `most` of them at once."""
+    parts = [backbone.encode_prompts(group).to("cpu") for group in groups(captions, most)]
+    return padded(spans_of(parts), [row for c in parts if c.pooled is not None for row in c.pooled])
 
 
 def _looked_up(captions: Sequence[str], conditions: Condition, data: Cached) -> Callable[[Sequence[str]], Condition]:

@@ -250,6 +250,12 @@ def test_damage_is_found_named_and_mended(whole: Path, copy: Path, scene_folder:
         CachedSet(copy)
     cached(scene_folder, tiny_model, copy)
     assert files(copy) == files(whole)
+    (copy / "null.safetensors").unlink()
+    for read in (CachedSet, verify):
+        with pytest.raises(UserError, match=r"null\.safetensors is missing\): make it again .*apexflow cache"):
+            read(copy)
+    cached(scene_folder, tiny_model, copy)
+    assert files(copy) == files(whole)
     os.truncate(shard, 100)
     with pytest.raises(UserError, match="truncated"):
         CachedSet(copy)
@@ -265,7 +271,7 @@ def test_a_cache_without_checksums_of_its_captions_gets_them(
     for entry in index["shards"]:
         del entry["captions"]
     (copy / "cache.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"no checksums of its captions, as older ones: delete cache\.json and run"):
+    with pytest.raises(UserError, match=r"no checksums of its captions, as older ones: delete cache\.json and make"):
         verify(copy)
     (copy / "cache.json").unlink()
     made = (copy / "shard-000000.json").stat().st_mtime_ns

@@ -99,6 +99,13 @@ def test_shares_are_met_over_many_buckets(whole: Path) -> None:
         assert Mixture([few, many], [share, 1 - share]).shares[0] == pytest.approx(share, abs=0.001)
 
 
+def test_previews_show_rows_of_each_set_that_has_a_share(whole: Path, second: Path) -> None:
+    sets = [CachedSet(whole), CachedSet(second)]
+    assert Mixture(sets).spread(4) == [0, 24, 48, 51]
+    assert Mixture(sets, [1, 0]).spread(4) == [0, 12, 24, 36]
+    assert len(Mixture(sets).spread(20)) == 20 and Mixture(sets).spread(100) == list(range(54))
+
+
 def test_rows_are_those_of_the_sets(whole: Path, second: Path) -> None:
     one, other = CachedSet(whole), CachedSet(second)
     data, rows = Mixture([one, other]), [50, 0, 47, 48]

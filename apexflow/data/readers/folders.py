@@ -22,7 +22,7 @@ def claim_pairs(path: Path) -> list[Path]:
     if all(picture.is_dir() for picture in pictures):
         return []
     described = bool(claim_metadata(path)) or (path / MANIFEST).is_file()
-    return [] if described and not any(picture.with_suffix(".txt").is_file() for picture in pictures) else pictures
+    return [] if described and not any(_caption_of(picture) for picture in pictures) else pictures
 
 
 def pairs(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
@@ -31,9 +31,14 @@ def pairs(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sam
 
 
 def _pair(picture: Path) -> Loaded:
-    text = picture.with_suffix(".txt")
-    fields = {"txt": text_of(text.read_bytes())} if text.is_file() else {}
+    text = _caption_of(picture)
+    fields = {"txt": text_of(text.read_bytes())} if text else {}
     return picture.read_bytes() if picture.is_file() else None, fields
+
+
+def _caption_of(picture: Path) -> Path | None:
+    """The text file beside a picture, whose suffix some cameras and systems write in capitals."""
+    return next((text for suffix in (".txt", ".TXT") if (text := picture.with_suffix(suffix)).is_file()), None)
 
 
 def claim_metadata(path: Path) -> list[Path]:
