@@ -1,7 +1,7 @@
 """Put a trained miniature into the package: weights in bfloat16, with a model card.
 
 python recipes/ship.py runs/mini-teacher/model mini-teacher
-python recipes/ship.py runs/mini-apex-steps/model mini-student
+python recipes/ship.py runs/mini-apex-both/model mini-student
 """
 
 from __future__ import annotations
