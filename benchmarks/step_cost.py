@@ -25,6 +25,7 @@ from apexflow.bench import METHODS, begin, step_seconds
 from apexflow.files import write_json
 from apexflow.training.passes import Pass, cost
 from apexflow.training.run import Run
+from apexflow.training.spent import peak_gib
 from apexflow.training.step import training_step
 
 
@@ -77,16 +78,12 @@ def print_memory(method: str, kind: str, model: str, batch: int, folder: Path) -
     before = resident()
     for _ in range(3):
         training_step(run)
-    print(peak() - before)
+    print(1024 * peak_gib(torch.device("cpu")) - before)
 
 
 def resident() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
-
-
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

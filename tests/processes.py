@@ -152,7 +152,7 @@ def late_shares(folder: Path) -> None:
     from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from apexflow.training.checkpoint import Checkpoint, read_into, save_checkpoint
+    from apexflow.training.checkpoint import COUNTERS, Checkpoint, read_into, save_checkpoint
     from apexflow.training.distributed import joined, rank
     from apexflow.training.sharding import all_processes
 
@@ -169,7 +169,7 @@ def late_shares(folder: Path) -> None:
         mesh, values = all_processes(torch.device("cpu")), torch.arange(10.0).view(5, 2)
         sharded, room = (distribute_tensor(t, mesh, [Shard(0)]) for t in (values, torch.zeros(5, 2)))
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
-        state = {"step": 1, "bad": 0, "seconds": 0.0, "world": 2, "recipe": {}}
+        state = dict.fromkeys(COUNTERS, 0) | {"step": 1, "world": 2, "recipe": {}}
         path = save_checkpoint(folder, Checkpoint({"trained": {"a": sharded}}, state), keep=1)
         read_into(path, {"trained/a": room})
         assert torch.equal(room.to_local(), sharded.to_local()) and room.to_local().any()

@@ -45,7 +45,8 @@ def test_scenes_evaluate_and_train_speak_json(run: Run, tiny_model: Path, recipe
     report = json.loads(out)
     assert code == 0 and report["complete"] is False and set(report["tasks"]) and report["diversity"] > 0
     code, out, _ = run("train", recipe_file, "steps=1", "--json")
-    assert code == 0 and Path(json.loads(out)["report"]).is_file()
+    told = json.loads(out)
+    assert code == 0 and Path(told["report"]).is_file() and told["cost"]["steps"] == 1 and told["cost"]["peak_gib"] > 0
 
 
 def test_compare_takes_a_recipe_and_speaks_json(run: Run, recipe_file: Path, tmp_path: Path) -> None:

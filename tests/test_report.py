@@ -155,6 +155,19 @@ def test_headline_and_configuration(tmp_path: Path) -> None:
         assert shown in text
 
 
+def test_headline_tells_what_a_run_has_cost(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", metrics(5))
+    cost = {"rows": 12800, "device_hours": 51.26, "peak_gib": 55.13, "processes": 16, "device": "NVIDIA H200"}
+    (folder / "cost.json").write_text(json.dumps(cost))
+    text = Page(write_report(folder)).text
+    for shown in ("Rows seen 12,800", "16 x NVIDIA H200 51.3 hours of one", "55.1 GiB"):
+        assert shown in " ".join(text.split())
+    for odd in ({"device": "CPU", "rows": "many"}, {"device": "CPU", "peak_gib": float("inf")}, ["CPU"]):
+        (folder / "cost.json").write_text(json.dumps(odd))
+        text = Page(write_report(folder)).text
+        assert "Rows seen" not in text and "GiB" not in text and ("CPU" in text) == isinstance(odd, dict)
+
+
 def test_every_term_has_a_curve(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "run")))
     spoken = [str(svg["aria-label"]) for svg in page.all("svg")]

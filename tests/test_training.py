@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -90,12 +91,27 @@ def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str
 
 def test_counters_are_resumed_and_time_goes_on(recipe_file: Path) -> None:
     run = start(load_recipe(recipe_file), resume=False)
-    run.step, run.bad, run.seconds = 4, 4, 1000.0
+    run.step, run.bad, run.seconds, run.device_seconds, run.peak_gib = 4, 4, 1000.0, 3000.0, 1000.0
     save(run)
     resumed = start(run.recipe, resume=True)
     assert (resumed.step, resumed.bad, resumed.seconds) == (4, 4, 1000.0)
     loop.steps(resumed)
     assert resumed.seconds > 1000
+    # Begun by three processes and ended by one, which held less.
+    assert resumed.device_seconds - 3000 == pytest.approx(resumed.seconds - 1000)
+    loop.finish(resumed)
+    told = json.loads((resumed.folder / "cost.json").read_text())
+    assert (told["steps"], told["rows"], told["processes"]) == (6, 6 * run.recipe.batch, 1)
+    assert told["peak_gib"] == 1000 and told["seconds"] / 3600 < told["device_hours"] < 1
+    assert load_backbone(str(resumed.folder / "model")).settings.card.items() >= told.items()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="only Linux tells of its pages there")
+def test_the_memory_that_a_process_held_is_counted(recipe_file: Path) -> None:
+    run = start(load_recipe(recipe_file, ["steps=1"]), resume=False)
+    loop.steps(run)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert 0.9 * resident < run.peak_gib < 100  # pages may have come since
 
 
 @pytest.mark.parametrize(

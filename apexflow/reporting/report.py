@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from apexflow.reporting import curves, pictures
 from apexflow.reporting.markup import duration, is_number, number, section, tag, text
 from apexflow.reporting.style import CSS
 from apexflow.reporting.tables import data_section, recipe_section, score_section
-from apexflow.training.journal import read_metrics
+from apexflow.training.journal import COST, METRICS, SOURCES, read_metrics
 
 NAME = "report.html"
 FINAL_STEPS = 50  # the final loss is the mean over this many
@@ -23,6 +24,7 @@ TITLES = {"loss": "loss (total)", "grad_norm": "gradient norm", "learning_rate":
 LOOKS = ("brightness", "contrast", "saturation", "diversity")  # of previews; measured too seldom for a running mean
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page could load nothing even if it asked
 Line = Mapping[str, Any]
+Fact = tuple[str, str, str]  # what, value, note
 
 
 def write_report(
@@ -33,17 +35,17 @@ def write_report(
 ) -> Path:
     """Write `folder/report.html`, whole or not at all; its path.
 
-    `folder` is a run's (recipe.json, metrics.jsonl, data.json, previews/); what it lacks is left out. `scores` maps a name such
-    as "student, one step" to its numbers: overall, tasks {name: number}, strict and any other, standard errors under
-    `key_se`. `grids` are (caption, picture file). Raises UserError where the folder is no run, a file in it or a grid
+    `folder` is a run's (recipe.json, metrics.jsonl, data.json, cost.json, previews/); what it lacks is left out. `scores` maps
+    a name such as "student, one step" to its numbers: overall, tasks {name: number}, strict and any other, standard errors
+    under `key_se`. `grids` are (caption, picture file). Raises UserError where the folder is no run, a file in it or a grid
     cannot be read, or the page cannot be written.
     """
     folder = Path(folder)
     recipe, lines = _read_run(folder)
-    name = folder.resolve().name
+    name, cost = folder.resolve().name, _beside(folder / COST)
     heading = title or _heading(recipe, name)
     body = [
-        _header(heading, name, recipe, lines),
+        _header(heading, name, _facts(recipe, lines) + _spent(cost)),
         score_section(scores),
         _comparison(grids),
         _curves(lines),
@@ -58,10 +60,10 @@ def write_report(
 def _read_run(folder: Path) -> tuple[dict[str, Any], list[Line]]:
     """A run's recipe ({} where it has none) and the lines of its metrics, in order of steps."""
     recipe_file = folder / "recipe.json"
-    if not recipe_file.is_file() and not (folder / "metrics.jsonl").is_file():
+    if not recipe_file.is_file() and not (folder / METRICS).is_file():
         raise UserError(f"{folder} is not a run (no recipe.json, no metrics.jsonl): pass a folder that train wrote")
     recipe = _whole(recipe_file, lambda: json.loads(recipe_file.read_text()) if recipe_file.is_file() else {})
-    lines = _whole(folder / "metrics.jsonl", lambda: read_metrics(folder))
+    lines = _whole(folder / METRICS, lambda: read_metrics(folder))
     if not isinstance(recipe, dict):
         raise UserError(f"{recipe_file} is damaged: it must hold a mapping of keys to values")
     return recipe, sorted((line for line in lines if is_number(line.get("step"))), key=lambda line: line["step"])
@@ -69,10 +71,14 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[Line]]:
 
 def _sources(folder: Path) -> list[Mapping[str, Any]]:
     """What a run was trained on, a mapping for each set; nothing where it does not say."""
-    path = folder / "data.json"
-    read = _whole(path, lambda: json.loads(path.read_text())) if path.is_file() else {}
-    sources = read.get("sources") if isinstance(read, dict) else None
+    sources = _beside(folder / SOURCES).get("sources")
     return [one for one in sources if isinstance(one, dict)] if isinstance(sources, list) else []
+
+
+def _beside(path: Path) -> Mapping[str, Any]:
+    """What a file of a run says; nothing where it is not there, or says something else than a mapping."""
+    read = _whole(path, lambda: json.loads(path.read_text())) if path.is_file() else {}
+    return read if isinstance(read, dict) else {}
 
 
 def _whole(path: Path, read: Callable[[], Any]) -> Any:
@@ -89,17 +95,17 @@ def _heading(recipe: Mapping[str, Any], name: str) -> str:
     return f"{recipe['method']} on {recipe['model']}" if {"method", "model"} <= recipe.keys() else name
 
 
-def _header(heading: str, name: str, recipe: Mapping[str, Any], lines: Sequence[Line]) -> str:
+def _header(heading: str, name: str, told: Sequence[Fact]) -> str:
     facts = "".join(
         tag("div", tag("dt", text(fact)) + tag("dd", text(value) + (tag("small", text(note)) if note else "")))
-        for fact, value, note in _facts(recipe, lines)
+        for fact, value, note in told
     )
     shown = tag("dl", facts, class_="facts") if facts else ""
     return tag("header", tag("p", f"Training run {text(name)}") + tag("h1", text(heading)) + shown)
 
 
-def _facts(recipe: Mapping[str, Any], lines: Sequence[Line]) -> list[tuple[str, str, str]]:
-    """(what, value, note) of the headline; only what is known."""
+def _facts(recipe: Mapping[str, Any], lines: Sequence[Line]) -> list[Fact]:
+    """Of the headline, what recipe and metrics say; only what is known."""
     facts = [(what, str(recipe[key]), "") for what, key in (("Method", "method"), ("Model", "model")) if key in recipe]
     if not lines:
         return facts
@@ -114,6 +120,21 @@ def _facts(recipe: Mapping[str, Any], lines: Sequence[Line]) -> list[tuple[str, 
         facts.append(("Final loss", number(sum(losses) / len(losses)), f"mean of the last {len(losses)} steps"))
     skipped = sum(1 for line in lines if line.get("skipped"))
     facts.append(("Skipped steps", f"{skipped:,}", "loss or gradient not finite" if skipped else ""))
+    return facts
+
+
+def _spent(cost: Mapping[str, Any]) -> list[Fact]:
+    """Of the headline, what the run has cost; only what is known."""
+    facts, device = [], cost.get("device")
+    known = {key: value for key, value in cost.items() if is_number(value) and math.isfinite(value)}
+    if "rows" in known:
+        facts.append(("Rows seen", number(known["rows"]), "pictures or prompts, each as often as it was seen"))
+    if isinstance(device, str):
+        several = known.get("processes", 1) > 1
+        hours = f"{known['device_hours']:,.1f} hours of one" if several and "device_hours" in known else ""
+        facts.append(("Device", f"{known['processes']:,} x {device}" if several else device, hours))
+    if "peak_gib" in known:
+        facts.append(("Memory", f"{known['peak_gib']:.1f} GiB", "the most that one process held"))
     return facts
 
 

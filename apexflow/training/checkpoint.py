@@ -30,7 +30,9 @@ from apexflow.errors import UserError, first_line
 from apexflow.training.distributed import control_group, leads, together, world
 
 NAME = "step-{:07d}"
-STATE: Fields = {"sizes": dict, "step": int, "bad": int, "seconds": (int, float), "world": int, "recipe": dict}
+# The numbers of a run that count on from where they were, with their types.
+COUNTERS: Fields = {"step": int, "bad": int, **dict.fromkeys(("seconds", "device_seconds", "peak_gib"), (int, float))}
+STATE: Fields = {"sizes": dict, "world": int, "recipe": dict, **COUNTERS}
 FAILURES = (OSError, ValueError, KeyError, SafetensorError, CheckpointException)
 
 
@@ -106,7 +108,7 @@ def read_state(path: Path, name: str | None = None) -> dict[str, Any]:
 
 def _check_state(state: Mapping[str, Any], name: str | None) -> None:
     """ValueError for numbers that no run writes, or those of a checkpoint that had another `name`, where one is given."""
-    for key, least in {"step": 0, "bad": 0, "world": 1, "seconds": 0}.items():
+    for key, least in {"world": 1, **dict.fromkeys(COUNTERS, 0)}.items():
         # JSON may hold true, which Python counts as 1, and NaN and Infinity.
         if isinstance(state[key], bool) or not least <= state[key] < 2**63:
             raise ValueError(f"{key} is {state[key]}")

@@ -24,8 +24,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train what a recipe describes: checkpoints, curves, sample grids, a saved model and a report."""
+    from apexflow.files import read_json
     from apexflow.training.config import load_recipe
+    from apexflow.training.journal import COST
     from apexflow.training.loop import train as run
+    from apexflow.training.spent import spent_line
 
     loaded = load_recipe(recipe, overrides or [])
     kept = f"what was cached and saved is kept in {loaded.output}: go on with the same command and --resume"
@@ -38,7 +41,9 @@ def train(
         raise UserError(_no_room(loaded)) from error
     report = model.parent / "report.html"
     if speaks():
-        show({"model": str(model), "report": str(report)}, as_json, f"model: {model}\nreport: {report}")
+        cost = read_json(model.parent / COST, "cost of the run")
+        told = f"cost: {spent_line(cost)}\nmodel: {model}\nreport: {report}"
+        show({"model": str(model), "report": str(report), "cost": cost}, as_json, told)
 
 
 def plan(

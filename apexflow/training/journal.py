@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: `metrics.jsonl` and tensorboard curves."""
+"""What a run leaves behind: `metrics.jsonl` and tensorboard curves while it goes, and the names of what stands beside them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from apexflow.errors import UserError, writing
 from apexflow.files import write_text
 
 METRICS = "metrics.jsonl"
+SOURCES = "data.json"  # what it was trained on
+COST = "cost.json"  # what it has cost, once it has ended
 
 
 class Journal:

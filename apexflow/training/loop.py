@@ -18,7 +18,6 @@ from apexflow.backbones.folder import CHECKPOINTS, RECIPE
 from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
 from apexflow.data.mixture import Cached
-from apexflow.devices import device_name
 from apexflow.errors import Stopped, UserError, is_taken, writing
 from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
@@ -31,15 +30,15 @@ from apexflow.training.config import Recipe
 from apexflow.training.distributed import gather, in_turn, joined, leads, only_run_in, own_device, own_rows, together
 from apexflow.training.engine import Engine, Replicated, Sharded
 from apexflow.training.further import copies, make_furthers
-from apexflow.training.journal import Journal, last_step
+from apexflow.training.journal import COST, SOURCES, Journal, last_step
 from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
 from apexflow.training.run import Run, Trainee, answering, ended, holds_run, restore, save
 from apexflow.training.saving import save_model
 from apexflow.training.sharding import Place, all_processes, spread
-from apexflow.training.sources import NAME as SOURCES
 from apexflow.training.sources import source_line, used
+from apexflow.training.spent import forget_peak, peak_gib, spend, spent
 from apexflow.training.step import training_step
 from apexflow.training.storage import storing
 
@@ -61,6 +60,7 @@ def steps(run: Run) -> None:
     recipe = run.recipe
     with together():
         journal = Journal(run.folder, run.step, silent=not leads())
+    forget_peak(run.device)
     began, before = time.monotonic(), run.seconds
     with (
         interruptible() as stop,
@@ -68,8 +68,9 @@ def steps(run: Run) -> None:
     ):
         while not ended(run):
             numbers = training_step(run)
-            heard = gather({"seconds": before + time.monotonic() - began, "stop": stop.asked})
-            run.seconds, stopped = heard[0]["seconds"], any(each["stop"] for each in heard)
+            heard = gather({"seconds": time.monotonic() - began, "peak": peak_gib(run.device), "stop": stop.asked})
+            stopped = any(each["stop"] for each in heard)
+            spend(run, before + heard[0]["seconds"], max(each["peak"] for each in heard))
             journal.write(run.step, numbers | {"seconds": run.seconds})
             progress.advance(note=_note(numbers))
             last = ended(run)
@@ -218,10 +219,11 @@ def preview(run: Run) -> dict[str, float]:
 
 def finish(run: Run) -> Path:
     """Save the averaged student as a model folder, score it if the recipe says so, write the report; the folder's path."""
-    card = {"steps": run.step, "seconds": round(run.seconds), "device": device_name()}
-    model = save_model(run.backbone, run.roles, run.recipe, run.folder, card)
+    cost = spent(run)
+    model = save_model(run.backbone, run.roles, run.recipe, run.folder, cost)
     if not leads():
         return model
+    write_json(run.folder / COST, cost)
     scores = {}
     if run.recipe.suite:
         settings = EvaluationSettings(suite=run.recipe.suite, per_prompt=1)

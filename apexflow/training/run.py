@@ -18,6 +18,7 @@ from apexflow.errors import UserError
 from apexflow.objectives import Networks, Objective
 from apexflow.progress import console
 from apexflow.training.checkpoint import (
+    COUNTERS,
     Checkpoint,
     check_fit,
     read_into,
@@ -84,7 +85,9 @@ class Run:
     memory: dict[str, Tensor] = field(default_factory=dict)  # this process's own
     step: int = 0
     bad: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # by the clock
+    device_seconds: float = 0.0  # of all processes together
+    peak_gib: float = 0.0  # the most that one of them held
 
     @property
     def networks(self) -> Networks:
@@ -106,7 +109,8 @@ def save(run: Run) -> Path:
         "optimizer": {f"{name}/{key}": value for name, p, state in _moments(run) for key, value in state.items()},
         "memory": {f"{rank()}/{name}": tensor for name, tensor in run.memory.items()},
     }
-    state = {"step": run.step, "bad": run.bad, "seconds": run.seconds, "world": world(), "recipe": run.recipe.to_dict()}
+    state: dict[str, Any] = {name: getattr(run, name) for name in COUNTERS}
+    state |= {"world": world(), "recipe": run.recipe.to_dict()}
     state["objective"] = asdict(run.objective)  # with what its model has put in, which no recipe says
     state["size"] = run.data.size
     return save_checkpoint(run.folder / CHECKPOINTS, Checkpoint(tensors, state), None if run.bad else run.recipe.keep)
@@ -154,7 +158,8 @@ def restore(run: Run, path: Path) -> None:
             # The optimizer in eight bits counts its steps in a plain integer.
             if not moments["step"].is_floating_point():
                 moments["step"] = int(moments["step"])
-    run.step, run.bad, run.seconds = (state[key] for key in ("step", "bad", "seconds"))
+    for name in COUNTERS:
+        setattr(run, name, state[name])
     console.print(f"resumed {path}")
     if isinstance(objective := state.get("objective"), dict):
         said = [one for one in said if not one.startswith("objective ")]

@@ -9,8 +9,6 @@ from apexflow.data.mixture import Cached, Mixture
 from apexflow.training.config import Data
 from apexflow.training.prepare import finished_sets
 
-NAME = "data.json"
-
 
 def used(data: Data, cached: Cached) -> list[dict[str, Any]]:
     """Of each source: its name, how many rows it has, which share of a run's rows it gives, and whether it has pictures."""
