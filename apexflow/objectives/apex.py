@@ -111,6 +111,22 @@ def shifting_error(F: Tensor, delta: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Rows that the student was asked at `x_t`, between data `x` and noise `z`, and its answer `F` (B, ...)."""
+
+    x: Tensor
+    z: Tensor
+    x_t: Tensor
+    t: Tensor
+    c: Condition
+    F: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Asked:
+        """Those that a boolean (B,) marks."""
+        return Asked(self.x[rows], self.z[rows], self.x_t[rows], self.t[rows], self.c[rows], self.F[rows])
+
+
+@dataclass(frozen=True)
 class APEX(Objective):
     """Algorithm 1. The fields in the first block are the paper's; the rest are readings of what it leaves open.
 
@@ -214,27 +230,28 @@ class APEX(Objective):
         used = walked | chosen if self.endpoint_weight > 0 else walked
         if not bool(used.any()):
             used = batch.rows == batch.rows[0]  # nothing to learn here, but no family takes a batch of no rows
-        t = networks.round_time(self._times(batch, chosen))[used]
-        x, c, picked = batch.x[used], batch.c[used], chosen[used]
-        z = batch.random.normal(batch.x.shape[1:])[used].to(x)
-        x_t = networks.transport.interpolate(x, z, t)
-        F = networks.student(x_t, t, c)
+        asked = self._ask(networks, batch, chosen, used)
 
-        zero = F.sum() * 0
-        total, terms = zero, {}
+        total, terms = asked.F.sum() * 0, {}
         if bool(walked.any()):
-            on = walked[used]
-            target = self._path_target(networks, batch, walked, F[on], x[on], z[on], x_t[on], t[on], c[on])
-            path = (self._beta(t[on]) * self._norm(F[on] - target)).sum() / self._walked_of(batch.total)
+            on = asked[walked[used]]
+            target = self._path_target(networks, batch, walked, on)
+            path = (self._beta(on.t) * self._norm(on.F - target)).sum() / self._walked_of(batch.total)
             total, terms["path"] = total + self.path_weight * path, path.detach()
-        if self.endpoint_weight > 0 and bool(picked.any()):
-            adversarial, shift = self._endpoint(
-                networks, batch, chosen, F[picked], x_t[picked], t[picked], c[picked], memory
-            )
+        if self.endpoint_weight > 0 and bool(chosen.any()):
+            adversarial, shift = self._endpoint(networks, batch, chosen, asked[chosen[used]], memory)
             count = share_of(batch.total, self.share)
             total = total + self.endpoint_weight * (adversarial + shift) / count
             terms |= {"adv": adversarial.detach() / count, "shift": shift.detach() / count}
         return Losses(total, terms | {"loss": total.detach()})
+
+    def _ask(self, networks: Networks, batch: Batch, chosen: Tensor, used: Tensor) -> Asked:
+        """Algorithm 1, lines 2-3, and the one pass of the student, over the rows that anything is learnt from."""
+        t = networks.round_time(self._times(batch, chosen))[used]
+        x, c = batch.x[used], batch.c[used]
+        z = batch.random.normal(batch.x.shape[1:])[used].to(x)
+        x_t = networks.transport.interpolate(x, z, t)
+        return Asked(x, z, x_t, t, c, networks.student(x_t, t, c))
 
     # -- Path integrability, section 3.1 ---------------------------------------------------------------------------
 
@@ -252,28 +269,18 @@ class APEX(Objective):
         t = self.times.draw(batch.random)
         return torch.where(chosen, torch.ones_like(t), t) if self.pairing == "rows" else t
 
-    def _path_target(
-        self,
-        networks: Networks,
-        batch: Batch,
-        walked: Tensor,
-        F: Tensor,
-        x: Tensor,
-        z: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        c: Condition,
-    ) -> Tensor:
-        """Algorithm 1, lines 6-8: the target of Eq. (12), without gradient."""
+    def _path_target(self, networks: Networks, batch: Batch, walked: Tensor, asked: Asked) -> Tensor:
+        """Algorithm 1, lines 6-8: the target of Eq. (12) for the `walked` rows, without gradient."""
+        x_t, t, c = asked.x_t, asked.t, asked.c
         lt = networks.round_time(self._lambda(batch, walked).to(t) * t)
         with torch.no_grad():
             if self.path_velocity == "sample":
-                x_lt = networks.transport.interpolate(x, z, lt)
+                x_lt = networks.transport.interpolate(asked.x, asked.z, lt)
             else:
                 x_lt = networks.transport.move(teach(networks, x_t, t, c, self.guidance), x_t, t, lt)
             itself = self.reference == "student"
             network = networks.student if itself else networks.reference
-            F_t = F.detach() if itself else network(x_t, t, c)
+            F_t = asked.F.detach() if itself else network(x_t, t, c)
             # At time 0 every prediction implies the point itself, and the network need not be asked.
             F_lt = network(x_lt, lt, c) if self.lambda_max > 0 else F_t
             return secant_target(F_t, F_lt, x_t, x_lt, t, lt, networks.transport, self.clip)
@@ -291,19 +298,11 @@ class APEX(Objective):
     # -- Endpoint fidelity, section 3.2 ----------------------------------------------------------------------------
 
     def _endpoint(
-        self,
-        networks: Networks,
-        batch: Batch,
-        chosen: Tensor,
-        F: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        c: Condition,
-        memory: MutableMapping[str, Tensor],
+        self, networks: Networks, batch: Batch, chosen: Tensor, asked: Asked, memory: MutableMapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Algorithm 1, lines 12-19: sums over the chosen rows of L_adv (Eq. 17) and L_shift (Eq. 19)."""
-        transport = networks.transport
-        x_fake = self._fakes(networks, batch, chosen, F, x_t, t, c, memory)
+        transport, c = networks.transport, asked.c
+        x_fake = self._fakes(networks, batch, chosen, asked, memory)
         z_fake = batch.random.normal(x_fake.shape[1:], chosen).to(x_fake)
         t_fake = networks.round_time(self.fake_times.draw(batch.random, chosen))
         x_adv = transport.interpolate(x_fake, z_fake, t_fake)  # Eq. (15)
@@ -313,27 +312,19 @@ class APEX(Objective):
         error = adversarial_error(F_fake, x_fake, z_fake, t_fake, transport)
         exact = expand((t_fake < self.exact_below).to(F_fake), F_fake)
         delta = residual(F_fake - exact * error, F_real).detach()
-        adversarial, shift = self._norm(error), self._norm(shifting_error(F, delta))
+        adversarial, shift = self._norm(error), self._norm(shifting_error(asked.F, delta))
         return adversarial.sum(), shift.sum()
 
     def _fakes(
-        self,
-        networks: Networks,
-        batch: Batch,
-        chosen: Tensor,
-        F: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        c: Condition,
-        memory: MutableMapping[str, Tensor],
+        self, networks: Networks, batch: Batch, chosen: Tensor, asked: Asked, memory: MutableMapping[str, Tensor]
     ) -> Tensor:
         """Pseudo-targets x_fake: the rows' own one-step pictures, or draws from the buffer of recent generations."""
         if self.pairing == "rows":
-            return networks.transport.endpoint(F.detach(), x_t, t)
-        z = batch.random.normal(x_t.shape[1:], chosen).to(x_t)
-        one = torch.ones_like(t)
+            return networks.transport.endpoint(asked.F.detach(), asked.x_t, asked.t)
+        z = batch.random.normal(asked.x_t.shape[1:], chosen).to(asked.x_t)
+        one = torch.ones_like(asked.t)
         with torch.no_grad():
-            fresh = networks.transport.endpoint(networks.student(z, one, c), z, one)
+            fresh = networks.transport.endpoint(networks.student(z, one, asked.c), z, one)
         buffer = torch.cat([memory["buffer"].to(fresh), fresh]) if "buffer" in memory else fresh
         memory["buffer"] = buffer[-self.buffer_size :].detach()
         index = (batch.random.uniform(chosen) * len(memory["buffer"])).long()
