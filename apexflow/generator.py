@@ -17,9 +17,9 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone, backbones, load_backbone, read_settings, resolve
 from apexflow.backbones.folder import model_of, read_index
-from apexflow.backbones.parts import stored_dtypes, weight_shapes
 from apexflow.backbones.precision import LARGE, multiply_in_tf32
 from apexflow.backbones.second_time import going_to, second_time_of
+from apexflow.backbones.weights import stored_dtypes, weight_shapes
 from apexflow.conditioning import Condition, guided_answer
 from apexflow.devices import pick_device
 from apexflow.errors import UserError, quoted

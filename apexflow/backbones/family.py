@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones.encoders import Encoders
-from apexflow.backbones.parts import check_factors, save_folder, scheduler_shift
+from apexflow.backbones.parts import check_factors, save_folder
+from apexflow.backbones.scheduler import scheduler_shift
 from apexflow.backbones.settings import Settings
 from apexflow.backbones.text import device_of, unknown_words
 from apexflow.conditioning import Condition, guide

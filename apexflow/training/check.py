@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones import Backbone
-from apexflow.backbones.parts import most_rank
+from apexflow.backbones.lora_targets import most_rank
 from apexflow.data.cache import CachedSet
 from apexflow.data.hub import located
 from apexflow.data.mixture import check_sizes
