@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ class Generator:
         not on the batch. Raises UserError for steps < 1, a size that the model cannot take or a prompt that is no text; warns
         when a prompt is empty or has no word that the model knows, and of a size far above the model's own.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else [prompts]
         for prompt in prompts:
             _check_text(prompt)
         plan = self._plan(steps, size, guidance, kappa, rho, order)
@@ -204,7 +204,7 @@ def check_sampling(guidance: float, kappa: float, rho: float, order: int, jumps:
     if not 0 <= kappa < math.inf:
         raise UserError(f"kappa is {kappa}: the extrapolation ratio is at least 0")
     if order not in (1, 2):
-        raise UserError(f"order is {order}: take 1, or 2 for Heun's correction")
+        raise UserError(f"order is {order!r}: take 1, or 2 for Heun's correction")
     if jumps and (order != 1 or kappa > 0):
         what = f"kappa is {kappa}" if kappa > 0 else f"order is {order}"
         raise UserError(f"{what}: a model with a second time jumps along the path, so take order 1 and kappa 0")

@@ -133,6 +133,11 @@ class Backbone(Encoders, ABC):
         return 2 ** (len(self.vae_config.block_out_channels) - 1)
 
     @property
+    def most_tokens(self) -> int:
+        """How long a condition (B, L, D) gets at most."""
+        return self.settings.max_tokens
+
+    @property
     def channels(self) -> int:
         """Latent channels, unpacked."""
         return self.config.in_channels

@@ -265,6 +265,7 @@ def save_folder(
     """Write parts, the index (with `extra` entries) and `apexflow.json`: what the stock `pipeline` loads."""
     import diffusers
 
+    quiet()  # of a model that was built, and not loaded, nothing has been silenced yet
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **(extra or {})}
     for name in sorted(parts):
         parts[name].save_pretrained(folder / name)

@@ -170,6 +170,10 @@ class Objective(ABC):
         """The (a, b) by which conditions are shifted (Eq. 16), where they are."""
         return None
 
+    def check_rows(self, total: int) -> None:
+        """ValueError where a global batch of `total` rows leaves none for a part of the loss, which would then never be taken."""
+        return
+
     def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> Objective:
         """The same with what suits a model in place of what a recipe has not `given`.
 
