@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone, backbones, load_backbone, read_settings, resolve
 from apexflow.backbones.folder import model_of, read_index
-from apexflow.backbones.parts import stored_dtypes, weight_shapes
 from apexflow.backbones.precision import LARGE, multiply_in_tf32
 from apexflow.backbones.second_time import going_to, second_time_of
+from apexflow.backbones.weights import stored_dtypes, weight_shapes
 from apexflow.conditioning import Condition, guided_answer
 from apexflow.devices import pick_device
 from apexflow.errors import UserError, quoted
@@ -83,7 +83,7 @@ class Generator:
         not on the batch. Raises UserError for steps < 1, a size that the model cannot take or a prompt that is no text; warns
         when a prompt is empty or has no word that the model knows, and of a size far above the model's own.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else [prompts]
         for prompt in prompts:
             _check_text(prompt)
         plan = self._plan(steps, size, guidance, kappa, rho, order)
@@ -204,7 +204,7 @@ def check_sampling(guidance: float, kappa: float, rho: float, order: int, jumps:
     if not 0 <= kappa < math.inf:
         raise UserError(f"kappa is {kappa}: the extrapolation ratio is at least 0")
     if order not in (1, 2):
-        raise UserError(f"order is {order}: take 1, or 2 for Heun's correction")
+        raise UserError(f"order is {order!r}: take 1, or 2 for Heun's correction")
     if jumps and (order != 1 or kappa > 0):
         what = f"kappa is {kappa}" if kappa > 0 else f"order is {order}"
         raise UserError(f"{what}: a model with a second time jumps along the path, so take order 1 and kappa 0")

@@ -6,6 +6,7 @@ A sampler sees a velocity `F(x_t, t)` with the condition already bound, and noth
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,8 +21,8 @@ MOST_STEPS = 10_000  # beyond this a grid tells no more, and takes hours
 
 def kumaraswamy(u: Tensor, a: float, b: float, c: float) -> Tensor:
     """Appendix E: `f(u; a, b, c) = (1 - (1 - u^a)^b)^c` on [0, 1]; the identity at a = b = c = 1."""
-    if min(a, b, c) <= 0:
-        raise ValueError(f"the warp needs a, b, c > 0, got {(a, b, c)}")
+    if not all(0 < power < math.inf for power in (a, b, c)):
+        raise ValueError(f"the warp needs finite a, b, c > 0, got {(a, b, c)}")
     return (1 - (1 - u**a) ** b) ** c
 
 
@@ -31,7 +32,8 @@ def time_grid(
     """Appendix E: a descending grid of `steps + 1` times in float64 that ends at 0.
 
     `gaps` (e0, e1) keep the grid away from the noise end and, if e1 > 0, from the data end: (0.001, 0.6) at two steps is
-    0.999, 0.6, 0. `warp` is Kumaraswamy's (a, b, c). Raises ValueError for steps < 1 or gaps outside [0, 1).
+    0.999, 0.6, 0. `warp` is Kumaraswamy's (a, b, c). Raises ValueError for steps < 1, gaps outside [0, 1) or a warp that is
+    not finite and above 0.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -88,7 +90,7 @@ def sample(
         raise ValueError(f"order must be 1 or 2, got {order}")
     if jumps and (order == 2 or kappa > 0):
         raise ValueError("a model with a second time jumps along the path: use order 1 and kappa 0")
-    if not 0 <= rho <= 1 or kappa < 0:
+    if not 0 <= rho <= 1 or not 0 <= kappa < math.inf:
         raise ValueError(f"rho must lie in [0, 1] and kappa be at least 0, got rho={rho}, kappa={kappa}")
     x_t, previous = z, None
     times = times.to(torch.promote_types(z.dtype, torch.float32))

@@ -214,6 +214,8 @@ def test_a_plan_says_what_fits_and_what_to_switch_on(run: Run, recipe_file: Path
     assert "rows" in out and "of a run's rows" not in out  # said of several sets alone
     refused(run("plan", recipe_file, "model=someone/else"), "someone/else", "folder")
     refused(run("plan", recipe_file, "data.size=50"), "50")
+    refused(run("plan", recipe_file, "batch=1"), "batch 1 is too small", "path objective")
+    refused(run("plan", recipe_file, "--tokens", 10**8), "--tokens is 100000000", "at most")
 
 
 @pytest.mark.parametrize("memory", ["inf", "nan", "1e300"])

@@ -51,7 +51,7 @@ def test_data_that_cannot_be_used_is_named(run: Run, recipe_file: Path, tmp_path
         "corrupt": ({"a": good, "b": good[:40]}, {"a": "a star", "b": "a star"}, "corrupt"),
     }
     for name, (pictures, captions, word) in cases.items():
-        refused(run(*with_data(recipe_file, fill(tmp_path / name, pictures, captions)), "batch=1"), word, name)
+        refused(run(*with_data(recipe_file, fill(tmp_path / name, pictures, captions)), "batch=2"), word, name)
 
 
 def test_a_folder_called_scenes_is_not_passed_over(

@@ -55,6 +55,7 @@ def test_numpy_numbers_and_lists_are_numbers_and_pairs(model: Generator) -> None
         ({"size": (64, 64, 3)}, "one side, or height and width"),
         ({"guidance": "2"}, "guidance is '2': give a number"),
         ({"rho": None}, "rho is None: give a number"),
+        ({"order": "1"}, "order is '1': take 1, or 2"),
     ],
     ids=str,
 )
@@ -66,6 +67,8 @@ def test_what_is_no_number_is_told(model: Generator, options: dict[str, Any], wo
 def test_what_is_no_prompt_is_told_and_an_empty_one_is_warned_of(model: Generator) -> None:
     with pytest.raises(UserError, match="prompt 3 is no text"):
         model.generate([3])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="prompt None is no text"):
+        model.generate(None)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="the prompt is empty"):
         model.generate([PROMPT, " "])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from apexflow.backbones.miniature import build_miniature
 from apexflow.data.scenes import COLORS, SHAPES, vocabulary
@@ -59,3 +60,10 @@ def test_the_autoencoder_learns_to_see(scene_folder: Path) -> None:
     before = error()
     fit_autoencoder(backbone.vae, [scene_folder], (64, 64), steps=12, seed=0, pictures=32)
     assert error() < before
+
+
+def test_a_miniature_is_saved_without_bars_of_the_libraries(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    backbone = build_miniature(vocabulary(), width=32, depth=1)
+    transformers.utils.logging.enable_progress_bar()  # as it is before any model was loaded
+    backbone.save(tmp_path / "model", backbone.settings)
+    assert capfd.readouterr().err == ""

@@ -102,7 +102,7 @@ def test_gaps_outside_the_unit_interval_are_refused(gaps: tuple[float, float]) -
         time_grid(2, gaps)
 
 
-@pytest.mark.parametrize("warp", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, 0.0)], ids=str)
+@pytest.mark.parametrize("warp", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, 0.0), (1.0, math.nan, 1.0)], ids=str)
 def test_warps_must_be_positive(warp: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="warp"):
         time_grid(2, warp=warp)
@@ -317,6 +317,7 @@ def test_grids_that_do_not_descend_are_refused(times: list[float]) -> None:
         ({"rho": -0.1}, "rho"),
         ({"rho": 1.1}, "rho"),
         ({"kappa": -0.1}, "kappa"),
+        ({"kappa": math.nan}, "kappa"),
         ({"order": 0}, "order"),
         ({"order": 3}, "order"),
     ],

@@ -106,6 +106,20 @@ def test_counters_are_resumed_and_time_goes_on(recipe_file: Path) -> None:
     assert load_backbone(str(resumed.folder / "model")).settings.card.items() >= told.items()
 
 
+def test_a_run_whose_scoring_fails_leaves_its_model_and_its_report(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "evaluate", fail)
+    run = start(load_recipe(recipe_file, ["steps=1", "suite=mini-geneval"]), resume=False)
+    loop.steps(run)
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.finish(run)
+    assert (run.folder / "report.html").is_file() and load_backbone(str(run.folder / "model"))
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="only Linux tells of its pages there")
 def test_the_memory_that_a_process_held_is_counted(recipe_file: Path) -> None:
     run = start(load_recipe(recipe_file, ["steps=1"]), resume=False)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones.encoders import Encoders
-from apexflow.backbones.parts import check_factors, save_folder, scheduler_shift
+from apexflow.backbones.parts import check_factors, save_folder
+from apexflow.backbones.scheduler import scheduler_shift
 from apexflow.backbones.settings import Settings
 from apexflow.backbones.text import device_of, unknown_words
 from apexflow.conditioning import Condition, guide
@@ -134,6 +135,11 @@ class Backbone(Encoders, ABC):
     def factor(self) -> int:
         """Pixels to a side of a latent pixel."""
         return 2 ** (len(self.vae_config.block_out_channels) - 1)
+
+    @property
+    def most_tokens(self) -> int:
+        """How long a condition (B, L, D) gets at most."""
+        return self.settings.max_tokens
 
     @property
     def channels(self) -> int:

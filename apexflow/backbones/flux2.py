@@ -15,8 +15,9 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Backbone, stock_parameters
 from apexflow.backbones.flux import positions, rounded_twice
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import load_parts, scheduler_shift
+from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
+from apexflow.backbones.scheduler import scheduler_shift
 from apexflow.backbones.text import device_of, layer_states, tokenize
 from apexflow.conditioning import Condition
 

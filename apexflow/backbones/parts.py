@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from apexflow.backbones.folder import (
     INDEX,
     components,
     copy_part,
-    is_there,
     read_object,
     refuse_pickles,
-    weight_paths,
     write_index,
 )
 from apexflow.backbones.precision import autoencoder_dtype
+from apexflow.backbones.scheduler import SCHEDULER, load_scheduler
 from apexflow.backbones.settings import Settings, write_settings
-from apexflow.errors import UserError, first_line
+from apexflow.backbones.weights import guarded, weight_shapes
+from apexflow.errors import UserError
 
-READERS = "diffusers or transformers"
 # Asked of every reader of transformers: unless told, it asks on the terminal whether to run code of the checkpoint.
 SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-SCHEDULER = "scheduler"  # the folder
-MOST_SHIFT = 1e6  # beyond, the times of a grid are the same number
-OUR_SCHEDULER = ("apexflow.export.scheduler", "AnyStepScheduler")
 
 
 def quiet() -> None:
@@ -125,40 +119,6 @@ def _is_beyond(network: nn.Module, name: str) -> bool:
     return False
 
 
-def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all weights of a part, from the headers of its files, each of which has the size that it names.
-
-    UserError for a damaged file, one that an index names and is missing, or where there is none.
-    """
-    files = weight_paths(path)
-    if not files:
-        others = [file.name for file in sorted(path.glob("*.safetensors"))]
-        but = f": {others[0]} has another name" if others else ""
-        raise UserError(
-            f"{path.parent} is incomplete: {path.name}/ holds no safetensors that {READERS} would read{but}"
-        )
-    for file in files:
-        if not is_there(file):
-            raise UserError(f"{path.parent} is incomplete: {path.name}/{file.name} is missing")
-    return {name: shape for file in files for name, shape in guarded(file, lambda file=file: _header(file)).items()}
-
-
-def stored_dtypes(path: Path) -> set[str]:
-    """In which types the weights of a part are stored, in the names of safetensors ("F32", "BF16")."""
-    files = weight_paths(path)
-    return {kind for file in files for kind in guarded(file, lambda file=file: _types(file))}
-
-
-def _types(file: Path) -> set[str]:
-    with safe_open(file, "pt") as opened:
-        return {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 no mapping
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(file, "pt") as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 no mapping
-
-
 def _weights(path: Path, kind: Any, options: dict[str, Any]) -> nn.Module:
     """A network with its weights; ValueError where some are missing, which the libraries would leave random or empty."""
     model, info = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
@@ -190,22 +150,6 @@ def unread(network: nn.Module, unexpected: Iterable[str]) -> list[str]:
     return [name for name in unexpected if not passed_over(name)]
 
 
-def target_modules(backbone: Any) -> dict[str, tuple[int, ...]]:
-    """The modules of a denoiser that a LoRA lies on, as peft finds them by its targets, and the shapes of their weights."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    config = LoraConfig(target_modules=list(backbone.lora_targets))
-    named = backbone.transformer.named_modules()
-    return {name: tuple(part.weight.shape) for name, part in named if check_target_module_exists(config, name)}
-
-
-def most_rank(backbone: Any) -> int:
-    """The highest rank that a LoRA can make use of on some module of a denoiser: its matrix's shorter side. 0 without any."""
-    shapes = target_modules(backbone).values()
-    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes), default=0)
-
-
 def without_weights(kind: Any, config: Any, buffers: bool = True) -> nn.Module:
     """A network of diffusers or transformers with its parameters on the meta device; its `buffers` are real, or there too."""
     from accelerate import init_empty_weights
@@ -223,15 +167,6 @@ def _described(path: Path, kind: Any, buffers: bool = False) -> Any:
 def is_of_transformers(kind: Any) -> bool:
     """Whether a class of networks is one of transformers; else it is of diffusers."""
     return hasattr(kind, "config_class")
-
-
-def weight_files(path: Path) -> dict[str, Path]:
-    """Which file holds each tensor of a network."""
-    found = {}
-    for file in weight_paths(path):
-        with safe_open(file, "pt") as opened:
-            found.update(dict.fromkeys(opened.keys(), file))
-    return found
 
 
 class Later:
@@ -286,7 +221,7 @@ def check_vocabularies(parts: Mapping[str, Any]) -> None:
         encoder = parts.get(name.replace("tokenizer", "text_encoder")) if name.startswith("tokenizer") else None
         if not isinstance(encoder, Later):
             continue
-        config = guarded(encoder.path, lambda e=encoder: e.kind.config_class.from_pretrained(e.path, **SAFELY))
+        config = guarded(encoder.path, partial(encoder.kind.config_class.from_pretrained, encoder.path, **SAFELY))
         known = config.get_text_config().vocab_size
         if len(tokenizer) > known:
             raise UserError(
@@ -330,6 +265,7 @@ def save_folder(
     """Write parts, the index (with `extra` entries) and `apexflow.json`: what the stock `pipeline` loads."""
     import diffusers
 
+    quiet()  # of a model that was built, and not loaded, nothing has been silenced yet
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **(extra or {})}
     for name in sorted(parts):
         parts[name].save_pretrained(folder / name)
@@ -342,57 +278,3 @@ def index_entry(kind: type) -> list[str]:
     """How `model_index.json` names a class: by its library, or by its module if it is ours."""
     library = kind.__module__.split(".")[0]
     return [kind.__module__ if library == "apexflow" else library, kind.__name__]
-
-
-def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """s of `t' = s t / (1 + (s - 1) t)` that a flow scheduler's config asks for, with `tokens` a picture.
-
-    UserError for one that no grid can be shifted by.
-    """
-    told, mend = f"{SCHEDULER}/scheduler_config.json of the model asks for a time shift", "restore the original file"
-    try:
-        shift = _asked_shift(config, tokens)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{told} that cannot be computed ({error}): {mend}") from error
-    if not 1 / MOST_SHIFT <= shift <= MOST_SHIFT:
-        raise UserError(
-            f"{told} of {shift:g} for a picture of {tokens} tokens: {mend}, or draw at a size nearer its own"
-        )
-    return shift
-
-
-def _asked_shift(config: Mapping[str, Any], tokens: int) -> float:
-    if not config.get("use_dynamic_shifting"):
-        given = (config.get(name) for name in ("flow_shift", "shift"))
-        return float(next((value for value in given if value is not None), 1.0))
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - few) / (many - few)
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
-
-
-def load_scheduler(folder: Path) -> Any:
-    """The scheduler that the folder names, for its time shift and for saving it back."""
-    import diffusers
-
-    path = folder / SCHEDULER / "scheduler_config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is incomplete: scheduler/scheduler_config.json is missing")
-    name = read_object(path).get("_class_name", "")
-    # Exported models may name our own scheduler, which lies in a layer above this one.
-    home = importlib.import_module(OUR_SCHEDULER[0]) if name == OUR_SCHEDULER[1] else diffusers
-    kind = getattr(home, str(name), None)
-    # Another class of diffusers would be read from this folder too, its weights from a pickle if it found one.
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise UserError(f"{path} names the scheduler {name!r}, which diffusers does not have: restore the original")
-    return guarded(path, lambda: kind.from_pretrained(path.parent, local_files_only=True))
-
-
-def guarded(path: Path, read: Any) -> Any:
-    """What `read` answers; UserError that names `path` for whatever it raises."""
-    try:
-        return read()
-    except Exception as error:  # libraries raise many kinds for a damaged file; all mean the same to the user
-        reason = first_line(error)[:160]
-        mend = "apexflow runs none" if "custom code" in reason else "restore it from the original checkpoint"
-        raise UserError(f"cannot read {path}: {reason}; {mend}") from error

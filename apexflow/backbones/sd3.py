@@ -16,6 +16,8 @@ from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import clip_states, t5_states
 from apexflow.conditioning import Condition
 
+CLIP_TOKENS = 77  # of both CLIPs, whatever the prompt; they stand before T5's
+
 
 class StableDiffusion3(Backbone):
     """A `StableDiffusion3Pipeline` folder. The raw output is z - x; time goes in as 1000 t in float32.
@@ -80,6 +82,10 @@ class StableDiffusion3(Backbone):
         clip = torch.cat(states, -1)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return Condition(torch.cat([clip, t5], 1), pooled=torch.cat(pooled, -1))
+
+    @property
+    def most_tokens(self) -> int:
+        return CLIP_TOKENS + self.settings.max_tokens
 
     @property
     def max_tokens_a_side(self) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from apexflow.backbones.parts import guarded, weight_files, weight_shapes
+from apexflow.backbones.weights import guarded, weight_files, weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.merge import Pair
 from apexflow.progress import Progress

@@ -33,7 +33,9 @@ from apexflow.backbones.folder import (
     read_index,
     write_index,
 )
-from apexflow.backbones.parts import check_whole, index_entry, target_modules, weight_shapes
+from apexflow.backbones.lora_targets import target_modules
+from apexflow.backbones.parts import check_whole, index_entry
+from apexflow.backbones.weights import weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.factors import Factors, factor
 from apexflow.export.foreign import is_foreign

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone
 from apexflow.backbones.folder import PICKLES
-from apexflow.backbones.parts import weight_shapes
+from apexflow.backbones.weights import weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.foreign import in_diffusers_names, is_foreign
 from apexflow.progress import Progress

@@ -6,6 +6,7 @@ networks' answers reach `step` as `F = z - x`. The class is found by its module 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -65,9 +66,9 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
         rho: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if not 0 <= rho <= 1 or kappa < 0:
+        if not 0 <= rho <= 1 or not 0 <= kappa < math.inf:
             raise ValueError(f"rho must lie in [0, 1] and kappa be at least 0, got rho={rho}, kappa={kappa}")
-        if len(gaps) != 2 or len(warp) != 3 or shift <= 0:
+        if len(gaps) != 2 or len(warp) != 3 or not 0 < shift < math.inf:
             raise ValueError(f"gaps are two, warp is three and shift > 0, got {gaps}, {warp} and {shift}")
         plain = {"gaps": _floats(gaps), "warp": _floats(warp), "times": None if times is None else _floats(times)}
         self.register_to_config(**plain)  # lists, as they come back from JSON

@@ -177,6 +177,10 @@ class Objective(ABC):
         """The (a, b) by which conditions are shifted (Eq. 16), where they are."""
         return None
 
+    def check_rows(self, total: int) -> None:
+        """ValueError where a global batch of `total` rows leaves none for a part of the loss, which would then never be taken."""
+        return
+
     def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> Objective:
         """The same with the fields that a recipe has not `given` set to what suits the model.
 

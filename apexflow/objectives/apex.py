@@ -188,6 +188,8 @@ class APEX(Objective):
             )
         if self.path_weight > 0 and self.path_rows == "others" and self.share == 1:
             raise ValueError("share 1 leaves no row for the path objective: lower it, or say path_rows: all")
+        if self.endpoint_weight > 0 and self.share == 0:
+            raise ValueError("share 0 leaves no row for the endpoint objective: raise it, or say endpoint_weight: 0")
         if min(self.path_weight, self.endpoint_weight) < 0 or self.path_weight + self.endpoint_weight == 0:
             raise ValueError("path_weight and endpoint_weight must not be negative, nor both be 0")
 
@@ -217,6 +219,13 @@ class APEX(Objective):
     def condition_shift(self) -> tuple[float, float] | None:
         """(a, b) of Eq. (16), where the endpoint objective uses them."""
         return (self.a, self.b) if self.endpoint_weight > 0 else None
+
+    def check_rows(self, total: int) -> None:
+        if self.path_weight > 0 and self._walked_of(total) == 0:
+            raise ValueError(
+                f"share {self.share:g} of it is rounded to every row, which leaves none for the path objective: give more "
+                "rows, lower objective.share, or say objective.path_rows=all"
+            )
 
     def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> APEX:
         """The same with the model's (a, b), and guided as its teacher is drawn, where a recipe has not `given` them."""

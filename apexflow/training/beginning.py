@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from apexflow.backbones import Backbone
-from apexflow.backbones.parts import target_modules
+from apexflow.backbones.lora_targets import target_modules
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
 from apexflow.export.merge import Pair, read_lora

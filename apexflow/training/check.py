@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones import Backbone
-from apexflow.backbones.parts import most_rank
+from apexflow.backbones.lora_targets import most_rank
 from apexflow.data.cache import CachedSet
 from apexflow.data.hub import located
 from apexflow.data.mixture import check_sizes
@@ -28,6 +28,14 @@ def check_teacher(recipe: Recipe) -> None:
     """UserError for a teacher that nobody would ask."""
     if recipe.teacher and "teacher" not in recipe.build_objective().needs:
         raise UserError(f"teacher: method {recipe.method} with these settings asks no teacher: leave it out")
+
+
+def check_rows(recipe: Recipe) -> None:
+    """UserError for a batch so small that a part of the method's loss would get no row of it."""
+    try:
+        recipe.build_objective().check_rows(recipe.batch)
+    except ValueError as error:
+        raise UserError(f"batch {recipe.batch} is too small: {error}") from None
 
 
 def check_data(recipe: Recipe, finished: Sequence[CachedSet | None]) -> None:
@@ -83,6 +91,13 @@ def check_rank(recipe: Recipe, backbone: Backbone) -> None:
             f"tuning.rank is {rank}, and no matrix that a LoRA adapts in {recipe.model} has a shorter side above {most}: "
             f"set tuning.rank={most} or less"
         )
+
+
+def check_tokens(tokens: int | None, backbone: Backbone) -> None:
+    """UserError for more tokens of text than the model reads: a longer prompt is cut, so no run would take so many."""
+    most = backbone.most_tokens
+    if tokens is not None and tokens > most:
+        raise UserError(f"--tokens is {tokens}, and the model reads {most} of a prompt at most: give {most} or less")
 
 
 def check_networks(recipe: Recipe, backbone: Backbone, objective: Objective) -> None:

@@ -59,7 +59,7 @@ def plan(
 ) -> None:
     """Say what a recipe needs on each GPU before anything is loaded, what to switch on where it does not fit, and what of its
     data is there."""
-    from apexflow.training.check import check_rank
+    from apexflow.training.check import check_rank, check_rows, check_tokens
     from apexflow.training.config import load_recipe
     from apexflow.training.plan import GIB, advise, plan_table, settled, shapes_of
     from apexflow.training.plan import plan as count
@@ -67,7 +67,9 @@ def plan(
 
     limit = round(memory * GIB)
     loaded = load_recipe(recipe, overrides or [])
+    check_rows(loaded)
     check_rank(loaded, shapes_of(loaded))
+    check_tokens(tokens, shapes_of(loaded))
     loaded = settled(loaded, gpus, limit)
     found = count(loaded, gpus, tokens)
     advice = advise(loaded, limit, gpus, tokens)

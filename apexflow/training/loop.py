@@ -224,12 +224,12 @@ def finish(run: Run) -> Path:
     if not leads():
         return model
     write_json(run.folder / COST, cost)
-    scores = {}
+    write_report(run.folder)  # now, since scoring takes a second model and may find no room for it
     if run.recipe.suite:
         settings = EvaluationSettings(suite=run.recipe.suite, per_prompt=1)
-        scores["student"] = evaluate(load(str(model), run.device.type), settings, name="student")
+        scores = {"student": evaluate(load(str(model), run.device.type), settings, name="student")}
         write_json(run.folder / "scores.json", scores)
-    write_report(run.folder, scores)
+        write_report(run.folder, scores)
     return model
 
 

@@ -89,7 +89,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
     own, backbone, teacher = rows_each(recipe.batch, gpus), shapes_of(recipe), shapes_of_teacher(recipe)
     size = recipe.data.size or backbone.default_size
     shape = backbone.latent_shape((size, size))
-    tokens = tokens or backbone.settings.max_tokens
+    tokens = tokens or backbone.most_tokens
     objective = suited_objective(recipe, backbone, teacher)
     rows = min(recipe.micro_batch or own, own)
     with kept_for_backward([]) as kept:

@@ -30,7 +30,7 @@ from apexflow.locking import alone_in
 from apexflow.objectives import Objective
 from apexflow.progress import counted
 from apexflow.training.beginning import read_start
-from apexflow.training.check import check_batch, check_data, check_networks, check_teacher
+from apexflow.training.check import check_batch, check_data, check_networks, check_rows, check_teacher
 from apexflow.training.config import Data, Recipe
 from apexflow.training.distributed import leads, world
 from apexflow.training.engine import memory_of, parallel_kind
@@ -67,6 +67,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, fresh: bool) -> 
     """
     finished = finished_sets(recipe.data)
     check_teacher(recipe)
+    check_rows(recipe)
     check_data(recipe, finished)
     if recipe.model == "miniature":
         pairs = zip(finished, recipe.data.parts, strict=True)

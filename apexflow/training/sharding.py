@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from apexflow.backbones import second_time
-from apexflow.backbones.parts import guarded, weight_files, without_weights
+from apexflow.backbones.parts import without_weights
+from apexflow.backbones.weights import guarded, weight_files
 from apexflow.training.distributed import leads, world
 
 Place = Callable[[nn.Module], None]  # shards a network, or leaves it where it is

@@ -279,6 +279,13 @@ def test_a_prompt_too_long_is_cut_and_said(backbone_of):
     assert isinstance(c, Condition) and c.embeds.shape[1] == MAX_TOKENS["flux_schnell"]
 
 
+@pytest.mark.filterwarnings("ignore:a prompt is longer")
+@families
+def test_no_prompt_gives_a_longer_condition_than_is_planned(backbone_of, name):
+    backbone = backbone_of(name)
+    assert backbone.encode_prompts(["word " * 600]).embeds.shape[1] == backbone.most_tokens
+
+
 def test_settings_of_a_folder_lie_over_the_family_s(tmp_path, folder_of):
     shutil.copytree(folder_of("flux_dev"), tmp_path / "model")
     (tmp_path / "model" / "apexflow.json").write_text('{"steps": 2, "embedded_guidance": 7.0}')

@@ -15,8 +15,8 @@ from tiny import BUILDERS
 
 from apexflow.backbones import check_shift, load_backbone
 from apexflow.backbones.discrete_vp import DiscreteVP
-from apexflow.backbones.parts import scheduler_shift
 from apexflow.backbones.qwen_image import LORA_TARGETS
+from apexflow.backbones.scheduler import scheduler_shift
 from apexflow.errors import UserError
 from apexflow.objectives import Batch, Networks, apex
 from apexflow.randomness import RowRandom

@@ -14,7 +14,7 @@ from test_lora import RANK, tuned
 from tiny import BUILDERS
 
 from apexflow.backbones import load_backbone
-from apexflow.backbones.parts import target_modules
+from apexflow.backbones.lora_targets import target_modules
 from apexflow.errors import UserError
 from apexflow.export import export, save_lora
 from apexflow.export.factors import factor, nearest

@@ -200,6 +200,8 @@ def test_a_run_may_start_midway():
         {"rho": 1.5},
         {"kappa": -1.0},
         {"shift": 0.0},
+        {"kappa": float("nan")},
+        {"shift": float("nan")},
         {"gaps": (1.0, 0.0)},
         {"gaps": (0.1,)},
         {"warp": (0.0, 1.0, 1.0)},

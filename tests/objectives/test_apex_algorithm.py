@@ -274,6 +274,7 @@ def test_paired_fakes_are_the_rows_own_pictures_and_need_no_buffer() -> None:
         ({"lambda_max": 1.1}, "lambda_max"),
         ({"lambda_max": -0.1}, "lambda_max"),
         ({"share": 1.0}, "path_rows"),
+        ({"share": 0.0}, "endpoint_weight"),
         ({"share": 1.5}, "share"),
         ({"share": -0.5}, "share"),
         ({"path_weight": -1.0}, "path_weight"),
