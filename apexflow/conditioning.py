@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Condition:

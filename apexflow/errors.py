@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +33,12 @@ class Stopped(Exception):
 def quoted(text: str, most: int = 80) -> str:
     """A text of the user's as a message shows it: in quotes, and no more than its first `most` characters."""
     return repr(text if len(text) <= most else f"{text[:most]}…")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?` where a known word is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

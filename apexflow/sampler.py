@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Velocity
 from apexflow.randomness import RowRandom
 from apexflow.transport import LINEAR, Transport
 
+Velocity = Callable[[Tensor, Tensor], Tensor]  # F(x_t, t), with the condition bound
 MOST_STEPS = 10_000  # beyond this a grid tells no more, and takes hours
 
 

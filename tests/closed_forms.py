@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apexflow.conditioning import Condition, Velocity
+from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Further, Networks, Objective
 from apexflow.randomness import RowRandom
+from apexflow.sampler import Velocity
 from apexflow.training.fields import held
 from apexflow.transport import LINEAR, Transport, expand
 

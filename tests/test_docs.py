@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -17,6 +18,7 @@ from apexflow.cli import app
 from apexflow.training.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 @pytest.mark.parametrize("script", ["tables.py", "charts.py"])
@@ -55,16 +57,28 @@ def test_the_paper_map_leaves_nothing_out(kind: str, last: int) -> None:
 
 
 def test_every_file_that_the_documents_name_exists() -> None:
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for document in DOCUMENTS:
         text = document.read_text()
         for name in re.findall(r"`((?:docs|recipes|benchmarks|results)/[\w./-]+\.\w+)`", text):
             assert (ROOT / name).is_file(), f"{document} names {name}"
 
 
+def test_every_name_that_the_documents_import_exists() -> None:
+    found = 0
+    for document in DOCUMENTS:
+        for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("apexflow"):
+                    module = importlib.import_module(str(node.module))
+                    assert all(hasattr(module, name.name) for name in node.names), (document, ast.unparse(node))
+                    found += 1
+    assert found >= 4
+
+
 def commands() -> list[list[str]]:
     """The arguments of every `apexflow` that stands in a block of commands."""
     found = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in DOCUMENTS:
         for block in re.findall(r"```\n(.*?)```", path.read_text().replace("\\\n", " "), re.DOTALL):
             lines = (re.match(r"(?:torchrun .*-m )?apexflow (.*)", line) for line in block.splitlines())
             found += [shlex.split(line[1], comments=True) for line in lines if line is not None]

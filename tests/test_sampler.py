@@ -11,8 +11,7 @@ import torch
 from closed_forms import gaussian_endpoint, gaussian_velocity
 from torch import Tensor
 
-from apexflow.conditioning import Velocity
-from apexflow.sampler import extrapolate, kumaraswamy, refresh, sample, shift_times, time_grid
+from apexflow.sampler import Velocity, extrapolate, kumaraswamy, refresh, sample, shift_times, time_grid
 from apexflow.transport import LINEAR, TRANSPORTS, TRIGONOMETRIC, Transport
 
 MEAN, STD = 1.5, 0.4

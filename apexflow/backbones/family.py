@@ -30,15 +30,19 @@ class Backbone(Encoders, ABC):
     encoders, `text_encoder` is a ModuleDict of them by the names of their folders, so that whoever trains, copies or hashes
     "the text encoder" gets all of them.
 
-    pipeline: the stock class; network_part: the folder of the denoiser. lora_targets: module names or their last parts, as
-    peft takes them. without_gradient: first parts of the names of parameters that no loss can reach (their output is
-    dropped), which DDP must be told of. shift_defaults: (a, b) of Eq. (16). normalizes_text: whether the network
-    RMS-normalises the text first, so that scaling it by a positive factor changes nothing (see `check_shift`). time_shift: s
-    of `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side. flow_scheduler: whether the stock pipeline
-    hands its network's answer to the scheduler as z - x on linear transport. depth: the key of the transformer's config that
-    counts its like blocks, if it has such. bfloat16: whether weights that are not stored in bfloat16 draw well in it.
-    guided_at_once: whether a guided teacher is asked for caption and null in one pass; not where the null would be padded to
-    a caption's length within the picture's attention. kinds: the parts of its folder by name, with the class of each network.
+    pipeline: the stock class. network_part: the folder of the denoiser. kinds: the parts of the model's folder by name, with
+        the class of each network.
+    lora_targets: module names or their last parts, as peft takes them.
+    without_gradient: first parts of the names of parameters that no loss can reach, because their output is dropped. DDP must
+        be told of them.
+    shift_defaults: (a, b) of Eq. (16). normalizes_text: whether the network RMS-normalises the text first, so that scaling it by
+        a positive factor changes nothing (see `check_shift`).
+    time_shift: s of `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side. flow_scheduler: whether the
+        stock pipeline hands its network's answer to the scheduler as z - x on linear transport.
+    depth: the key of the transformer's config that counts its like blocks, if there is one.
+    bfloat16: whether weights that are not stored in bfloat16 draw well in it.
+    guided_at_once: whether a guided teacher is asked for caption and null in one pass. Not where that would pad the null to a
+        caption's length within the picture's attention.
     """
 
     family: ClassVar[str]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.cache import is_cache
-from apexflow.errors import UserError
+from apexflow.errors import UserError, suggest
 from apexflow.objectives import guided, objectives
-from apexflow.training.config import WARMUP, Data, Optimizer, Recipe, parse, short_recipe, suggest
+from apexflow.training.config import WARMUP, Data, Optimizer, Recipe, parse, short_recipe
 from apexflow.training.prepare import finished_cache
 
 # Readings of a method that are compared beside its defaults: method, and fields of its dataclass.

@@ -133,11 +133,12 @@ def _stage(recipe: Recipe, name: str, model: Path) -> dict[str, Any]:
 def _trained(recipe: Recipe, name: str) -> dict[str, Any]:
     """Train, or go on with an interrupted run; a run that diverged is marked, not fatal."""
     folder = Path(recipe.output)
+    begun = is_taken(folder)
     told = f"{counted(recipe.steps, 'step')} at learning rate {recipe.optimizer.learning_rate:g}, seed {recipe.seed}"
-    console.print(f"{name}: {told}")
+    console.print(f"{name}: {'on to ' if begun else ''}{told}")
     diverged = {}
     try:
-        train(recipe, resume=is_taken(folder))
+        train(recipe, resume=begun)
     except Diverged as error:
         diverged = {"diverged": str(error)}
     except Stopped:

@@ -197,23 +197,18 @@ def _claim(folder: Path, marker: str, settings: dict[str, Any]) -> None:
 
 
 def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several that differ by seed: means, and the standard error over seeds where there are several.
+    """One report of several that differ by seed: means of every number that differs, and the standard error over seeds.
 
-    A sum that one seed lacks, its pictures being incomplete, the seeds together lack too.
+    A number that one seed lacks, its pictures being incomplete, the seeds together lack too; of what is not a number and
+    differs the first seed's stands.
     """
     first = reports[0]
     if len(reports) == 1:
         return first
-    numbers = [n for n in ("overall", "strict", "images", "prompts", "diversity", "fid", "clip") if n in first]
-    values = {key: [report[key] for report in reports] for key in numbers}
-    merged = first | {key: None if None in found else _mean(found) for key, found in values.items()}
+    merged = {key: _merged([report.get(key) for report in reports]) for key in first}
     merged["overall_se"] = None
-    for key in ("tasks", "strict_tasks", "l2"):
-        if key in first:
-            tags = dict.fromkeys(tag for report in reports for tag in report[key])
-            merged[key] = {tag: _mean([r[key].get(tag) for r in reports]) for tag in tags}
     if merged["overall"] is not None:
-        overalls = torch.tensor(values["overall"], dtype=torch.float64)
+        overalls = torch.tensor([report["overall"] for report in reports], dtype=torch.float64)
         # Pictures within a seed and seeds among each other both vary; the larger of the two estimates is the honest one.
         within = (_mean([r.get("overall_se") for r in reports]) or 0.0) / len(reports) ** 0.5
         merged["overall_se"] = max(within, float(overalls.std() / len(reports) ** 0.5))
@@ -225,6 +220,21 @@ def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failed": {f"seed-{r['seed']}/{name}": why for r in reports for name, why in r["failed"].items()},
         "seed": [r["seed"] for r in reports],
     }
+
+
+def _merged(values: Sequence[Any]) -> Any:
+    """What the seeds' reports have under one key: the mean of numbers, of each entry where they are tables of numbers."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    if all(_is_number(value) for value in values):
+        return None if None in values else _mean(values)
+    if all(isinstance(value, dict) and all(map(_is_number, value.values())) for value in values):
+        return {tag: _mean([value.get(tag) for value in values]) for tag in dict.fromkeys(t for v in values for t in v)}
+    return values[0]
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _of_seeds(reports: Sequence[dict[str, Any]], key: str) -> list[str]:

@@ -86,7 +86,7 @@ class Found:
 
 
 class Suite(ABC):
-    """A benchmark. Each is one file in `evaluation/suites/` with the same shape: prompts, score, aggregate."""
+    """A benchmark: which prompts, where their pictures lie, how a picture is scored, and the sums. One file each in `suites/`."""
 
     pictures_a_prompt: ClassVar[int] = 4  # officially
     allowed: ClassVar[tuple[int, ...]] = ()  # other numbers do not fit the layout; empty: any does
@@ -119,7 +119,8 @@ class Suite(ABC):
 
     @abstractmethod
     def aggregate(self, rows: Sequence[Mapping[str, Any]], work: Path) -> dict[str, Any]:
-        """The sums: "tasks" {name: value}, "overall" (None where there is none) and what else the suite reports."""
+        """The sums of at least one row: "tasks" {name: value}, "overall" (None where there is none), its standard error
+        "overall_se" where that is known, and what else the suite reports. Over seeds every number is averaged."""
 
     def check(self) -> None:
         """UserError for a scorer that is not named or not there, before anything is drawn."""

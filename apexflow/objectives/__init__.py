@@ -17,27 +17,29 @@ from apexflow.conditioning import Condition, guide
 from apexflow.randomness import RowRandom
 from apexflow.transport import LINEAR, Transport
 
-# `F(x_t, t, c)`; for a method that needs a second time also `F(x_t, t, c, s)`: the mean direction on the way from t to s, of
-# which `move` to s is the flow's own jump. s = t asks for the velocity, s = 0 (or none) for the jump to data.
+# A network with its weights: it answers `F(x_t, t, c)`. For a method that needs a second time also `F(x_t, t, c, s)`, the mean
+# direction from t to s: `transport.move` by it from t to s is the jump. s = t asks for the velocity, s = 0 (or none) for the
+# jump to data.
 Field = Callable[..., Tensor]
 
 
 def exact_time(t: Tensor) -> Tensor:
-    """What a backbone that keeps time in float32 does to it: nothing."""
+    """`round_time` of a backbone that keeps time in float32: t as it is."""
     return t
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The roles that an objective may call as `F(x_t, t, c)`, with a second time as `F(x_t, t, c, s)`.
+    """The roles that an objective may call as `F(x_t, t, c)`, with a second time as `F(x_t, t, c, s)`, and what goes with them.
 
-    `student` builds a graph; `reference` (theta-minus) and `teacher` (frozen, pretrained) are run without gradients.
-    `further` are the networks that the method declares, trained too. `frozen` are all of them by name with their weights
-    held: gradients pass through to the input, and reach no weight.
-    `null` is the one-row null condition of guidance, and `guide` makes one answer of those with and without caption, by a
-    scale. `round_time` rounds times to what the backbone really sees, so that
-    secants divide by the step that the network saw. `time_shift` is that of the grid on which the model is sampled.
-    `guided_at_once`: a guided teacher is asked for both conditions in one pass.
+    student: the network that is trained; it builds a graph. reference (theta-minus, an average) and teacher (frozen,
+        pretrained): asked without gradients.
+    further: the networks that the method declares, by name; they are trained too.
+    frozen: all of these by name with their weights held. Gradients pass through to the input, and reach no weight.
+    null: the one-row null condition of guidance. guide: makes one answer of those with and without caption, by a scale.
+    guided_at_once: whether a guided teacher is asked for both in one pass.
+    round_time: rounds times to what the backbone sees, so that secants divide by the step that the network saw.
+    time_shift: that of the grid on which the model is sampled.
     """
 
     student: Field
@@ -55,12 +57,13 @@ class Networks:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one micro-batch: data `x` (B, ...), condition `c`, their numbers `rows` (B,) within the global batch of `total`.
+    """Rows of one micro-batch: data `x` (B, ...) and conditions `c`.
 
-    `progress` in [0, 1] is how far the run has come, and `turn` how many steps it has taken. `following` gives, when it is
-    called, the conditions of the rows after these in the global batch, the first after the last: prompts of other pictures,
-    without a graph; None where there is no other row. What a row is used for, its random numbers and its following row depend
-    on its number alone, so micro-batches, accumulation and several processes change nothing.
+    rows (B,): their numbers within the global batch of `total` rows. What a row is used for, its random numbers and its
+        following row depend on its number alone, so micro-batches, accumulation and several processes change nothing.
+    progress: how far the run has come, in [0, 1]. turn: how many steps it has taken.
+    following: when called, each row's condition of the next row of the global batch (of the last row, the first's), without a
+        graph: prompts of other pictures. None where there is no other row.
     """
 
     x: Tensor
@@ -89,10 +92,11 @@ def share_of(total: int, share: float) -> int:
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is the student's loss, `further` those of the further networks, and `terms` are detached scalars to show. All are
-    this micro-batch's part of a sum over the global batch, so adding them up over micro-batches gives the losses of the step.
+    """`total` is the student's loss, `further` those of the further networks, and `terms` are detached scalars to show.
 
-    A role without a graph in its loss is not stepped: so a method says whose turn it is.
+    All are this micro-batch's part of the global batch's loss: a mean over rows divides by `batch.total`, not by the rows at
+    hand. Added up over micro-batches they are the losses of the step. A role without a graph in its loss is not stepped: so a
+    method says whose turn it is.
     """
 
     total: Tensor
@@ -112,9 +116,11 @@ class Losses:
 class Further:
     """A network that a method trains beside the student, as data: what it is, and how its optimizer differs.
 
-    kind "field": starts as the pretrained model and answers like it. kind "judge": small heads on the features that the
-    role `on` ("teacher" or a further field, which then learns from the judge's loss as well) computes at `depths`, shares of
-    its blocks; it answers logits (B, N), one for each head and token. `rate` is its learning rate over the student's.
+    kind: a "field" starts as the pretrained model and answers like it. A "judge" is small heads on features of another role; it
+        answers logits (B, N), one for each head and token.
+    on: the role whose features a judge reads, "teacher" or a further field, which then learns from the judge's loss as well.
+    depths: which of that role's blocks, as shares of their number. rate: its learning rate over the student's. betas: of
+        its optimizer.
     """
 
     name: str
@@ -127,10 +133,11 @@ class Further:
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """A training method: a frozen dataclass whose fields are its settings. What is not said below is as in most methods.
+    """A training method: a frozen dataclass whose fields are its settings. A method overrides below what is otherwise for it.
 
-    sampler: how the method's paper samples; longer: the same from a number of steps on, where that is otherwise.
-    keeps_sampling: whether it leaves a model that wants as many steps as before; most make one for few.
+    sampler: how the method's paper samples, as arguments of `sampler.sample`. longer: the same by the number of steps from which
+        on it samples otherwise.
+    keeps_sampling: whether its model takes as many steps as before; most methods make one for few.
     """
 
     citation: ClassVar[str]
@@ -139,7 +146,7 @@ class Objective(ABC):
     keeps_sampling: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """ValueError for a reading of a name that is none of its field's."""
+        """ValueError for a field of type `Literal` that has none of its values."""
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 names = ", ".join(get_args(kind))
@@ -162,7 +169,7 @@ class Objective(ABC):
 
     @property
     def scheduled(self) -> bool:
-        """Whether the loss depends on `batch.progress`: the way to a later end is then another from the first step on."""
+        """Whether the loss depends on `batch.progress`: then a short run is not the beginning of a longer one."""
         return False
 
     @property
@@ -175,10 +182,10 @@ class Objective(ABC):
         return
 
     def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> Objective:
-        """The same with what suits a model in place of what a recipe has not `given`.
+        """The same with the fields that a recipe has not `given` set to what suits the model.
 
-        shift: (a, b) of its family. scale: at which its teacher is drawn. Where that is 1 guidance is in the teacher's
-        weights already (FLUX.1, FLUX.2 [klein] distilled, SANA-Sprint, Z-Image-Turbo, LCM-SDXL), and none is put on top.
+        shift: (a, b) of its family. scale: the guidance at which its teacher is drawn. Where that is 1, guidance is in the
+        teacher's weights already (FLUX.1, FLUX.2 [klein] distilled, SANA-Sprint, Z-Image-Turbo, LCM-SDXL), and none is added.
         """
         if scale != 1:
             return self
@@ -198,8 +205,8 @@ class Objective(ABC):
 
 
 def guided(objective: Objective, scale: float) -> dict[str, Any]:
-    """The fields that train guidance of `scale` into a method, those that have settings of their own whole; {} where it
-    knows none."""
+    """The fields of a method, with their values, that train guidance of `scale` into it: its `guidance`, and settings that have
+    a `guidance` of their own. {} where it knows none."""
     found: dict[str, Any] = {}
     for one in fields(objective):
         value = getattr(objective, one.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
-from apexflow.errors import UserError, check_built_in, quoted
+from apexflow.errors import UserError, check_built_in, quoted, suggest
 from apexflow.objectives import Objective, objectives
 from apexflow.sampler import MOST_STEPS
 from apexflow.training.plain_yaml import NO_YAML, fault, read_yaml
@@ -48,6 +48,16 @@ def _sources(value: Any) -> str | tuple[str, ...] | None:
     if twice := [name for place, name in enumerate(expanded) if Path(name) in map(Path, expanded[:place])]:
         raise ValueError(f"{twice[0]} is named twice: name it once, and give its part with data.shares")
     return expanded[0] if len(expanded) == 1 else expanded
+
+
+def _needs_no_files(suite: str) -> str:
+    """A benchmark that any run can be scored with, by its name in the table: others ask for files that a recipe does not name."""
+    from apexflow.evaluation.suites import SUITES
+
+    able = [name for name, one in SUITES.items() if not one.takes and (not one.allowed or 1 in one.allowed)]
+    if suite not in able:
+        raise ValueError(f"Input should be {' or '.join(map(repr, able))}, which need no files, got {suite!r}")
+    return suite
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,7 @@ class Recipe:
     sampling_steps: SamplingSteps | None = None
     sampling_guidance: float | None = None
     # Scored at the end, one picture a prompt, for the report.
-    suite: Literal["mini-geneval", "mini-geneval-held-out"] | None = None
+    suite: Annotated[str, AfterValidator(_needs_no_files)] | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer.kind == "adamw8bit" and self.parallel == "fsdp":
@@ -315,12 +325,6 @@ def _refuse_unknown(kind: Any, raw: Any, where: str) -> None:
             _refuse_unknown(factory, value, f"{where}: {key}")
         elif callable(factory) and is_dataclass(value_type := type(factory())):
             _refuse_unknown(value_type, value, f"{where}: {key}")
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?` where a known word is near."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _suggest_section(word: str, kind: Any, raw: Mapping[str, Any]) -> str:

@@ -275,10 +275,10 @@ def plan_table(found: MemoryPlan, advice: list[tuple[str, MemoryPlan]], memory: 
     """A plan and its advice as text."""
     shown = found.to_dict()
     lines = [f"{name:20} {size:8.2f} GiB" for name, size in shown["parts_gib"].items() if size >= 0.005]
-    rows = f"{shown['rows_with_gradient']:g} rows with and {shown['rows_without_gradient']:g} without gradient a row"
+    passes = f"for each row {shown['rows_with_gradient']:g} passes with gradient and {shown['rows_without_gradient']:g} without"
     lines += [
         f"{'peak on each GPU':20} {shown['peak_gib']:8.2f} GiB of {memory:g}, in {shown['peak_in']}",
-        f"{found.gpus} GPU(s), {found.micro_batch} rows at a time, {found.trainable:,} trainable parameters, {rows}; "
+        f"{found.gpus} GPU(s), {found.micro_batch} rows at a time, {found.trainable:,} trainable parameters, {passes}; "
         f"checkpointing {'on' if found.checkpointing else 'off'}; the cache takes {found.cached / 1e6:.2f} MB a picture",
         f"while it starts, each process takes {shown['host_gib']:.2f} GiB of main memory"
         + (f"; the first one {shown['host_saving_gib']:.2f} GiB to save the model" if found.saving else ""),

@@ -1,4 +1,4 @@
-"""Student, reference (EMA) and teacher: modules of their own when all weights are tuned; which way a recipe asks for."""
+"""Student, reference (EMA) and teacher as modules of their own, for full tuning; `make_roles` makes these or a LoRA's."""
 
 from __future__ import annotations
 

@@ -248,10 +248,10 @@ def test_numbers_of_pictures_that_a_layout_cannot_hold() -> None:
 
 def test_seeds_of_any_suite_are_averaged() -> None:
     base = {"pictures": 3, "complete": True, "missing": [], "extra": [], "failed": {}}
-    reports = [base | {"overall": v, "tasks": {"a": v}, "seed": v, "fid": v, "clip": 2 * v} for v in (1, 3)]
+    reports = [base | {"overall": v, "tasks": {"a": v}, "seed": v, "fid": v, "whatever": 2 * v} for v in (1, 3)]
     merged = over_seeds(reports)
     assert (merged["overall"], merged["tasks"], merged["pictures"], merged["seed"]) == (2, {"a": 2}, 6, [1, 3])
-    assert (merged["fid"], merged["clip"]) == (2, 4)
+    assert (merged["fid"], merged["whatever"]) == (2, 4)
     assert merged["overall_se"] == pytest.approx(1)
     for lacking in (reports, reports[:1]):  # what one seed lacks, all lack
         nothing = over_seeds([report | {"overall": None} for report in lacking] + reports[len(lacking) :])

@@ -10,19 +10,15 @@ from pathlib import Path
 from apexflow.data.captioned import Loaded, Sample
 from apexflow.data.pictures import PICTURES
 from apexflow.data.readers import lines_of, named, read_within, text_of
-from apexflow.data.readers.tars import MANIFEST
 
 METADATA = "metadata.jsonl"
 
 
 def claim_pairs(path: Path) -> list[Path]:
-    """The pictures of a folder, and what only has a name like theirs; none where a metadata.jsonl or ShareGPT-4o-Image's manifest
-    alone describes them."""
+    """The pictures of a folder, and what only has a name like theirs, where any has a caption beside it: else something else
+    describes them, or nothing does."""
     pictures = named(path, *PICTURES) if path.is_dir() else []
-    if all(picture.is_dir() for picture in pictures):
-        return []
-    described = bool(claim_metadata(path)) or (path / MANIFEST).is_file()
-    return [] if described and not any(_caption_of(picture) for picture in pictures) else pictures
+    return pictures if any(_caption_of(picture) for picture in pictures) else []
 
 
 def pairs(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:

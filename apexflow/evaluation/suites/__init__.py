@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 
-from apexflow.errors import UserError
+from apexflow.errors import UserError, suggest
 from apexflow.evaluation.suite import Suite, Tools
 from apexflow.evaluation.suites.dpg import DpgBench
 from apexflow.evaluation.suites.geneval import GenEval
@@ -14,7 +13,7 @@ from apexflow.evaluation.suites.mjhq import Mjhq
 from apexflow.evaluation.suites.pickscore import PickScore
 from apexflow.evaluation.suites.wise import Wise
 
-SUITES: dict[str, Callable[[Tools, int | None], Suite]] = {
+SUITES: dict[str, type[Suite]] = {
     "mini-geneval": MiniGenEval,
     "mini-geneval-held-out": MiniGenEvalHeldOut,
     "geneval": GenEval,
@@ -28,7 +27,7 @@ SUITES: dict[str, Callable[[Tools, int | None], Suite]] = {
 def make_suite(name: str, tools: Tools, per_prompt: int | None = None) -> Suite:
     """UserError for a name that is not in the table, and for a tool that the suite has no use for."""
     if name not in SUITES:
-        raise UserError(f"unknown suite {name!r}; suites: {', '.join(SUITES)}")
+        raise UserError(f"unknown suite {name!r}{suggest(name, SUITES)}; suites: {', '.join(SUITES)}")
     suite = SUITES[name](tools, per_prompt)
     given = [field.name for field in fields(Tools) if field.name != "device" and getattr(tools, field.name) is not None]
     idle = [f"--{tool.replace('_', '-')}" for tool in given if tool not in suite.takes]
