@@ -106,6 +106,16 @@ def test_a_path_of_no_kind_or_of_two_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UserError, match="holds no kind of data that apexflow reads"):
         recognise(tmp_path)
+    for name in ("bare/1.png", "bare/2.JPG", "1.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture("red"))
+    with pytest.raises(
+        UserError, match=r"bare has pictures and no caption: put 1\.txt beside 1\.png and one beside each"
+    ):
+        recognise(tmp_path / "bare")
+    with pytest.raises(UserError, match=r"1\.webp holds no kind of data"):
+        recognise(tmp_path / "1.webp")
+    (tmp_path / "1.webp").unlink()
     both = folder(tmp_path / "both")
     tar(both / "a.tar", {"0.png": picture("red"), "0.txt": b"red"})
     with pytest.raises(UserError, match=r"could be read as pictures with same-name \.txt or as webdataset"):

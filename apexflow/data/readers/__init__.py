@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apexflow.data.captioned import Sample
+from apexflow.data.pictures import PICTURES
 from apexflow.errors import UserError
 
 TEXT = "utf-8-sig"  # some editors begin a file of UTF-8 with a mark
@@ -98,6 +99,11 @@ def recognise(path: Path) -> Source:
         raise UserError(f"{path} is a finished cache, not pictures: train on it with data.source={path}")
     found = [Source(path, kind, files) for kind in kinds().values() if (files := kind.claims(path))]
     if not found:
+        if path.is_dir() and (bare := named(path, *PICTURES)):
+            raise UserError(
+                f"data {path} has pictures and no caption: put {bare[0].stem}.txt beside {bare[0].name} and one beside each "
+                "other, or metadata.jsonl into the folder"
+            )
         empty = path.is_dir() and not any(path.iterdir())
         what = "is empty" if empty else "holds no kind of data that apexflow reads"
         raise UserError(f"data {path} {what}; it reads: {known}")
