@@ -1,39 +1,52 @@
 """Put a trained miniature into the package: weights in bfloat16, with a model card.
 
-python recipes/ship.py runs/mini-teacher/model mini-teacher
-python recipes/ship.py runs/mini-apex-both/model mini-student
+python recipes/ship.py mini-teacher runs/mini-teacher/model
+python recipes/ship.py mini-student runs/mini-apex-both/model runs/mini-apex-again/model
+
+Of several models the mean of the weights is taken, and the rest from the last one.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
-from apexflow.backbones import load_backbone
+from apexflow.backbones import Backbone, load_backbone
 
 
-def ship(model: Path, name: str) -> Path:
-    """Copy a model folder to apexflow/assets/NAME in bfloat16; its path."""
+def ship(models: Sequence[Path], name: str) -> Path:
+    """Copy a model folder, or the mean of several, to apexflow/assets/NAME in bfloat16; its path."""
     target = ROOT / "apexflow" / "assets" / name
-    backbone = load_backbone(str(model))
+    backbone = mean_of(models)
     for part in ("transformer", "vae", "text_encoder"):
         getattr(backbone, part).to(torch.bfloat16)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     backbone.save(target, backbone.settings)
-    (target / "README.md").write_text(card(backbone, name))
+    (target / "README.md").write_text(card(backbone, name, [model.parent.name for model in models]))
     return target
 
 
-def card(backbone: object, name: str) -> str:
+def mean_of(models: Sequence[Path]) -> Backbone:
+    """The last of some models of one shape, with the mean of all their denoisers' weights."""
+    backbones = [load_backbone(str(model)) for model in models]
+    states = [backbone.transformer.state_dict() for backbone in backbones]
+    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    backbones[-1].transformer.load_state_dict(mean)
+    return backbones[-1]
+
+
+def card(backbone: Backbone, name: str, recipes: Sequence[str]) -> str:
     """A model card: what it is, how it was made, and the place of its scores."""
     made = backbone.settings.card
     before = Path(made["recipe"]["model"]).parent.name
+    several = f"The weights are the mean of those of {' and '.join(recipes)}.\n" if len(recipes) > 1 else ""
     recipe, minutes = yaml.safe_dump(made["recipe"], sort_keys=False), made["seconds"] / 60
     weights = sum(
         p.numel() for part in ("transformer", "vae", "text_encoder") for p in getattr(backbone, part).parameters()
@@ -44,7 +57,7 @@ A miniature SANA ({weights / 1e6:.1f}M parameters with autoencoder and text enco
 shapes from captions. It exists to prove and to test apexflow, and knows nothing else. Apache-2.0.
 
 The recipe below took {made["steps"]} steps and {minutes:.0f} minutes on {made["device"]}, from what `recipes/{before}.yaml` made.
-Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
+{several}Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
 
 <!-- {name} -->
 <!-- /{name} -->
@@ -58,10 +71,10 @@ Recipe, with its seed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
     parser.add_argument("name")
+    parser.add_argument("models", type=Path, nargs="+")
     given = parser.parse_args()
-    target = ship(given.model, given.name)
+    target = ship(given.models, given.name)
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     print(f"{target}: {size / 2**20:.1f} MiB")
 
