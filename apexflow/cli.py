@@ -19,6 +19,8 @@ from apexflow.errors import (
     is_full_disk,
     is_out_of_memory,
     is_taken,
+    no_path,
+    printable,
     writing,
 )
 from apexflow.evaluation.command import convert_detector, evaluate
@@ -266,21 +268,28 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", STOPPED)
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
-            _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)
-        if is_out_of_memory(error):
-            _fail("out of memory: ask for fewer or smaller pictures at a time, or take a smaller model", 2)
-        if is_full_disk(error):
-            _fail(f"no room to write ({error}): free some space; what was written before is whole", 2)
-        raise
+        if (told := _told(error)) is None:
+            raise
+        _fail(told, 2)
+
+
+def _told(error: Exception) -> str | None:
+    """What a user can do about an error; None where it is a fault of apexflow's."""
+    if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
+        return error.format_message() if hasattr(error, "format_message") else str(error)
+    if is_out_of_memory(error):
+        return "out of memory: ask for fewer or smaller pictures at a time, or take a smaller model"
+    if is_full_disk(error):
+        return f"no room to write ({error}): free some space; what was written before is whole"
+    return no_path(error)
 
 
 def _warn(message: Warning | str, *rest: Any, **named: Any) -> None:
     if speaks():
-        print(f"apexflow: warning: {message}", file=sys.stderr)
+        print(f"apexflow: warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:
     if message and tells():
-        print(f"apexflow: error: {message}", file=sys.stderr)
+        print(f"apexflow: error: {printable(message)}", file=sys.stderr)
     sys.exit(code)

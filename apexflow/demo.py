@@ -38,6 +38,8 @@ def demo_recipe(output: Path, minutes: float) -> Recipe:
 def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any]:
     """Tune, score, draw and report; paths and scores. UserError if the folder exists (unless `force`)."""
     if is_taken(output):
+        if output.is_symlink():
+            raise UserError(f"output {output} is a link, and no folder of its own: name {output.resolve()}")
         if not force:
             raise UserError(
                 f"output {output} exists: pass --force to replace the earlier demo, or choose another with -o"

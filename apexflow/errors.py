@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 CHECK_ROOM = "check the folder and the free space"
+# What is no character to read: control codes, which may steer a terminal, half characters, and turns of the direction of writing.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -41,6 +44,11 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def printable(text: str) -> str:
+    """A text in one line as a terminal may show it: names in strangers' files may hold anything."""
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says in its first line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -66,6 +74,16 @@ def check_built_in(name: str, meant: str) -> None:
 def is_full_disk(error: BaseException) -> bool:
     """Whether a disk, or the user's share of it, had no room left."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_path(error: BaseException) -> str | None:
+    """Of a path that cannot be looked at, what to do: its name is too long, as a text in its place is, or it is not ours to read.
+    None of any other error."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP):
+        return None
+    return f"cannot use {quoted(str(error.filename))} ({error.strerror}): check the path and its permissions"
 
 
 def is_taken(folder: Path) -> bool:

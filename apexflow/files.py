@@ -66,9 +66,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file; UserError says which file of the user's it is (`what`)."""
+def read_json(path: Path, what: str, kind: type = dict) -> Any:
+    """What a JSON file holds, of that `kind`; UserError says which file of the user's it is (`what`)."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {what} at {path}: {error}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"cannot read {what} at {path}: it holds something else; restore or delete it")
+    return content

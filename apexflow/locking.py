@@ -58,12 +58,15 @@ def _take(path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> TextIO | None
     for _ in range(TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            file = path.open("a")  # a file or link that others put there is not emptied
         except FileNotFoundError:  # another process has just removed the folder, or nothing can be here (/proc)
             continue
         except OSError:
             return None
         try:
+            if os.fstat(file.fileno()).st_size:  # no lock of ours, which are empty
+                file.close()
+                return None
             fcntl.flock(file, how)
             if _is_still(file, path):
                 return file

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
+
+from apexflow.errors import printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[
@@ -28,5 +31,6 @@ Overrides = Annotated[
 
 
 def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:
-    printable = text.encode(errors="backslashreplace").decode()  # file names need not be UTF-8
-    typer.echo(json.dumps(result) if as_json else printable)
+    lines = "\n".join(printable(line) for line in text.split("\n"))  # file names need not be UTF-8
+    coding = getattr(sys.stdout, "encoding", None) or "utf-8"  # which may be narrower, too
+    typer.echo(json.dumps(result) if as_json else lines.encode(coding, "backslashreplace").decode(coding))

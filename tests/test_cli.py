@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from PIL import Image
 
 import apexflow
 from apexflow.cli import app
+from apexflow.data.command import listed
+from apexflow.options import show
 
 
 def test_generate_writes_the_same_picture_for_the_same_seed(run: Run, tiny_model: Path, tmp_path: Path) -> None:
@@ -95,6 +98,11 @@ def test_help_of_every_command(run: Run) -> None:
         assert command in ([], ["data"], ["convert-detector"]) or "--json" in out
 
 
+def test_no_command_at_all_shows_what_there_is(run: Run) -> None:
+    code, output, errors = run()
+    assert code == 2 and "generate" in output + errors and "Traceback" not in errors
+
+
 def test_the_version_is_told(run: Run) -> None:
     assert run("--version")[:2] == (0, f"{apexflow.__version__}\n")
 
@@ -165,6 +173,57 @@ def test_other_outputs_that_cannot_be(run: Run, recipe_file: Path, tmp_path: Pat
     refused(run("cache", tmp_path, "--verify"), "no finished cache")
     refused(run("demo", "-o", tmp_path, "--force"), "delete")  # not a run: --force does not remove it
     assert file.read_text() == "mine"
+
+
+LONG = "a photo of a red star left of a blue ring, " * 10
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "a star", "-o", f"{LONG}.png"),
+        ("generate", "a star", "--model", LONG),
+        ("export", LONG, "-o", "o"),
+        ("compare", "apex", "-o", LONG),
+        ("evaluate", "--images", LONG),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_text_in_the_place_of_a_path_is_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run(*command), f"cannot use '{LONG[:80]}…'", "too long", "check the path")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_through_a_link_deletes_nothing(run: Run, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    write(earlier / "recipe.json", "{}")
+    (tmp_path / "link").symlink_to(earlier)
+    refused(run("demo", "-o", tmp_path / "link", "--force"), "is a link", str(earlier))
+    assert (earlier / "recipe.json").is_file() and (tmp_path / "link").is_symlink()
+
+
+def test_what_would_steer_a_terminal_is_shown_as_it_is_written(
+    run: Run, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Strangers name the files of a set, and the kind of a model."""
+    write(tmp_path / "\x1b[2Jname\n.png", "no picture")
+    code, _, errors = run("cache", tmp_path, "-o", tmp_path / "c", "--model", tiny_model)
+    assert code == 2 and "\\x1b[2Jname\\n.png" in errors and "\x1b" not in errors and len(errors.splitlines()) == 1
+    assert listed({"\x1b[2Jname\n": "picture missing"}) == "\n  \\x1b[2Jname\\n: picture missing"
+    show({}, False, "one line\nand \u202eanother \x9b \ud800 \N{SNOWMAN}\xa0")
+    assert capsys.readouterr().out == "one line\nand \\u202eanother \\x9b \\ud800 \N{SNOWMAN}\xa0\n"
+
+
+def test_a_narrow_output_loses_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr("sys.stdout", narrow)
+    show({}, False, "caf\xe9 \N{BLACK STAR}.png: written")
+    narrow.flush()
+    assert narrow.buffer.getvalue() == b"caf\xe9 \\u2605.png: written\n"  # type: ignore[attr-defined]
 
 
 def test_a_full_disk_leaves_the_earlier_picture(

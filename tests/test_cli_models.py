@@ -332,9 +332,9 @@ NO_GRIDS = ("[5, 0]", "[1, -1]", "[1, 0.5, 0.7]", "[]", "[1, NaN, 0]", "[1, 0.5]
         ('{"steps": 1000000000}', ("apexflow.json", "steps")),
         ("[" * 100_000, ("apexflow.json",)),
         *((f'{{"times": {times}}}', ("apexflow.json", "times", "descend")) for times in NO_GRIDS),
-        *((f'{{"max_tokens": {number}}}', ("apexflow.json", "max_tokens")) for number in (-5, 0)),
+        *((f'{{"max_tokens": {number}}}', ("apexflow.json", "max_tokens")) for number in (-5, 0, 2**64)),
         *((f'{{"{name}": NaN}}', ("apexflow.json", name)) for name in ("guidance", "embedded_guidance")),
-        ('{"size": 0}', ("apexflow.json", "size")),
+        *((f'{{"size": {number}}}', ("apexflow.json", "size")) for number in (0, 2**40)),
     ],
 )
 def test_settings_that_do_not_fit_are_named(

@@ -10,7 +10,7 @@ from full_disk import file_size_limit
 from safetensors import SafetensorError
 
 from apexflow.errors import UserError
-from apexflow.files import new_folder, replacing
+from apexflow.files import new_folder, read_json, replacing
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
@@ -26,6 +26,14 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, error: E
         partial.write_text("new")
         assert path.read_text() == "old" and partial.suffix == ".partial"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "{", "5"], ids=["deep", "list", "cut", "number"])
+def test_what_a_command_has_left_and_somebody_changed_is_told(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"cannot read the plan at .*plan.json: "):
+        read_json(path, "the plan")
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:

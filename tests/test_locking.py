@@ -96,6 +96,18 @@ def test_where_no_lock_can_be_the_work_goes_on(tmp_path: Path) -> None:
     assert entered and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("link", [True, False])
+def test_a_file_in_the_place_of_the_lock_is_left_alone(tmp_path: Path, link: bool) -> None:
+    """In a folder that all may write to, somebody may have put a link there that leads to a file of ours."""
+    lock = tmp_path / ".out.lock"
+    mine = write(tmp_path / "mine" if link else lock, "mine")
+    if link:
+        lock.symlink_to(mine)
+    with alone_in(tmp_path / "out"):
+        pass
+    assert mine.read_text() == lock.read_text() == "mine"
+
+
 def test_where_files_never_come_to_be_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As below /proc, or where folders are mounted when they are asked for."""
     tried = 0

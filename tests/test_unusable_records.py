@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tarfile
@@ -102,9 +103,78 @@ def test_hard_links_in_a_tar_are_read_and_other_links_are_counted(tmp_path: Path
     skipped = Skipped()
     assert [(r.key, r.caption) for r in read_captioned(path, skipped)] == [(f"a.tar:{n}", "red") for n in range(3)]
     assert {name.rpartition(":")[2]: reason for name, reason in skipped.reasons.items()} == {
-        "3": "unreadable (3.png is a link or a device)",
-        "4": "unreadable (4.png is a link or a device)",
+        "3": "unreadable (3.png is no plain file)",
+        "4": "unreadable (4.png is no plain file)",
     }
+
+
+ODD_SIZES = {"GNU.sparse.realsize": str(2**62), "GNU.sparse.size": "none", "size": str(2**80)}
+
+
+@pytest.mark.parametrize("key", ODD_SIZES)
+def test_sizes_that_no_member_of_a_tar_has_are_told(tmp_path: Path, key: str) -> None:
+    """Headers may say anything; a size is asked of memory before a byte is read."""
+    tar(tmp_path / "a.tar", {"0.png": picture("red"), "0.txt": b"red"})
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as file:
+        member = tarfile.TarInfo("0.png")
+        member.pax_headers = {key: ODD_SIZES[key]}
+        file.addfile(member)
+        file.addfile(tarfile.TarInfo("0.txt"))
+        file.addfile(tarfile.TarInfo("1.txt"))
+    skipped = Skipped()
+    assert [record.caption for record in read_captioned(tmp_path, skipped)] == ["red"]
+    assert skipped.broken or "larger than its tar" in next(iter(skipped.reasons.values()))
+
+
+def test_sparse_members_of_a_tar_are_counted(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"0.png": picture("red"), "0.txt": b"red"})
+    with tarfile.open(tmp_path / "a.tar", "a", format=tarfile.PAX_FORMAT) as file:
+        member = tarfile.TarInfo("1.txt")
+        member.pax_headers = {"GNU.sparse.size": "512", "GNU.sparse.numblocks": "0"}
+        file.addfile(member)
+    skipped = Skipped()
+    assert len(list(read_captioned(tmp_path, skipped))) == 1
+    assert list(skipped.reasons.values()) == ["unreadable (1.txt is no plain file)"]
+
+
+def test_what_has_the_name_of_a_list_of_records_and_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    (tmp_path / "train" / "metadata.jsonl").mkdir(parents=True)
+    (tmp_path / "0.png").write_bytes(picture("red"))
+    (tmp_path / "0.txt").write_text("red")
+    assert [record.caption for record in read_captioned(tmp_path, Skipped())] == ["red"]
+
+
+def test_a_list_of_prompts_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "prompts.txt").write_text("a star")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*prompts.txt \(Permission denied\)"):
+        list(read_captioned(tmp_path / "prompts.txt", Skipped()))
+
+
+def test_columns_of_parquet_that_others_write(tmp_path: Path) -> None:
+    """Captions as a category of pandas or as views; of two columns of one name nobody would see which is read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def written(*columns: pyarrow.Array, names: list[str]) -> Path:
+        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names), tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+
+    image, red = pyarrow.array([picture("red")] * 2), pyarrow.array(["red", "red"])
+    views = (image.cast(pyarrow.binary_view()), red.cast(pyarrow.string_view()))
+    for columns in ((image, red.dictionary_encode()), views):
+        path = written(*columns, names=["image", "caption"])
+        assert [record.caption for record in read_captioned(path, Skipped())] == ["red", "red"]
+    with pytest.raises(UserError, match="several columns 'caption'"):
+        list(read_captioned(written(image, red, red, names=["image", "caption", "caption"]), Skipped()))
+    path = written(image, red, names=["image", "caption"])
+    path.write_bytes(path.read_bytes().replace(b"caption", b"\xffaption"))
+    skipped = Skipped()
+    assert not list(read_captioned(path, skipped)) and skipped.broken
 
 
 @pytest.mark.parametrize("home", ["set", "set/train"])

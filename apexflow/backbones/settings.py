@@ -38,8 +38,8 @@ class Settings:
     guidance: Finite = 1.0
     times: Annotated[list[float] | None, AfterValidator(_grid)] = None
     instruction: bool = True
-    max_tokens: Annotated[int, Field(ge=1)] = 300
-    size: Annotated[int | None, Field(ge=1)] = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**20)] = 300
+    size: Annotated[int | None, Field(ge=1, le=2**16)] = None
     embedded_guidance: Finite | None = None
     card: dict = field(default_factory=dict)
 

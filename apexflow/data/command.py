@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError, going_on
+from apexflow.errors import UserError, going_on, printable
 from apexflow.options import Device, Guidance, Json, Model, Seed, Size, Steps, show
 from apexflow.torchrun import speaks
 
@@ -122,5 +122,5 @@ def _cache_text(result: dict[str, Any]) -> str:
 
 def listed(skipped: Mapping[str, str]) -> str:
     """The first records that were skipped, one a line; --json and cache.json have all."""
-    lines = [f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:20]]
+    lines = [f"\n  {printable(f'{name}: {reason}')}" for name, reason in list(skipped.items())[:20]]
     return "".join(lines) + (f"\n  and {len(skipped) - 20} more" if len(skipped) > 20 else "")

@@ -72,7 +72,7 @@ def evaluate(
         return {"suite": settings.suite, "name": name, "folder": str(folder), "pending": left}
     # Of processes that finish drawing together, the later finds everything scored.
     with alone_in(folder, "scoring", wait=True):
-        drawn = {"name": name, "evaluations": read_json(folder / EVALUATIONS, "the evaluation")} | generation
+        drawn = {"name": name, "evaluations": read_json(folder / EVALUATIONS, "the evaluation", int)} | generation
         if suite.measures_diversity:
             drawn["diversity"] = diversity(generator, folder, suite.drawings(prompts), suite.per_prompt)
         return _score(suite, settings, prompts, all_prompts, folder / "pictures", folder, drawn)
@@ -98,7 +98,7 @@ def score_folder(
     record = images.parent / "generation.json"
     if record.is_file() and images.name == "pictures":  # drawn by `evaluate`
         drawn = read_json(record, "the evaluation")
-        drawn["evaluations"] = read_json(images.parent / EVALUATIONS, "the evaluation")
+        drawn["evaluations"] = read_json(images.parent / EVALUATIONS, "the evaluation", int)
     return _score(suite, settings, prompts, all_prompts, images, folder, {"name": name} | drawn)
 
 

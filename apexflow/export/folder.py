@@ -170,7 +170,7 @@ def _run(folder: Path) -> Source:
     try:
         recipe = json.loads((folder / RECIPE).read_text())
         kind, named = recipe["tuning"]["kind"], recipe["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / RECIPE} is damaged ({error}): `apexflow train` with the recipe and --resume writes it again"
         ) from error

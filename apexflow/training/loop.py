@@ -18,6 +18,7 @@ from apexflow.backbones.folder import CHECKPOINTS, RECIPE
 from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
 from apexflow.data.mixture import Cached
+from apexflow.devices import device_name
 from apexflow.errors import Stopped, UserError, is_taken, writing
 from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
@@ -34,7 +35,7 @@ from apexflow.training.journal import COST, SOURCES, Journal, last_step
 from apexflow.training.prepare import null_condition, prepare
 from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
-from apexflow.training.run import Run, Trainee, answering, ended, holds_run, restore, save
+from apexflow.training.run import Run, Trainee, answering, ended, holds_run, restore, save, state_of
 from apexflow.training.saving import save_model
 from apexflow.training.sharding import Place, all_processes, spread
 from apexflow.training.sources import source_line, used
@@ -219,7 +220,7 @@ def preview(run: Run) -> dict[str, float]:
 
 def finish(run: Run) -> Path:
     """Save the averaged student as a model folder, score it if the recipe says so, write the report; the folder's path."""
-    cost = spent(run)
+    cost = spent(state_of(run), run.recipe.batch) | {"device": device_name()}
     model = save_model(run.backbone, run.roles, run.recipe, run.folder, cost)
     if not leads():
         return model

@@ -21,6 +21,7 @@ from apexflow.training.config import Recipe, parse
 from apexflow.training.roles import Roles, loaded_dtype, make_roles
 from apexflow.training.saving import check_finite, save_model, shipped_settings
 from apexflow.training.sharding import leave
+from apexflow.training.spent import spent
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -69,7 +70,7 @@ def _ended_at(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, folder
         backbone = load_backbone(model, "cpu", loaded_dtype(recipe))
     backbone.draw_at(state.get("size") or recipe.data.size or backbone.default_size)
     roles = _averaged(checkpoint, make_roles(backbone, recipe, needs, leave, once=True))
-    card = {"steps": state["step"], "seconds": round(state["seconds"])}
+    card = spent(state, recipe.batch)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with writing(folder):

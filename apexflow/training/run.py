@@ -109,11 +109,16 @@ def save(run: Run) -> Path:
         "optimizer": {f"{name}/{key}": value for name, p, state in _moments(run) for key, value in state.items()},
         "memory": {f"{rank()}/{name}": tensor for name, tensor in run.memory.items()},
     }
+    return save_checkpoint(
+        run.folder / CHECKPOINTS, Checkpoint(tensors, state_of(run)), None if run.bad else run.recipe.keep
+    )
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors."""
     state: dict[str, Any] = {name: getattr(run, name) for name in COUNTERS}
-    state |= {"world": world(), "recipe": run.recipe.to_dict()}
-    state["objective"] = asdict(run.objective)  # with what its model has put in, which no recipe says
-    state["size"] = run.data.size
-    return save_checkpoint(run.folder / CHECKPOINTS, Checkpoint(tensors, state), None if run.bad else run.recipe.keep)
+    state |= {"world": world(), "recipe": run.recipe.to_dict(), "size": run.data.size}
+    return state | {"objective": asdict(run.objective)}  # with what its model has put in, which no recipe says
 
 
 def _moments(run: Run) -> list[tuple[str, nn.Parameter, dict[str, Tensor]]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from apexflow.devices import device_name
 from apexflow.reporting.markup import duration
 from apexflow.training.distributed import world
 from apexflow.training.run import Run
@@ -37,25 +36,24 @@ def spend(run: Run, seconds: float, peak: float) -> None:
     run.seconds, run.peak_gib = seconds, max(run.peak_gib, peak)
 
 
-def spent(run: Run) -> dict[str, Any]:
-    """What a run has cost so far, added up over all times that it was resumed.
+def spent(state: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """What a run has cost when it had this `state` (see `run.state_of`), added up over all times that it was resumed.
 
     rows: pictures or prompts, each counted as often as it was seen; seconds: by the clock, previews and checkpoints included;
-    device_hours: of all processes together; peak_gib: the most that one process held. processes and device are those of now.
+    device_hours: of all processes together; peak_gib: the most that one process held; processes: those of the end.
     """
     return {
-        "steps": run.step,
-        "rows": run.step * run.recipe.batch,
-        "seconds": round(run.seconds),
-        "device_hours": round(run.device_seconds / 3600, 4),
-        "peak_gib": round(run.peak_gib, 3),
-        "processes": world(),
-        "device": device_name(),
+        "steps": state["step"],
+        "rows": state["step"] * batch,
+        "seconds": round(state["seconds"]),
+        "device_hours": round(state["device_seconds"] / 3600, 4),
+        "peak_gib": round(state["peak_gib"], 3),
+        "processes": state["world"],
     }
 
 
 def spent_line(told: Mapping[str, Any]) -> str:
-    """The same in words."""
+    """The same in words, with the device."""
     return (
         f"{told['steps']:,} steps, {told['rows']:,} rows, {duration(told['seconds'])} on {told['processes']} x {told['device']}, "
         f"{told['peak_gib']:.1f} GiB at most"

@@ -26,11 +26,14 @@ def text_of(raw: bytes) -> str:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a text file that are not blank, with their numbers, in bytes for `text_of`."""
-    with path.open(encoding=TEXT, errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line.encode(errors="surrogateescape")
+    """The lines of a text file that are not blank, with their numbers, in bytes for `text_of`. UserError if it cannot be read."""
+    try:
+        with path.open(encoding=TEXT, errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line.encode(errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): check the file and its permissions") from error
 
 
 @dataclass(frozen=True)

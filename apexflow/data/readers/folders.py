@@ -39,7 +39,8 @@ def _caption_of(picture: Path) -> Path | None:
 
 def claim_metadata(path: Path) -> list[Path]:
     """The metadata.jsonl files of a folder, at its top or in the folders of its splits."""
-    return sorted([*path.glob(METADATA), *path.glob(f"*/{METADATA}")])
+    found = [*path.glob(METADATA), *path.glob(f"*/{METADATA}")]
+    return sorted(file for file in found if file.is_file())
 
 
 def rows(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:

@@ -23,7 +23,7 @@ def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[S
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema, groups = file.schema_arrow, file.metadata.num_row_groups
                 sizes = [file.metadata.row_group(group).num_rows for group in range(groups)]
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:  # the second of names that are no text
             broken[str(path)] = f"corrupt or truncated ({str(error).splitlines()[0]})"
             continue
         picture, texts = _columns(path, schema)
@@ -40,13 +40,20 @@ def _columns(path: Path, schema: Any) -> tuple[str, tuple[str, ...]]:
     def holds_bytes(kind: Any) -> bool:
         if types.is_struct(kind):
             return any(kind.field(index).name == "bytes" for index in range(kind.num_fields))
-        return types.is_binary(kind) or types.is_large_binary(kind)
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
-    texts = tuple(f.name for f in schema if types.is_string(f.type) or types.is_large_string(f.type))
+    def is_text(kind: Any) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind  # as pandas writes what it calls a category
+        return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+    texts = tuple(field.name for field in schema if is_text(field.type))
     pictures = [field.name for field in schema if holds_bytes(field.type)]
     if not pictures:
         raise UserError(f"{path} has no column of picture bytes; its columns: {', '.join(schema.names)}")
-    return ("image" if "image" in pictures else pictures[0]), texts
+    picture = "image" if "image" in pictures else pictures[0]
+    if twice := [name for name in (picture, *texts) if schema.names.count(name) > 1]:
+        raise UserError(f"{path} has several columns {twice[0]!r}: rename all but one")
+    return picture, texts
 
 
 def _load(path: Path, group: int, row: int, picture: str, texts: tuple[str, ...]) -> Loaded:

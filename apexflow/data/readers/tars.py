@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,8 +29,10 @@ class Member:
 
     def read(self) -> bytes:
         if self.offset is None:
-            raise OSError(f"{self.name} is a link or a device")
+            raise OSError(f"{self.name} is no plain file")
         with self.path.open("rb") as file:
+            if self.size > os.fstat(file.fileno()).st_size:  # else that much memory would be asked for
+                raise OSError(f"{self.name} says that it is larger than its tar")
             file.seek(self.offset)
             return file.read(self.size)
 
@@ -63,7 +66,8 @@ def members(path: Path, broken: dict[str, str]) -> Iterator[Member]:
         with tarfile.open(path, "r:") as tar:
             for entry in tar:
                 name = entry.name.removeprefix("./")
-                member = Member(path, name, entry.offset_data if entry.isfile() else None, entry.size)
+                plain = entry.isfile() and not entry.issparse()  # of a sparse one not all of its bytes are there
+                member = Member(path, name, entry.offset_data if plain else None, entry.size)
                 if entry.islnk():  # to a file that stands before it
                     member = replace(held.get(entry.linkname.removeprefix("./"), member), name=name)
                 held[name] = member
@@ -72,7 +76,7 @@ def members(path: Path, broken: dict[str, str]) -> Iterator[Member]:
             # tarfile takes a header that is cut or damaged for the end; a whole tar ends with blocks of zeros.
             if Member(path, "", tar.offset, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end mark")
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:  # the last two of odd numbers
         broken[str(path)] = f"corrupt or truncated ({error})"
 
 

@@ -85,7 +85,7 @@ class Mjhq(OneFileEach):
             needs(self.tools.clip, "--clip", "a folder with openai/clip-vit-large-patch14", Path.is_dir)
 
     def prompts(self) -> list[dict[str, Any]]:
-        meta = read_json(self.root / META, "the MJHQ-30K prompts")
+        meta = read_json(self.root / META, "the MJHQ-30K prompts", object)
         try:
             return [{"id": name, "category": data["category"], "prompt": data["prompt"]} for name, data in meta.items()]
         except (AttributeError, KeyError, TypeError):
