@@ -17,6 +17,7 @@ from PIL import Image
 import apexflow
 from apexflow.cli import app
 from apexflow.data.command import listed
+from apexflow.evaluation.suites import SUITES
 from apexflow.options import show
 
 
@@ -96,6 +97,8 @@ def test_help_of_every_command(run: Run) -> None:
         code, out, _ = run(*command, "--help")
         assert code == 0 and "Usage" in out
         assert command in ([], ["data"], ["convert-detector"]) or "--json" in out
+    told = "".join(run("evaluate", "--help")[1].replace("│", "").split())  # lines may break within a name
+    assert all(name in told for name in SUITES)
 
 
 def test_no_command_at_all_shows_what_there_is(run: Run) -> None:

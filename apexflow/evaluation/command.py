@@ -24,7 +24,7 @@ OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "r
 def evaluate(
     ctx: typer.Context,
     suite: Annotated[
-        str, typer.Option(help="A benchmark of docs/evaluation.md; a wrong name lists them.")
+        str, typer.Option(help="mini-geneval, geneval, dpg, wise, mjhq, pickscore or mini-geneval-held-out")
     ] = "mini-geneval",
     output: Annotated[
         Path | None,

@@ -223,8 +223,8 @@ class APEX(Objective):
     def check_rows(self, total: int) -> None:
         if self.path_weight > 0 and self._walked_of(total) == 0:
             raise ValueError(
-                f"share {self.share:g} of it is rounded to every row, which leaves none for the path objective: give more "
-                "rows, lower objective.share, or say objective.path_rows=all"
+                f"share {self.share:g} of it is every row, rounded, which leaves none for the path objective: give more "
+                "rows" + ", lower objective.share" * (total > 1) + ", or say objective.path_rows=all"
             )
 
     def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> APEX:
