@@ -198,6 +198,9 @@ def compare(
     nfe: Annotated[str, typer.Option(help="Network evaluations a picture, with commas.")] = "1,2,4,8,20",
     rates: Annotated[str, typer.Option(help="Learning rates that are tried for each, with commas.")] = "3e-4,1e-3",
     guidance: Annotated[float, typer.Option(help="Scale that is trained into every method that can.")] = 2.5,
+    timed: Annotated[
+        bool, typer.Option("--timed/--untimed", help="At equal wall time too; not on a machine with other work.")
+    ] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the evaluation.")] = 3,
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
     limit: Annotated[int | None, typer.Option(min=2, help="Only this many prompts.")] = None,
@@ -206,7 +209,7 @@ def compare(
     """Train every method from one teacher at equal budgets, and score them side by side: tables, curves, pictures, one page."""
     from apexflow.comparison.command import compare_command
 
-    given: dict[str, Any] = {"images": images, "runs": runs, "guidance": guidance}
+    given: dict[str, Any] = {"images": images, "runs": runs, "guidance": guidance, "timed": timed}
     given |= {"seeds": seeds, "per_prompt": per_prompt, "limit": limit}
     result, text = compare_command(tuple(methods or ()), output, recipe, nfe, rates, given)
     show(result, as_json, text)

@@ -17,8 +17,8 @@ from typing import Any
 
 from step_cost import work_ratio
 
-from apexflow.comparison.plan import IMAGES, TEACHER
-from apexflow.comparison.tables import budget_table, counted, rests, table, with_error
+from apexflow.comparison.plan import IMAGES
+from apexflow.comparison.tables import TITLES, budget_table, counted, kept_budgets, rests, table, with_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -155,11 +155,9 @@ def comparison(result: dict[str, Any]) -> str:
     prompts = "all prompts" if plan["limit"] is None else f"{plan['limit']} prompts"
     told = f"{plan['images']:,} images a run at batch {plan['recipe']['batch']}; {prompts} x {plan['per_prompt']} pictures x "
     told += f"{counted(plan['seeds'], 'seed')} of the noise."
-    titles = {"images": "Equal images", "time": "Equal wall time"}
     tables = [
-        f"{title}:\n\n{table(budget_table(rows, budget, plan['nfe'], result.get('true_pictures')))}"
-        for budget, title in titles.items()
-        if any(budget in row.get("budgets", {}) for name, row in rows.items() if name != TEACHER)
+        f"{TITLES[budget]}:\n\n{table(budget_table(rows, budget, plan['nfe'], result.get('true_pictures')))}"
+        for budget in kept_budgets(rows)
     ]
     return "\n\n".join([f"{told} {rests(rows)}", *tables])
 

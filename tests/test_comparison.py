@@ -17,6 +17,7 @@ from apexflow.comparison import results as comparison
 from apexflow.comparison import scores
 from apexflow.comparison import train as training
 from apexflow.comparison.averages import over_runs
+from apexflow.comparison.command import compare_command
 from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison_recipe
 from apexflow.comparison.results import run_comparison
 from apexflow.comparison.scores import own_sampler
@@ -94,6 +95,22 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: Calls) -> None:
     assert run_comparison(plan)["rows"] == rows and len(calls) == before  # nothing is done twice
     with pytest.raises(UserError, match="other images"):
         run_comparison(replace(plan, images=16))
+
+
+def test_a_comparison_that_is_not_timed_has_equal_images_alone(plan: Plan, calls: Calls) -> None:
+    """Flow matching, which times are relative to, is not trained for it, and memory is relative to its all the same."""
+    untimed = replace(plan, methods=("scm",), nfe=(1,), seeds=1, per_prompt=1, timed=False)
+    results = run_comparison(untimed)
+    assert {call[0] for call in calls} == {"scm"} and len(calls) == 2 + 1  # one of them a look at the best of the sweep
+    row = results["rows"]["scm"]
+    assert list(results["rows"]) == ["teacher", "scm"] and list(row["budgets"]) == ["images"]
+    assert row["time"] is None and row["memory"] > 1 and row["diverged"] == "0/3" and results["first"] is None
+    for name in ("results.md", "report.html"):
+        told = (plan.output / name).read_text()
+        assert "Equal images" in told and "wall" not in told and "Memory of a training step" in told
+    assert not (plan.output / "pace.json").exists() and run_comparison(untimed)["rows"] == results["rows"]
+    with pytest.raises(UserError, match="other timed"):
+        run_comparison(replace(untimed, timed=True))
 
 
 def test_true_pictures_say_what_their_number_alone_makes_of_fd(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +191,7 @@ def test_a_finished_comparison_takes_more_runs_and_repeats_none(plan: Plan, call
     (plan.output / "results.json").write_text(json.dumps(as_before))
     (plan.output / "pace.json").unlink()
     marker = json.loads((plan.output / "plan.json").read_text())
-    del marker["recipe"]["teacher"]  # a field that recipes have had since
+    del marker["recipe"]["teacher"], marker["timed"]  # fields that there have been since
     (plan.output / "plan.json").write_text(json.dumps(marker))
     del calls[:]
     rows = run_comparison(replace(small, runs=2))["rows"]
@@ -382,6 +399,22 @@ def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str
 def test_recipes_of_a_comparison_differ_in_the_method_alone(plan: Plan) -> None:
     one, other = (plan.recipe_for(name, Path("run"), 1e-4, 10).to_dict() for name in METHODS)
     assert {key for key in one if one[key] != other[key]} == {"method", "objective"}
+
+
+def test_the_longer_comparison_has_a_rate_that_falls_and_is_else_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def carry_out(plan: Plan) -> None:
+        plans.append(plan)
+        raise Stopped("enough")
+
+    monkeypatch.setattr("apexflow.comparison.command.run_comparison", carry_out)
+    for recipe in (None, Path(__file__).parent.parent / "recipes" / "mini-comparison.yaml"):
+        with pytest.raises(Stopped):
+            compare_command((), Path("out"), recipe, "1", "3e-4", {})
+    short, longer = (plan.recipe.to_dict() for plan in plans)
+    assert short["optimizer"].pop("schedule") == "constant" and longer["optimizer"].pop("schedule") == "cosine"
+    assert {key for key in short if short[key] != longer[key]} == {"output"}  # every run has its own
 
 
 def test_a_finished_cache_that_the_recipe_names_is_trained_and_measured_on(

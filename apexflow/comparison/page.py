@@ -8,9 +8,9 @@ from typing import Any
 from PIL import Image
 
 from apexflow.comparison.chart import lines_chart
-from apexflow.comparison.plan import IMAGES, TEACHER, TIME, Plan
+from apexflow.comparison.plan import IMAGES, TEACHER, Plan
 from apexflow.comparison.scores import grid_prompts, strips
-from apexflow.comparison.tables import SWEPT, budget_table, sweep_table, task_table, told
+from apexflow.comparison.tables import SWEPT, TITLES, budget_table, kept_budgets, sweep_table, task_table, told
 from apexflow.comparison.train import run_folder
 from apexflow.objectives import objectives
 from apexflow.reporting import curves, pictures
@@ -29,8 +29,7 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     body = [
         tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
         section("What was compared", command + _papers(plan, rows), told(results)),
-        section("Equal images", shown(budget_table(rows, IMAGES, nfe, true))),
-        section("Equal wall time", shown(budget_table(rows, TIME, nfe))),
+        *(section(TITLES[budget], shown(budget_table(rows, budget, nfe, true))) for budget in kept_budgets(rows)),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
         section("Tasks at one step", shown(task_table(rows))),
         section(
@@ -68,7 +67,7 @@ def shown(rows: list[list[str]]) -> str:
 
 def _nfe_charts(rows: dict[str, Any], nfe: list[int]) -> str:
     charts = []
-    for budget, title in ((IMAGES, "equal images"), (TIME, "equal wall time")):
+    for budget in kept_budgets(rows):
         ends = {name: row.get("budgets", {}).get(budget, {}) for name, row in rows.items()}
         scored = {name: [one["nfe"][str(steps)] for steps in nfe] for name, one in ends.items() if "nfe" in one}
         if scored:  # nothing, where all diverged
@@ -78,7 +77,9 @@ def _nfe_charts(rows: dict[str, Any], nfe: list[int]) -> str:
                 for name in scored
                 if ends[name].get("runs", 1) > 1
             }
-            charts.append(lines_chart(f"mini-GenEval, {title}", [str(steps) for steps in nfe], series, errors))
+            charts.append(
+                lines_chart(f"mini-GenEval, {TITLES[budget].lower()}", [str(steps) for steps in nfe], series, errors)
+            )
     return "".join(charts)
 
 

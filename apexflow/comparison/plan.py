@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,14 @@ EVERYONE = ("apex", "apex-endpoint", "apex-printed", *(name for name in objectiv
 BASIS = "flow_matching"  # what step costs are relative to
 TEACHER = "teacher"
 IMAGES, TIME = "images", "time"
-BUDGETS = (IMAGES, TIME)
 
 
 @dataclass(frozen=True)
 class Plan:
     """One comparison. `recipe` says teacher, data, batch, tuning and seed; methods differ in nothing but themselves.
 
-    images: how many training pictures each method sees; the other budget is the wall time that the first method needs for
-    them. runs: how many trainings of each method, with seeds from the recipe's on; a folder may get more of them later.
+    images: how many training pictures each method sees; the other budget, if `timed`, is the wall time that the first method
+    needs for them. runs: how many trainings of each method, with seeds from the recipe's on; a folder may get more of them later.
     rates: learning rates that are tried for every method, each on all of the images, with the first seed: a rate that is best
     early need not last. nfe, seeds, per_prompt, limit: of the evaluation. guidance: trained into every method that can.
     """
@@ -61,6 +60,7 @@ class Plan:
     per_prompt: int = 2
     limit: int | None = None
     guidance: float = 2.5
+    timed: bool = True
 
     def __post_init__(self) -> None:
         for name in ("images", "runs", "seeds", "per_prompt"):
@@ -80,6 +80,16 @@ class Plan:
             known = {**dict.fromkeys(EVERYONE), **VARIANTS}
             if name not in known:
                 raise UserError(f"unknown method {name!r}{suggest(name, known)}; methods: {', '.join(known)}")
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """What is made equal: the images, and the wall time unless the machine is not to be timed."""
+        return (IMAGES, TIME) if self.timed else (IMAGES,)
+
+    @property
+    def trained(self) -> list[str]:
+        """The methods in order; with them, where steps are timed, the one that their time is measured against."""
+        return list(dict.fromkeys([*self.methods, BASIS] if self.timed else self.methods))
 
     @property
     def steps(self) -> int:
@@ -143,8 +153,3 @@ def comparison_recipe() -> Recipe:
     # Rate and warm-up are each run's own: what stands here names the folders of comparisons.
     data = Data(source="scenes", count=10000, seed=2)
     return short_recipe("", data=data, optimizer=Optimizer(), checkpoint_every=100)
-
-
-def needed(methods: Sequence[str]) -> list[str]:
-    """The methods in order, and the one that step costs are measured against."""
-    return list(dict.fromkeys([*methods, BASIS]))

@@ -12,7 +12,7 @@ from typing import Any
 
 from apexflow.comparison.averages import over_runs
 from apexflow.comparison.page import write_page
-from apexflow.comparison.plan import BASIS, BUDGETS, IMAGES, TEACHER, TIME, Plan, needed
+from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME, Plan
 from apexflow.comparison.scores import draw_strips, score_at, true_pictures
 from apexflow.comparison.tables import markdown
 from apexflow.comparison.train import costs, once, stages, sweep, train_to_budgets
@@ -38,9 +38,9 @@ def run_comparison(plan: Plan) -> dict[str, Any]:
 def _carry_out(plan: Plan) -> dict[str, Any]:
     _claim(plan)
     earlier = _earlier(plan)
-    names = needed(plan.methods)
-    costs(plan, names)
-    pace = _pace(plan, earlier)
+    names = plan.trained
+    costs(plan, [*names, BASIS])
+    pace = _pace(plan, earlier) if plan.timed else {}
     rows: dict[str, Any] = {TEACHER: {"budgets": {IMAGES: _scores(plan, TEACHER, TEACHER, plan.recipe.model)}}}
     rows |= {name: row for name, row in earlier["rows"].items() if "runs" in row}
     seeds = {name: _seeds(plan, rows.get(name, {})) for name in names}
@@ -50,10 +50,10 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
         for name in names:
             if seed in seeds[name]:
                 tried = sweep(plan, name)
-                runs[name] += _runs(plan, name, tried, pace["seconds_a_step"], seed)
+                runs[name] += _runs(plan, name, tried, pace.get("seconds_a_step"), seed)
                 rows[name] = _row(plan, name, tried, runs[name])
                 console.print(f"{name}: {_summary(rows[name])}")
-        results = _write(plan, rows, pace["method"], earlier["commands"])
+        results = _write(plan, rows, pace.get("method"), earlier["commands"])
     return results
 
 
@@ -62,6 +62,7 @@ def _claim(plan: Plan) -> None:
     marker = plan.output / "plan.json"
     if marker.is_file():
         before, now = read_json(marker, "the comparison"), _as_json(plan.identity())
+        before = {"timed": True} | before  # as all were
         before["recipe"] = _with_defaults(before["recipe"], _as_json(asdict(Recipe(output=""))))
         if differs := [key for key in before | now if before.get(key) != now.get(key)]:
             raise UserError(
@@ -130,12 +131,10 @@ def _runs(plan: Plan, name: str, tried: dict[str, Any], pace: float | None, seed
 
 
 def _steps(plan: Plan, name: str, tried: dict[str, Any], pace: float | None) -> dict[str, int]:
-    """Steps of both budgets; that in time is what the first method needs for the images."""
+    """Steps of every budget; that in time is what the first method needs for the images."""
     ratio = (pace or tried["seconds_a_step"]) / tried["seconds_a_step"]
-    return once(
-        plan.output / "runs" / name / "steps.json",
-        lambda: {IMAGES: plan.steps, TIME: max(1, round(plan.steps * ratio))},
-    )
+    steps = {IMAGES: plan.steps, TIME: max(1, round(plan.steps * ratio))}
+    return once(plan.output / "runs" / name / "steps.json", lambda: {budget: steps[budget] for budget in plan.budgets})
 
 
 def _scores(plan: Plan, name: str, label: str, model: str) -> dict[str, Any]:
@@ -154,21 +153,22 @@ def _row(plan: Plan, name: str, tried: dict[str, Any], runs: list[dict[str, Any]
     """What the results have of a method: the sweep, every run, and both budgets over the runs."""
     row = {"sweep": tried, "rate": tried["rate"], "runs": runs}
     if runs:
-        row["budgets"] = {budget: over_runs([run["budgets"][budget] for run in runs]) for budget in BUDGETS}
+        row["budgets"] = {budget: over_runs([run["budgets"][budget] for run in runs]) for budget in plan.budgets}
         row["stages"] = stages(plan, name, read_json(plan.output / "runs" / name / "steps.json", "the budgets"))
-        row["seconds_a_step"] = row["budgets"][IMAGES].get("seconds_a_step")
+        row["seconds_a_step"] = row["budgets"][IMAGES].get("seconds_a_step") if plan.timed else None
     ends = [*tried["tried"].values(), *(end for run in runs for end in run["budgets"].values())]
     row["diverged"] = f"{sum('diverged' in end for end in ends)}/{len(ends)}"
     return row
 
 
-def _write(plan: Plan, rows: dict[str, Any], first: str, commands: list[str]) -> dict[str, Any]:
+def _write(plan: Plan, rows: dict[str, Any], first: str | None, commands: list[str]) -> dict[str, Any]:
     """Write JSON, markdown and page of what there is."""
-    held = costs(plan, [name for name in rows if name != TEACHER])
-    for name in held:
+    names = [name for name in rows if name != TEACHER]
+    held = costs(plan, [*names, BASIS])
+    for name in names:
         rows[name] |= {"further": held[name]["further"], **_relative(rows, held, name)}
     commands = list(dict.fromkeys([*commands, own_command()]))
-    results = {"plan": plan.identity(), "teacher": plan.recipe.model, "first": first, "rows": rows}
+    results: dict[str, Any] = {"plan": plan.identity(), "teacher": plan.recipe.model, "first": first, "rows": rows}
     results |= {"commands": commands, "command": "; ".join(commands)}
     scored = rows[TEACHER]["budgets"][IMAGES]["nfe"][str(plan.nfe[0])]["pictures"]
     floor = once(plan.output / "scores" / "true-pictures.json", partial(true_pictures, plan, scored))
@@ -179,8 +179,8 @@ def _write(plan: Plan, rows: dict[str, Any], first: str, commands: list[str]) ->
 
 
 def _relative(rows: dict[str, Any], held: dict[str, Any], name: str) -> dict[str, Any]:
-    """Step costs over those of flow matching."""
-    basis = rows[BASIS].get("seconds_a_step")
+    """Step costs over those of flow matching; time is None where it was not taken."""
+    basis = rows.get(BASIS, {}).get("seconds_a_step")
     own = rows[name].get("seconds_a_step")
     return {
         "time": own / basis if own and basis else None,

@@ -7,23 +7,30 @@ from typing import Any
 from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME
 
 TRUE = "true pictures"
+TITLES = {IMAGES: "Equal images", TIME: "Equal wall time"}
 SWEPT = "Mean scores over the numbers of evaluations; seconds. The sweep's best run is the first of the runs, and in both sums."
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Both budgets, the tasks at one step, and what was spent."""
+    """The budgets, the tasks at one step, and what was spent."""
     rows, plan = results["rows"], results["plan"]
     parts = ["# Comparison", told(results)]
-    for budget, title in ((IMAGES, "Equal images"), (TIME, "Equal wall time")):
-        parts += [f"## {title}", table(budget_table(rows, budget, plan["nfe"], results.get("true_pictures")))]
+    for budget in kept_budgets(rows):
+        parts += [f"## {TITLES[budget]}", table(budget_table(rows, budget, plan["nfe"], results.get("true_pictures")))]
     parts += ["## Tasks at one step, equal images", table(task_table(rows))]
     parts += ["## What the sweep of learning rates and the runs cost", SWEPT, table(sweep_table(rows))]
     return "\n\n".join(parts) + "\n"
 
 
+def kept_budgets(rows: dict[str, Any]) -> list[str]:
+    """The budgets that any method was trained to; the teacher has only the first."""
+    kept = {budget for name, row in rows.items() if name != TEACHER for budget in row.get("budgets", {})}
+    return [budget for budget in TITLES if budget in kept]
+
+
 def told(results: dict[str, Any]) -> str:
     """What was done, and what the columns mean."""
-    plan, rows, first = results["plan"], results["rows"], results["first"]
+    plan, rows = results["plan"], results["rows"]
     alone = [
         name for name, row in rows.items() if any(end.endswith("-alone") for end in row.get("stages", {}).values())
     ]
@@ -32,12 +39,12 @@ def told(results: dict[str, Any]) -> str:
     return (
         f"Teacher {results['teacher']}; {plan['images']:,} images a run at batch {plan['recipe']['batch']}, "
         f"at the best of {counted(rates, 'learning rate')} by the mean score over the evaluations of a run each with the "
-        f"first seed. Equal wall time: what {first} needs for the images. {_lengths(alone)} "
-        f"{rests(rows)} Scores are mini-GenEval, overall, each method with its "
+        f"first seed. {_equal_time(results['first'], alone)}{rests(rows)} Scores are mini-GenEval, overall, each method with its "
         f"own sampler, without guidance but what was trained in: {counted(plan['seeds'], 'seed')} of the noise, "
         f"{counted(plan['per_prompt'], 'picture')} a prompt{limit}. FD (distance of "
         "features to true pictures; less is better) and diversity (distance between pictures of a prompt) are at the fewest "
-        f"evaluations.{_floor(results)} Time and memory of a training step are relative to {BASIS}; diverged: runs of all runs."
+        f"evaluations.{_floor(results)} {'Memory' if results['first'] is None else 'Time and memory'} of a training step "
+        f"relative to {BASIS}'s; diverged: runs of all runs."
     )
 
 
@@ -46,13 +53,16 @@ def _floor(results: dict[str, Any]) -> str:
     return f" By FD no method near {TRUE} can be told from them." if "true_pictures" in results else ""
 
 
-def _lengths(alone: list[str]) -> str:
-    """How the two budgets come about."""
+def _equal_time(first: str | None, alone: list[str]) -> str:
+    """How the two budgets come about; nothing where the images are the only one."""
+    if first is None:
+        return ""
+    told = f"Equal wall time: what {first} needs for the images. "
     if not alone:
-        return "One run passes both budgets."
+        return f"{told}One run passes both budgets. "
     return (
-        f"One run passes both budgets, but {' and '.join(alone)}, in which something is timed by the run's length, "
-        "had a run for each."
+        f"{told}One run passes both budgets, but {' and '.join(alone)}, in which something is timed by the run's length, "
+        "had a run for each. "
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.comparison.cost import measure, seconds_a_step
-from apexflow.comparison.plan import BUDGETS, IMAGES, Plan
+from apexflow.comparison.plan import IMAGES, Plan
 from apexflow.comparison.scores import quick_score
 from apexflow.comparison.tables import counted
 from apexflow.errors import Diverged, Stopped, is_taken
@@ -73,9 +73,9 @@ def _try(plan: Plan, name: str, rate: float, folder: Path) -> dict[str, Any]:
 
 def stages(plan: Plan, name: str, steps: dict[str, int]) -> dict[str, str]:
     """By budget, the stage of training that gives its result, the smaller budget first."""
-    first, second = sorted(BUDGETS, key=lambda budget: steps[budget])
-    if steps[first] == steps[second]:
-        return dict.fromkeys(BUDGETS, IMAGES)
+    if len(set(steps.values())) == 1:
+        return dict.fromkeys(steps, IMAGES)
+    first, second = sorted(steps, key=lambda budget: steps[budget])
     return {first: first, second: second if plan.nested(name, steps.values()) else second + ALONE}
 
 
