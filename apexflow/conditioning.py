@@ -128,13 +128,23 @@ def guided_answer(
     scale: float,
     rule: Callable[[Tensor, Tensor, float], Tensor] = guide,
     at_once: bool = False,
+    above: float = 0.0,
 ) -> Tensor:
-    """What `ask(x_t, t, c)` answers, guided by `rule`: asked for both conditions in one pass of twice the rows, or in two."""
+    """What `ask(x_t, t, c)` answers, guided by `rule`: asked for both conditions in one pass, or in two.
+
+    Rows at a time below `above` are not guided, and not asked for the null condition. Where that is all of them the first is, for
+    nothing: processes that share one sharded network must ask it equally often.
+    """
+    high = t >= above
+    asked = high if bool(high.any()) else torch.arange(len(t), device=t.device) == 0
     if at_once:
-        F, F_null = ask(torch.cat([x_t, x_t]), torch.cat([t, t]), join(c, null)).chunk(2)
+        both = ask(torch.cat([x_t, x_t[asked]]), torch.cat([t, t[asked]]), join(c, null[asked]))
+        F, F_null = both[: len(t)], both[len(t) :]
     else:
-        F, F_null = ask(x_t, t, c), ask(x_t, t, null)
-    return rule(F, F_null, scale)
+        F, F_null = ask(x_t, t, c), ask(x_t[asked], t[asked], null[asked])
+    guided = F.clone()
+    guided[high] = rule(F[high], F_null[high[asked]], scale)
+    return guided
 
 
 def pad_tokens(tensor: Tensor, length: int) -> Tensor:

@@ -13,14 +13,17 @@ from apexflow.objectives import Networks
 from apexflow.transport import expand
 
 
-def teach(networks: Networks, x_t: Tensor, t: Tensor, c: Condition, guidance: float = 1.0) -> Tensor:
-    """The frozen teacher's answer without gradient; a `guidance` other than 1 asks it for the null condition as well."""
+def teach(
+    networks: Networks, x_t: Tensor, t: Tensor, c: Condition, guidance: float = 1.0, above: float = 0.0
+) -> Tensor:
+    """The frozen teacher's answer without gradient; a `guidance` other than 1 asks it for the null condition as well, at times
+    from `above` on."""
     with torch.no_grad():
         if guidance == 1:
             return networks.teacher(x_t, t, c)
         null = nothing(networks, len(c), guidance)
         rule, at_once = networks.guide, networks.guided_at_once
-        return guided_answer(networks.teacher, x_t, t, c, null, guidance, rule, at_once)
+        return guided_answer(networks.teacher, x_t, t, c, null, guidance, rule, at_once, above)
 
 
 def nothing(networks: Networks, rows: int, guidance: float) -> Condition:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from closed_forms import make_condition
+from closed_forms import make_batch, make_condition, make_roles
 from exact_fields import UNIFORM, networks
 from mixtures import Mixture
 from torch import Tensor, nn
@@ -18,9 +18,14 @@ from apexflow.objectives import Batch, Networks
 from apexflow.objectives.ctm import CTM
 from apexflow.objectives.meanflow import MeanFlow
 from apexflow.objectives.rcgm import RCGM
+from apexflow.objectives.teacher import teach
 from apexflow.objectives.twinflow import TwinFlow
 from apexflow.objectives.ucgm import UCGM
 
+# The second row's time is where guidance begins; where none is as noisy, none is guided.
+ABOVE = pytest.mark.parametrize(
+    ("times", "guided"), [([0.2, 0.5, 0.9], [False, True, True]), ([0.2, 0.3, 0.4], [False] * 3)]
+)
 NULL = make_condition(1, seed=99)
 PROMPTED, ANYTHING = Mixture([1.0]), Mixture([-0.5])
 Loss = Callable[[Networks, Batch, Any], Any]
@@ -70,3 +75,21 @@ def test_the_field_guided_by_the_given_scale_is_the_fixed_point(method: Callable
 
 def test_the_ratio_that_rcgms_authors_use_is_a_scale_of_five() -> None:
     assert 1 - 1 / RCGM().guidance == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@ABOVE
+def test_guidance_from_a_time_on_leaves_the_rows_below_alone(
+    times: list[float], guided: list[bool], at_once: bool
+) -> None:
+    """Only rows that are guided are asked without caption; one at least, so that every process asks equally often."""
+    roles, batch, t = make_roles(), make_batch(3), torch.tensor(times)
+    networks = replace(roles.networks(guided_at_once=at_once), null=NULL)
+    plain, whole, found = (
+        teach(networks, batch.x, t, batch.c, *scale).detach() for scale in ((1.0,), (3.0,), (3.0, 0.5))
+    )
+    expected = torch.where(torch.tensor(guided).view(-1, 1, 1, 1), whole, plain)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(whole, plain)
+    rows = [len(call.t) for call in roles.calls("teacher")][-(1 if at_once else 2) :]
+    assert sum(rows) == 3 + max(sum(guided), 1)
