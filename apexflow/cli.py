@@ -78,6 +78,8 @@ def generate(
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"cannot write a picture as {str(output)!r}: end the name with .png")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: choose another name for the picture with -o")
     if output.exists() and not force:
         raise UserError(f"{output} exists: pass --force to overwrite it, or choose another with -o")
     with writing(output.parent):

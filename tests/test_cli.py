@@ -130,6 +130,10 @@ def test_an_existing_output_is_never_overwritten(run: Run, recipe_file: Path, ti
     picture = write(tmp_path / "o.png", "mine")
     refused(run("generate", "a star", "--model", tiny_model, "-o", picture), "o.png", "--force")
     assert picture.read_text() == "mine"
+    (tmp_path / "folder.png").mkdir()
+    refused(
+        run("generate", "a star", "--model", "no-such-model", "-o", tmp_path / "folder.png", "--force"), "is a folder"
+    )
     refused(run("data", "scenes", tmp_path), "exists")
     refused(run("demo", "-o", tmp_path), "exists", "--force")
     taken = tmp_path / "scores"

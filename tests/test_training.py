@@ -115,7 +115,9 @@ def test_a_run_whose_scoring_fails_leaves_its_model_and_its_report(
     monkeypatch.setattr(loop, "evaluate", fail)
     run = start(load_recipe(recipe_file, ["steps=1", "suite=mini-geneval"]), resume=False)
     loop.steps(run)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        UserError, match=r"out of memory in scoring.*apexflow evaluate --model \S*model --suite mini-geneval"
+    ):
         loop.finish(run)
     assert (run.folder / "report.html").is_file() and load_backbone(str(run.folder / "model"))
 

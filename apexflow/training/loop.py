@@ -19,7 +19,7 @@ from apexflow.backbones.precision import multiply_in_tf32
 from apexflow.conditioning import Condition
 from apexflow.data.mixture import Cached
 from apexflow.devices import device_name
-from apexflow.errors import Stopped, UserError, is_taken, writing
+from apexflow.errors import Stopped, UserError, is_out_of_memory, is_taken, writing
 from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
 from apexflow.generator import load
@@ -227,11 +227,22 @@ def finish(run: Run) -> Path:
     write_json(run.folder / COST, cost)
     write_report(run.folder)  # now, since scoring takes a second model and may find no room for it
     if run.recipe.suite:
-        settings = EvaluationSettings(suite=run.recipe.suite, per_prompt=1)
-        scores = {"student": evaluate(load(str(model), run.device.type), settings, name="student")}
-        write_json(run.folder / "scores.json", scores)
-        write_report(run.folder, scores)
+        score(run, run.recipe.suite, model)
     return model
+
+
+def score(run: Run, suite: str, model: Path) -> None:
+    """Score the saved student, once a prompt, and write its report anew; UserError where there is no memory for that."""
+    try:
+        settings = EvaluationSettings(suite=suite, per_prompt=1)
+        scores = {"student": evaluate(load(str(model), run.device.type), settings, name="student")}
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        mend = f"score it apart, with `apexflow evaluate --model {model} --suite {suite}`"
+        raise UserError(f"out of memory in scoring; the run is whole, and its model is {model}: {mend}") from error
+    write_json(run.folder / "scores.json", scores)
+    write_report(run.folder, scores)
 
 
 def _note(numbers: dict[str, float]) -> str:
