@@ -31,7 +31,7 @@ for part in $parts; do
     sana) train sana 120 --cases sana-0.6b sana-1.6b --batches 1 4 8 32 ;;
     qwen) train qwen 200 --cases qwen-image-lora-r64 --steps 2 ;;
     fp8) train fp8 60 --cases qwen-image-lora-r64-fp8 --batches 8 --steps 1 --methods apex ;;
-    families) train families 200 --batches 4 --steps 1 --methods apex --cases flux-dev-lora-r64 z-image-lora-r64 \
+    families) train families 200 --batches 4 --steps 1 --methods apex --cases flux-dev-lora-r64 flux2-klein-4b-lora-r64 z-image-lora-r64 \
       sd3.5-large-lora-r64 lumina2-lora-r64 sdxl-lora-r64 pixart-lora-r64 ;;
     sample) run sample 150 benchmarks/real_speed.py --output "$folder/real-speed.json" ;;
     speed) run speed 60 benchmarks/speed.py --output "$folder/speed.json" ;;

@@ -53,6 +53,7 @@ CASES = {
     "qwen-image-lora-r64": ("Qwen/Qwen-Image", LORA),
     "qwen-image-lora-r64-fp8": ("Qwen/Qwen-Image", Tuning(kind="lora", rank=64, checkpointing=True, storage="fp8")),
     "flux-dev-lora-r64": ("black-forest-labs/FLUX.1-dev", LORA),
+    "flux2-klein-4b-lora-r64": ("black-forest-labs/FLUX.2-klein-base-4B", LORA),
     "z-image-lora-r64": ("Tongyi-MAI/Z-Image", LORA),
     "sd3.5-large-lora-r64": ("stabilityai/stable-diffusion-3.5-large", LORA),
     "lumina2-lora-r64": ("Alpha-VLLM/Lumina-Image-2.0", LORA),
@@ -84,6 +85,14 @@ TINY = {
         "joint_attention_dim": 16,
         "pooled_projection_dim": 16,
         "axes_dims_rope": [4, 6, 6],
+    },
+    "Flux2Transformer2DModel": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 48,
+        "axes_dims_rope": [4, 4, 4, 4],
     },
     "ZImageTransformer2DModel": {
         "dim": 32,
