@@ -66,6 +66,9 @@ def generate(
     rho: Rho = 0.0,
     order: Order = 1,
     device: Device = "auto",
+    storage: Annotated[
+        str | None, typer.Option(help="Keep the network in fp8, or in nf4 (four bits), for a card too small for it.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing picture.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -84,7 +87,7 @@ def generate(
         raise UserError(f"{output} exists: pass --force to overwrite it, or choose another with -o")
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-    generator = load(model, device)
+    generator = load(model, device, storage=storage)  # type: ignore[arg-type]
     repeated = [prompt for prompt in prompts for _ in range(count)]
     began = time.perf_counter()
     with warnings.catch_warnings():
@@ -283,7 +286,7 @@ def _told(error: Exception) -> str | None:
     if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
         return error.format_message() if hasattr(error, "format_message") else str(error)
     if is_out_of_memory(error):
-        return "out of memory: ask for fewer or smaller pictures at a time, or take a smaller model"
+        return "out of memory: ask for fewer or smaller pictures at a time, or take a smaller model (generate: or --storage nf4)"
     if is_full_disk(error):
         return f"no room to write ({error}): free some space; what was written before is whole"
     return no_path(error)

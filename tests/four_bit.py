@@ -11,7 +11,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from apexflow.training import storage
+from apexflow.backbones import storage
 
 
 def nf4() -> Tensor:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.miniature import build_miniature
+from apexflow.backbones.storage import FourBit
 from apexflow.data.scenes import vocabulary
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
@@ -27,7 +28,6 @@ from apexflow.training.plan import plan, shapes_of
 from apexflow.training.run import Run
 from apexflow.training.sharding import gathered
 from apexflow.training.step import make_batch
-from apexflow.training.storage import FourBit
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_an_adapter_is_saved_though_its_merge_fails(recipe_file: Path, monkeypat
 
 def test_four_bits_are_an_extra(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(UserError, match=r"tuning.storage=nf4 needs bitsandbytes: pip install 'apexflow\[4bit\]'"):
+    with pytest.raises(UserError, match=r"storage nf4 needs bitsandbytes: pip install 'apexflow\[4bit\]'"):
         start(load_recipe(recipe_file, ["tuning.kind=lora", "tuning.storage=nf4"]), resume=False)
     with pytest.raises(UserError, match="not with parallel=fsdp"):
         load_recipe(recipe_file, ["tuning.kind=lora", "tuning.storage=nf4", "parallel=fsdp"])

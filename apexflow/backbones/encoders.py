@@ -5,7 +5,7 @@ Training from a finished cache calls for neither, but for its previews: they are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -52,13 +52,13 @@ class Encoders:
 
         A text encoder that was read from a folder is let go: it is large, and a cache answers from then on.
         """
-        self._place(device)
+        self.place(device)
         try:
             yield
         finally:
             if self._is_later("text_encoder"):
                 vars(self).pop("text_encoder", None)
-            self._place(torch.device("cpu"))
+            self.place(torch.device("cpu"))
 
     @contextmanager
     def autoencoder_on(self, device: torch.device) -> Iterator[None]:
@@ -71,8 +71,9 @@ class Encoders:
         finally:
             self.vae.to(stood)
 
-    def _place(self, device: torch.device) -> None:
-        for role in ROLES:
+    def place(self, device: torch.device, roles: Sequence[str] = ROLES) -> None:
+        """Put the encoders on `device`; one that is not read yet goes there when it is."""
+        for role in roles:
             for part in self._parts[role].values():
                 if isinstance(part, Later):
                     part.device = device

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Backbone, second_time
 from apexflow.backbones.parts import without_weights
+from apexflow.backbones.storage import plain_weights
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Networks
@@ -19,7 +20,6 @@ from apexflow.training.config import Tuning
 from apexflow.training.distributed import leads
 from apexflow.training.fields import field_of, held, networks_of, not_recomputed
 from apexflow.training.sharding import Place, gathered, leave, original_class
-from apexflow.training.storage import plain_weights
 
 if TYPE_CHECKING:
     from apexflow.export.merge import Pair

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from apexflow.backbones import Backbone
+from apexflow.backbones import Backbone, storage
 from apexflow.backbones.lora_targets import most_rank
 from apexflow.data.cache import CachedSet
 from apexflow.data.hub import located
@@ -17,7 +17,6 @@ from apexflow.data.mixture import check_sizes
 from apexflow.data.readers import recognise
 from apexflow.errors import UserError
 from apexflow.objectives import Objective
-from apexflow.training import storage
 from apexflow.training.config import Data, Recipe
 from apexflow.training.depth import SHALLOW, at_depth, layers_of
 from apexflow.training.further import blocks_at

@@ -16,6 +16,7 @@ from torch import nn
 from apexflow.backbones import Backbone
 from apexflow.backbones.folder import CHECKPOINTS, RECIPE
 from apexflow.backbones.precision import multiply_in_tf32
+from apexflow.backbones.storage import storing
 from apexflow.conditioning import Condition
 from apexflow.data.mixture import Cached
 from apexflow.devices import device_name
@@ -41,7 +42,6 @@ from apexflow.training.sharding import Place, all_processes, spread
 from apexflow.training.sources import source_line, used
 from apexflow.training.spent import forget_peak, peak_gib, spend, spent
 from apexflow.training.step import training_step
-from apexflow.training.storage import storing
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:

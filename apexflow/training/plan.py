@@ -14,13 +14,13 @@ import torch
 from apexflow.backbones import BUILT_IN, Backbone
 from apexflow.backbones.precision import bytes_of
 from apexflow.backbones.presets import load_shapes
+from apexflow.backbones.storage import Kind
 from apexflow.training.config import Recipe
 from apexflow.training.distributed import rows_each
 from apexflow.training.engine import parallel_kind
 from apexflow.training.memory import Activations, activations, kept_for_backward, network_sizes
 from apexflow.training.passes import Pass, trace_passes
 from apexflow.training.roles import checkpointed, loaded_dtype
-from apexflow.training.storage import Kind
 from apexflow.training.suited import suited_objective
 
 GIB = 2**30

@@ -11,13 +11,13 @@ from torch import nn
 
 from apexflow.backbones import Backbone, second_time
 from apexflow.backbones.precision import is_large
+from apexflow.backbones.storage import storing
 from apexflow.conditioning import Condition
 from apexflow.objectives import Field, Networks
 from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Recipe, Tuning
 from apexflow.training.fields import field_of, held, networks_of
 from apexflow.training.sharding import Place, fill, hollow, unsharded
-from apexflow.training.storage import storing
 
 if TYPE_CHECKING:
     from apexflow.export.merge import Pair

@@ -10,6 +10,7 @@ import torch
 from tiny import BUILDERS
 
 from apexflow.backbones import load_backbone
+from apexflow.backbones.storage import storing
 from apexflow.generator import Generator, load
 from apexflow.objectives import Batch
 from apexflow.randomness import RowRandom
@@ -17,7 +18,6 @@ from apexflow.training.config import Recipe, Tuning
 from apexflow.training.distributed import own_device
 from apexflow.training.roles import frozen_dtype, loaded_dtype, make_roles
 from apexflow.training.run import answering
-from apexflow.training.storage import storing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and benchmarks/on_gpu.sh")
 GPU = torch.device("cuda")
@@ -51,6 +51,24 @@ def test_a_large_model_draws_in_half_precision(name, folder_of, monkeypatch):
     model.generate(PROMPTS, 2, 5, 64, 3.0)
     assert next(model.backbone.transformer.parameters()).dtype == torch.bfloat16
     assert model.finite == [True, True]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_model_without_room_draws_the_same_in_turn(name, folder_of, monkeypatch):
+    usual = load(str(folder_of(name)))
+    monkeypatch.setattr("apexflow.generator.has_room", lambda *_: False)
+    model = load(str(folder_of(name)))
+    drawn = [np.asarray(one.generate(PROMPTS, 2, 5, 64, 3.0), np.int64) for one in (usual, model)]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert model.backbone.device.type == "cuda" and next(model.backbone.text_encoder.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_network_in_eight_bits_draws(name, folder_of):
+    model = load(str(folder_of(name)), dtype="bfloat16", storage="fp8")
+    model.generate(PROMPTS, 2, 5, 64)
+    assert model.finite == [True, True]
+    assert any(p.dtype == torch.float8_e4m3fn for p in model.backbone.transformer.parameters())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

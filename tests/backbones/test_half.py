@@ -25,12 +25,14 @@ def test_large_models_are_loaded_in_half_precision_on_a_gpu(name, folder_of, mon
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_pictures_in_half_precision_are_those_in_whole_but_for_rounding(name, folder_of):
+    """And with the matrices of the network in eight bits, but for more of it."""
     folder = str(folder_of(name))
-    whole, half, other = (
-        np.asarray(load(folder, "cpu", dtype).generate(PROMPTS, 2, seed, 64, 3.0), np.float64)
-        for dtype, seed in ((torch.float32, 5), (torch.bfloat16, 5), (torch.float32, 6))
+    whole, half, eight, other = (
+        np.asarray(load(folder, "cpu", *kind).generate(PROMPTS, 2, seed, 64, 3.0), np.float64)
+        for seed, *kind in ((5, torch.float32), (5, torch.bfloat16), (5, torch.bfloat16, "fp8"), (6, torch.float32))
     )
     assert np.abs(whole - half).mean() < 0.2 * np.abs(whole - other).mean()
+    assert np.abs(whole - eight).mean() < 0.5 * np.abs(whole - other).mean()
 
 
 def test_large_networks_in_float32_multiply_in_tf32_on_a_gpu(folder_of, monkeypatch):

@@ -1,6 +1,6 @@
-"""How the frozen base under a LoRA is kept: in eight bits (fp8, by diffusers) or in four (nf4, by bitsandbytes).
+"""How a frozen denoiser is kept, under a LoRA or to draw: in eight bits (fp8, by diffusers) or in four (nf4, by bitsandbytes).
 
-Comes after the adapters, which stay as they are: cast with the base, they could not be trained.
+Under a LoRA it comes after the adapters, which stay as they are: cast with the base, they could not be trained.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from apexflow.errors import UserError
 Kind = Literal["fp8", "nf4"]
 BLOCK = 64  # weights that share a scale in four bits
 KEPT = ("pos_embed", "norm", "lora_", second_time.NAME)
+
+
+def bytes_a_weight(kind: Kind | None, dtype: torch.dtype) -> float:
+    """What a weight takes in `dtype`, or in a matrix that is kept in `kind`."""
+    return {None: dtype.itemsize, "fp8": 1, "nf4": 0.5 + 4 / BLOCK}[kind]
 
 
 def storing(kind: Kind | None, compute: torch.dtype, device: torch.device) -> Callable[[nn.Module], None]:
@@ -45,7 +50,7 @@ def store_fp8(network: nn.Module, compute: torch.dtype) -> None:
     """
     from diffusers.hooks import apply_layerwise_casting
 
-    apply_layerwise_casting(network, torch.float8_e4m3fn, compute, KEPT, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    apply_layerwise_casting(network, torch.float8_e4m3fn, compute, _kept(network), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def store_nf4(network: nn.Module, compute: torch.dtype, device: torch.device) -> None:
@@ -57,9 +62,14 @@ def store_nf4(network: nn.Module, compute: torch.dtype, device: torch.device) ->
         four_bit_functions()
     for name, module in list(network.named_modules()):
         fits = isinstance(module, nn.Linear) and module.in_features % BLOCK == 0
-        if fits and not any(part in name for part in KEPT):
+        if fits and not any(part in name for part in _kept(network)):
             parent, _, own = name.rpartition(".")
             setattr(network.get_submodule(parent), own, FourBit(module, compute, device))
+
+
+def _kept(network: nn.Module) -> tuple[str, ...]:
+    """Parts of the names of layers that stay: ours, and those that diffusers says of the network's class."""
+    return (*KEPT, *(getattr(network, "_skip_layerwise_casting_patterns", None) or ()))
 
 
 def four_bit_functions() -> Any:
@@ -68,7 +78,7 @@ def four_bit_functions() -> Any:
         importlib.import_module("bitsandbytes.functional")
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise UserError("tuning.storage=nf4 needs bitsandbytes: pip install 'apexflow[4bit]'") from error
+        raise UserError("storage nf4 needs bitsandbytes: pip install 'apexflow[4bit]'") from error
 
 
 class FourBit(nn.Module):
