@@ -179,6 +179,17 @@ def test_the_rate_is_chosen_by_every_number_of_steps(plan: Plan, monkeypatch: py
     assert found["rate"] == 1e-4 and found["tried"]["0.0001"]["overall"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("limit", "prompts"), [(None, None), (2, 8)])
+def test_the_sweep_looks_at_as_many_pictures_as_are_scored(
+    plan: Plan, limit: int | None, prompts: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of a prompt of its own, as far as there are so many."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(scores, "score", lambda *given: asked.append(given[4:]) or {"overall": 0.5, "distance": 1.0})
+    quick = scores.quick_score(replace(plan, limit=limit), "scm", Path(plan.recipe.model))
+    assert quick == {"overall": 0.5, "distance": 1.0} and asked == [([scores.QUICK_SEED], 1, prompts)] * len(plan.nfe)
+
+
 def test_a_finished_comparison_takes_more_runs_and_repeats_none(plan: Plan, calls: Calls) -> None:
     """A folder of one run a method, as the version before several runs left it, takes a second of each, a third of one."""
     small = replace(plan, rates=(1e-4,), nfe=(1,), seeds=1, per_prompt=1)

@@ -27,7 +27,7 @@ from apexflow.objectives import objectives
 
 SIDE = 4  # latents are averaged to this many places a side: few enough features for some hundred pictures
 MOST_TRUE, TRUE_SEED = 2000, 12
-QUICK_PROMPTS, QUICK_SEED = 120, 1000  # other noise than the comparison's own
+QUICK_SEED = 1000  # other noise than the comparison's own
 GRID_PROMPTS, GRID_SEED = 8, 11
 KEPT = ("overall", "overall_se", "strict", "tasks", "diversity", "evaluations", "pictures")
 
@@ -35,8 +35,8 @@ KEPT = ("overall", "overall_se", "strict", "tasks", "diversity", "evaluations", 
 def quick_score(plan: Plan, name: str, model: Path) -> dict[str, float]:
     """One picture a prompt, the mean over the plan's numbers of steps: what the sweep chooses by."""
     generator = load(str(model), plan.recipe.device)
-    # As many pictures as are scored later, but each of its own prompt, which tells rates apart the most.
-    limit = min(QUICK_PROMPTS, plan.per_prompt * plan.seeds * (plan.limit or QUICK_PROMPTS))
+    # As many pictures as are scored later, as far as each has a prompt of its own, which tells rates apart the most.
+    limit = plan.limit and plan.limit * plan.per_prompt * plan.seeds
     reports = [score(plan, generator, own_sampler(plan, name, n), n, [QUICK_SEED], 1, limit) for n in plan.nfe]
     return {key: sum(report[key] for report in reports) / len(reports) for key in ("overall", "distance")}
 
