@@ -22,11 +22,6 @@ BLOCK = 64  # weights that share a scale in four bits
 KEPT = ("pos_embed", "norm", "lora_", second_time.NAME)
 
 
-def bytes_a_weight(kind: Kind | None, dtype: torch.dtype) -> float:
-    """What a weight takes in `dtype`, or in a matrix that is kept in `kind`."""
-    return {None: dtype.itemsize, "fp8": 1, "nf4": 0.5 + 4 / BLOCK}[kind]
-
-
 def storing(kind: Kind | None, compute: torch.dtype, device: torch.device) -> Callable[[nn.Module], None]:
     """What moves a network to `device`, its matrices kept in `kind` (None: as they are) and computed in `compute`.
 
