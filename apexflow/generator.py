@@ -21,7 +21,7 @@ from apexflow.backbones.folder import model_of, read_index
 from apexflow.backbones.precision import LARGE, multiply_in_tf32
 from apexflow.backbones.room import InTurn, room_on, weight_bytes
 from apexflow.backbones.second_time import going_to, second_time_of
-from apexflow.backbones.storage import Kind, storing
+from apexflow.backbones.storage import Kind, check_kind, storing
 from apexflow.backbones.weights import stored_dtypes, weight_shapes
 from apexflow.conditioning import Condition, guided_answer
 from apexflow.devices import pick_device
@@ -276,8 +276,7 @@ def load(
     storage: keep the matrices of the denoiser in eight bits ("fp8") or four ("nf4", by bitsandbytes), for a card too small for
     it. Where a card has no room for all of a model, its text encoder and its denoiser stand there in turn, with a warning.
     """
-    if storage not in (None, "fp8", "nf4"):
-        raise UserError(f"storage is {storage!r}: take fp8 or nf4, or leave it out")
+    check_kind(storage)
     place, path_or_id = torch.device(pick_device(str(device))), str(path_or_id)
     kind = _dtype(dtype) or suited_dtype(path_or_id, place)
     # On the CPU, since what is stored narrower never stands on a card in full.

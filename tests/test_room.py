@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -130,3 +131,9 @@ def test_a_denoiser_in_fewer_bits_draws_nearly_the_same(
 def test_another_storage_is_refused() -> None:
     with pytest.raises(UserError, match="storage is 'int2': take fp8 or nf4"):
         load("mini-student", storage="int2")  # type: ignore[arg-type]
+
+
+def test_four_bits_are_asked_for_before_a_model_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(UserError, match="storage nf4 needs bitsandbytes"):
+        load("no-such-model", "cpu", storage="nf4")
