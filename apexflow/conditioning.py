@@ -135,13 +135,15 @@ def guided_answer(
     Rows at a time below `above` are not guided, and not asked for the null condition. Where that is all of them the first is, for
     nothing: processes that share one sharded network must ask it equally often.
     """
-    high = t >= above
-    asked = high if bool(high.any()) else torch.arange(len(t), device=t.device) == 0
+    high = t >= above if above > 0 else None  # None: all, without a look at the times, for which a GPU is waited for
+    asked = slice(None) if high is None else high if bool(high.any()) else slice(1)
     if at_once:
         both = ask(torch.cat([x_t, x_t[asked]]), torch.cat([t, t[asked]]), join(c, null[asked]))
         F, F_null = both[: len(t)], both[len(t) :]
     else:
         F, F_null = ask(x_t, t, c), ask(x_t[asked], t[asked], null[asked])
+    if high is None:
+        return rule(F, F_null, scale)
     guided = F.clone()
     guided[high] = rule(F[high], F_null[high[asked]], scale)
     return guided

@@ -19,9 +19,9 @@ from apexflow.backbones import Backbone, backbones, load_backbone, read_settings
 from apexflow.backbones.encoders import ROLES
 from apexflow.backbones.folder import model_of, read_index
 from apexflow.backbones.precision import LARGE, multiply_in_tf32
-from apexflow.backbones.room import InTurn, has_room
+from apexflow.backbones.room import InTurn, room_on, weight_bytes
 from apexflow.backbones.second_time import going_to, second_time_of
-from apexflow.backbones.storage import Kind, storing
+from apexflow.backbones.storage import Kind, check_kind, storing
 from apexflow.backbones.weights import stored_dtypes, weight_shapes
 from apexflow.conditioning import Condition, guided_answer
 from apexflow.devices import pick_device
@@ -274,18 +274,20 @@ def load(
     dtype: of weights and arithmetic, or its name ("bfloat16"); None as in `suited_dtype`, and the matrices of a large model in
     float32 are then multiplied in TF32 on a GPU, from here on in all of this process.
     storage: keep the matrices of the denoiser in eight bits ("fp8") or four ("nf4", by bitsandbytes), for a card too small for
-    it. Where a card has no room for all of a model, its text encoder and its denoiser stand there in turn.
+    it. Where a card has no room for all of a model, its text encoder and its denoiser stand there in turn, with a warning.
     """
-    if storage not in (None, "fp8", "nf4"):
-        raise UserError(f"storage is {storage!r}: take fp8 or nf4, or leave it out")
+    check_kind(storage)
     place, path_or_id = torch.device(pick_device(str(device))), str(path_or_id)
     kind = _dtype(dtype) or suited_dtype(path_or_id, place)
-    in_turn = not has_room(path_or_id, place, kind, storage)
-    # What is stored narrower never stands on a card in full.
-    backbone = load_backbone(path_or_id, "cpu" if in_turn or storage else place, kind)
+    # On the CPU, since what is stored narrower never stands on a card in full.
+    backbone = load_backbone(path_or_id, "cpu", kind)
     if dtype is None:
         multiply_in_tf32(backbone.transformer, place)
+    room = room_on(place)
     storing(storage, kind, place)(backbone.transformer)
+    if in_turn := weight_bytes(backbone) > room:
+        told = f"{place} has no room for all of {path_or_id}: its text encoder and its network take turns there, which takes time"
+        warnings.warn(told, stacklevel=2)
     backbone.place(place, ("vae",) if in_turn else ROLES)
     return Generator(backbone, InTurn(backbone, place) if in_turn else None)
 

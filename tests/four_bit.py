@@ -38,9 +38,9 @@ def quantize_4bit(
 ) -> tuple[Tensor, QuantState]:
     assert quant_type == "nf4" and not compress_statistics and weight.numel() % 2 == 0
     flat = weight.float().flatten()
-    scales = torch.stack([block.abs().max() for block in flat.split(blocksize)])
-    index = (flat / scales.repeat_interleave(blocksize)[: len(flat)])[:, None].sub(nf4()).abs().argmin(1)
-    pairs = index.view(-1, 2)
+    scales = flat.view(-1, blocksize).abs().amax(1)
+    between = (nf4()[1:] + nf4()[:-1]) / 2  # the nearest level changes here
+    pairs = torch.bucketize(flat / scales.repeat_interleave(blocksize), between).view(-1, 2)
     codes = (pairs[:, :1] * 16 + pairs[:, 1:]).to(torch.uint8)
     return codes, QuantState(scales, weight.shape, nf4(), blocksize, quant_type, weight.dtype)
 

@@ -249,6 +249,11 @@ def test_a_full_disk_leaves_the_earlier_picture(
     assert picture.read_text() == "mine" and list(tmp_path.iterdir()) == [picture]
 
 
+def test_a_network_is_kept_as_asked(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    refused(run("generate", "a star", "--storage", "int2", "-o", tmp_path / "o.png"), "int2", "fp8 or nf4")
+    assert generate(run, tiny_model, "--storage", "fp8", "-o", tmp_path / "o.png")[0] == 0
+
+
 # -- Export ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apexflow.conditioning import Condition, guide, pad_tokens
+from apexflow.conditioning import Condition, guide, guided_answer, pad_tokens
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -107,6 +107,17 @@ def test_guidance_is_a_line_through_both_answers() -> None:
     torch.testing.assert_close(guide(c, null, 1.0), c)
     assert torch.equal(guide(c, null, 0.0), null)
     torch.testing.assert_close(guide(c, null, 2.5), 2.5 * c - 1.5 * null)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_guidance_everywhere_looks_at_no_time(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU such a look waits for all that was asked before."""
+    looks: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "__bool__", lambda tensor: looks.append(tensor) or True, raising=False)
+    x_t, t, c = draw(3, 1, 2, 2), torch.tensor([0.2, 0.5, 0.9]), Condition(draw(3, 5, 4))
+    for above in (0.0, 0.5):
+        guided_answer(lambda x_t, t, c: x_t, x_t, t, c, c, 3.0, at_once=at_once, above=above)
+        assert bool(looks) == (above > 0)
 
 
 @pytest.mark.parametrize(

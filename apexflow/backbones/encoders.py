@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from apexflow.backbones.parts import Later
+from apexflow.backbones.precision import bytes_of
 from apexflow.backbones.text import device_of
 
 ROLES = ("vae", "text_encoder")
@@ -38,6 +39,12 @@ class Encoders:
     def vae_config(self) -> Any:
         """The autoencoder's config, known before its weights are read."""
         return self._parts["vae"]["vae"].config
+
+    @property
+    def encoder_bytes(self) -> int:
+        """What the weights of all of them take, read or not."""
+        parts = [part for role in ROLES for part in self._parts[role].values()]
+        return sum(part.bytes if isinstance(part, Later) else bytes_of(part) for part in parts)
 
     def _first(self, role: str) -> Any:
         networks = {n: part.read() if isinstance(part, Later) else part for n, part in self._parts[role].items()}

@@ -183,6 +183,11 @@ class Later:
     def config(self) -> Any:
         return guarded(self.path, lambda: _described(self.path, self.kind)).config
 
+    @property
+    def bytes(self) -> int:
+        """What its weights take in its dtype, from the headers of its files."""
+        return sum(map(math.prod, weight_shapes(self.path).values())) * self.dtype.itemsize
+
     def read(self) -> Any:
         return load_part(self.path.parent, self.path.name, self.kind, self.device, self.dtype)
 

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import chain
 
 import torch
 
-from apexflow.backbones import Backbone, resolve
-from apexflow.backbones.storage import Kind, bytes_a_weight
-from apexflow.backbones.weights import weight_shapes
+from apexflow.backbones import Backbone
 from apexflow.conditioning import Condition
 
-DENOISERS, PARTS = ("transformer", "unet"), ("transformer", "unet", "text_encoder", "vae")
 SPARE = 0.15  # of what is free: for what the layers answer
 
 
-def has_room(path_or_id: str, device: torch.device, dtype: torch.dtype, storage: Kind | None) -> bool:
-    """Whether all networks of a model fit on `device` at once, the denoiser in `storage`; of a CPU it is taken for granted."""
+def room_on(device: torch.device) -> float:
+    """How many bytes of networks `device` has room for: of a GPU what is free, or what torch keeps for later; of a CPU no end."""
     if device.type != "cuda":
-        return True
-    return weight_bytes(resolve(path_or_id), dtype, storage) <= (1 - SPARE) * torch.cuda.mem_get_info(device)[0]
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (1 - SPARE) * (torch.cuda.mem_get_info(device)[0] + kept)
 
 
-def weight_bytes(folder: Path, dtype: torch.dtype, storage: Kind | None = None) -> float:
-    """What the networks of a diffusers folder take in `dtype`, from the headers of their files; UserError for a damaged one."""
-    parts = [part for part in sorted(folder.glob("*")) if part.is_dir() and part.name.startswith(PARTS)]
-    return sum(
-        sum(map(math.prod, weight_shapes(part).values()))
-        * bytes_a_weight(storage if part.name in DENOISERS else None, dtype)
-        for part in parts
-    )
+def weight_bytes(backbone: Backbone) -> int:
+    """What the networks of a model take: the denoiser as it is stored now, text encoders and autoencoder as they are read."""
+    network = backbone.transformer
+    return sum(tensor.nbytes for tensor in chain(network.parameters(), network.buffers())) + backbone.encoder_bytes
 
 
 class InTurn:

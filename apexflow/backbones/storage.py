@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,12 @@ BLOCK = 64  # weights that share a scale in four bits
 KEPT = ("pos_embed", "norm", "lora_", second_time.NAME)
 
 
-def bytes_a_weight(kind: Kind | None, dtype: torch.dtype) -> float:
-    """What a weight takes in `dtype`, or in a matrix that is kept in `kind`."""
-    return {None: dtype.itemsize, "fp8": 1, "nf4": 0.5 + 4 / BLOCK}[kind]
+def check_kind(kind: str | None) -> None:
+    """UserError for a kind that is unknown, or whose library is not installed: told before a large model is read for minutes."""
+    if kind not in (None, *get_args(Kind)):
+        raise UserError(f"storage is {kind!r}: take fp8 or nf4, or leave it out")
+    if kind == "nf4":
+        four_bit_functions()
 
 
 def storing(kind: Kind | None, compute: torch.dtype, device: torch.device) -> Callable[[nn.Module], None]:

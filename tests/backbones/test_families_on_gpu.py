@@ -56,7 +56,7 @@ def test_a_large_model_draws_in_half_precision(name, folder_of, monkeypatch):
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_model_without_room_draws_the_same_in_turn(name, folder_of, monkeypatch):
     usual = load(str(folder_of(name)))
-    monkeypatch.setattr("apexflow.generator.has_room", lambda *_: False)
+    monkeypatch.setattr("apexflow.generator.room_on", lambda device: 0)
     model = load(str(folder_of(name)))
     drawn = [np.asarray(one.generate(PROMPTS, 2, 5, 64, 3.0), np.int64) for one in (usual, model)]
     assert np.abs(drawn[0] - drawn[1]).max() <= 1

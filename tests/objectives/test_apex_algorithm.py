@@ -200,6 +200,7 @@ def test_the_shift_loss_gives_no_gradient_through_the_shifted_branch(pairing: An
         {"share": 0.3},
         {"path_rows": "all"},
         {"real": "reference", "path_velocity": "sample"},
+        {"guided_above": 0.5},
     ],
     ids=str,
 )
@@ -277,6 +278,7 @@ def test_paired_fakes_are_the_rows_own_pictures_and_need_no_buffer() -> None:
         ({"share": 0.0}, "endpoint_weight"),
         ({"share": 1.5}, "share"),
         ({"share": -0.5}, "share"),
+        ({"guided_above": 1.5}, "guided_above"),
         ({"path_weight": -1.0}, "path_weight"),
         ({"path_weight": 0.0, "endpoint_weight": 0.0}, "path_weight"),
     ],
