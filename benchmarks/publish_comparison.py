@@ -1,7 +1,7 @@
 """Take a finished comparison into the repository: its numbers with their source, its page, its pictures.
 
 python benchmarks/publish_comparison.py runs/compare
-python benchmarks/publish_comparison.py runs/compare-longer --longer    # at a larger budget: equal images, numbers only
+python benchmarks/publish_comparison.py runs/compare-falling --name comparison-falling    # another one: its numbers only
 python benchmarks/tables.py
 """
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance
 
 ROOT = Path(__file__).parent.parent
+NAME = "comparison"
 
 
 def told(text: str, folder: Path) -> str:
@@ -49,36 +50,20 @@ def runs_of(name: str, row: dict[str, Any]) -> list[str]:
     return [f"{name}{seed}{stage}" for seed in seeds for stage in ("", *(f", {stage}" for stage in alone))]
 
 
-def by_images(rows: dict[str, Any]) -> dict[str, Any]:
-    """Rows without what was timed: several runs shared the machine of a longer comparison."""
-    return {
-        name: {key: value for key, value in untimed(row).items() if key not in ("time", "seconds_a_step")}
-        | ({"runs": [untimed(run) for run in row["runs"]]} if "runs" in row else {})
-        for name, row in rows.items()
-    }
-
-
-def untimed(scored: dict[str, Any]) -> dict[str, Any]:
-    """A row or a run of it without the budget in time."""
-    return scored | {"budgets": {key: one for key, one in scored.get("budgets", {}).items() if key != "time"}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--longer", action="store_true", help="as results/comparison-longer.json")
+    parser.add_argument("--name", default=NAME, help=f"of the file below results/; only {NAME} has page and pictures")
     given = parser.parse_args()
     if not (given.folder / "results.json").is_file():
         sys.exit(f"{given.folder} holds no finished comparison: run apexflow compare -o {given.folder}")
     results = json.loads((given.folder / "results.json").read_text())
     # Commit and device are those of this machine now: publish where, and as soon as, the comparison is done.
-    published = ROOT / "results" / ("comparison-longer.json" if given.longer else "comparison.json")
+    published = ROOT / "results" / f"{given.name}.json"
     origin = provenance()
     results |= origin | {"command": results["command"], "commits": commits(results, str(origin["commit"]), published)}
-    if given.longer:
-        results["rows"] = by_images(results["rows"])
     published.write_text(told(json.dumps(results, indent=1) + "\n", given.folder))
-    if given.longer:
+    if given.name != NAME:
         return
     (ROOT / "results" / "comparison.html").write_text(told((given.folder / "report.html").read_text(), given.folder))
     for kind in ("prompts", "nfe"):

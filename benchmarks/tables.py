@@ -203,6 +203,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "comparison": ("comparison.json", comparison),
     "comparison-short": ("comparison.json", comparison_short),
     "comparison-longer": ("comparison-longer.json", comparison),
+    "comparison-falling": ("comparison-falling.json", comparison),
     "data-steps": ("data-steps.json", data_steps),
     "weights": ("ablate-weights.json", ablation),
     "shift": ("ablate-shift.json", ablation),

@@ -95,7 +95,7 @@ def budget_table(
 ) -> list[list[str]]:
     """A row a method: scores at each number of evaluations, distance and diversity at one step, runs, costs, stability.
 
-    Above them the distance of as many `true` pictures, where results have it.
+    Above them the distance of as many `true` pictures, where results have it. No column of times where none was taken.
     """
     head = ["", *[f"NFE {steps}" for steps in nfe], "FD", "diversity", "runs", "images", "rate", "time", "memory"]
     found = [[*head, "further networks", "diverged"]]
@@ -106,7 +106,10 @@ def budget_table(
         if one is None and name == TEACHER:
             continue
         found.append([name, *_score_cells(one, nfe), *_cost_cells(row, one)])
-    return found
+    if any(row.get("time") for row in rows.values()):
+        return found
+    untimed = found[0].index("time")
+    return [row[:untimed] + row[untimed + 1 :] for row in found]
 
 
 def _score_cells(one: dict[str, Any] | None, nfe: list[int]) -> list[str]:

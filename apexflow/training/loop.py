@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -239,7 +240,7 @@ def score(run: Run, suite: str, model: Path) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        mend = f"score it apart, with `apexflow evaluate --model {model} --suite {suite}`"
+        mend = f"score it apart, with `apexflow evaluate --model {shlex.quote(str(model))} --suite {suite}`"
         raise UserError(f"out of memory in scoring; the run is whole, and its model is {model}: {mend}") from error
     write_json(run.folder / "scores.json", scores)
     write_report(run.folder, scores)
