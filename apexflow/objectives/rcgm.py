@@ -21,6 +21,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks, Objective
 from apexflow.objectives.derivative import speed
+from apexflow.objectives.distances import mean_square
 from apexflow.objectives.teacher import direction
 from apexflow.transport import expand
 
@@ -34,7 +35,7 @@ def short_tailed(error: Tensor, c: float) -> Tensor:
 
     The weight has no gradient.
     """
-    squared = error.float().flatten(1).square().mean(1) / c**2
+    squared = mean_square(error) / c**2
     return c * squared / (squared.detach() + 1).sqrt()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.derivative import derivative
+from apexflow.objectives.distances import mean_square
 from apexflow.objectives.teacher import teach
 from apexflow.transport import expand
 
@@ -73,7 +74,7 @@ class UCGM(Objective):
         with torch.no_grad():
             stars = self._enhanced(networks, x, z, F.detach(), x_t, t, c) if self.zeta > 0 else (x, z)
             target = transport.target(*stars, t) if self.lam == 0 else self._target(networks, F, x, z, stars, t, c)
-        error = (F - target).float().flatten(1).square().mean(1)
+        error = mean_square(F - target)
         weight = t.cos() if self.weighting == "cosine" else torch.ones_like(t)
         loss = (weight * error).sum() / batch.total
         return Losses(loss, {"loss": loss.detach()})
