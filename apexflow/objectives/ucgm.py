@@ -19,6 +19,7 @@ from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.derivative import derivative
 from apexflow.objectives.distances import mean_square
 from apexflow.objectives.teacher import teach
+from apexflow.objectives.times import off_the_ends
 from apexflow.transport import expand
 
 
@@ -83,7 +84,7 @@ class UCGM(Objective):
         """t ~ Beta(theta_1, theta_2) (line 2), by the inverse of its distribution function."""
         u = batch.random.uniform()
         t = torch.from_numpy(betaincinv(*self.theta, u.double().cpu().numpy()))
-        return t.to(u).clamp(1e-3, 1 - 1e-5)
+        return off_the_ends(t.to(u))
 
     def _target(
         self,
