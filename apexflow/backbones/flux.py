@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Backbone, pack, unpack
-from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import clip_states, t5_states
 from apexflow.conditioning import Condition
@@ -44,12 +43,11 @@ class Flux(Backbone):
         self.lora_targets = (*ATTENTION, *FEED_FORWARD, *single)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Flux:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKL, FluxTransformer2DModel
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-        kinds = {
+        return {
             "transformer": FluxTransformer2DModel,
             "vae": AutoencoderKL,
             "text_encoder": CLIPTextModel,
@@ -57,7 +55,9 @@ class Flux(Backbone):
             "tokenizer": AutoTokenizer,
             "tokenizer_2": AutoTokenizer,
         }
-        parts = load_parts(folder, kinds, device, dtype, hollow)
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any], folder: Path) -> Self:
         defaults = cls.defaults if parts["transformer"].config.guidance_embeds else SCHNELL
         return cls(parts, read_settings(folder, defaults))
 

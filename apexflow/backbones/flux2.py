@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Backbone, stock_parameters
 from apexflow.backbones.flux import positions, rounded_twice
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.scheduler import scheduler_shift
 from apexflow.backbones.text import device_of, layer_states, tokenize
@@ -50,19 +49,20 @@ class Flux2Klein(Backbone):
         self.lora_targets = (*ATTENTION, *FEED_FORWARD, "to_qkv_mlp_proj", *single)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Flux2Klein:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
         from transformers import AutoTokenizer, Qwen3Model
 
-        kinds = {
+        return {
             "transformer": Flux2Transformer2DModel,
             "vae": AutoencoderKLFlux2,
             "text_encoder": Qwen3Model,
             "tokenizer": AutoTokenizer,
         }
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any], folder: Path) -> Self:
         distilled = bool(read_index(folder).get("is_distilled"))
-        parts = load_parts(folder, kinds, device, dtype, hollow)
         return cls(parts, read_settings(folder, DISTILLED if distilled else cls.defaults), distilled)
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:

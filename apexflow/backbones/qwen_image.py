@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from apexflow.backbones import Settings, read_settings
+from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone, pack, unpack
-from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import is_null, tokenize, unless_full
 from apexflow.conditioning import Condition, guide_at_length
@@ -51,18 +49,16 @@ class QwenImage(Backbone):
         return options | scale | ({"negative_prompt": " "} if guided else {})
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> QwenImage:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-        kinds = {
+        return {
             "transformer": QwenImageTransformer2DModel,
             "vae": AutoencoderKLQwenImage,
             "text_encoder": Qwen2_5_VLForConditionalGeneration,
             "tokenizer": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     @property
     def text_width(self) -> tuple[int, int | None]:
