@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,16 +24,14 @@ Epsilon = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DiscreteVP:
-    """The table of a DDPM, `log_ratio` = log(alpha / gamma) by index, ascending, (N,) in float64.
-
-    t_max: the time of the last index, .936 for SDXL, .994 for PixArt. Nothing above it was trained.
-    """
+    """The table of a DDPM, `log_ratio` = log(alpha / gamma) by index, ascending, (N,) in float64."""
 
     log_ratio: Tensor
-    t_max: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "t_max", float(self.log_ratio[-1].sigmoid()))
+    @cached_property
+    def t_max(self) -> float:
+        """The time of the last index, .936 for SDXL, .994 for PixArt. Nothing above it was trained."""
+        return float(self.log_ratio[-1].sigmoid())
 
     @classmethod
     def of(cls, scheduler: Any) -> DiscreteVP:

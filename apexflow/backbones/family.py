@@ -141,6 +141,13 @@ class Backbone(Encoders, ABC):
         scale = self.settings.embedded_guidance
         return self.defaults.embedded_guidance if scale is None else scale
 
+    def guidance_input(self, rows: int, device: torch.device) -> Tensor | None:
+        """That scale as the network takes it, (rows,); None for a network that takes none."""
+        if not self.config.get("guidance_embeds"):
+            return None
+        scale = float(self.embedded_guidance or 0) * self.config.get("guidance_embeds_scale", 1.0)
+        return torch.full((rows,), scale, device=device)
+
     @property
     def factor(self) -> int:
         """Pixels to a side of a latent pixel."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone, pack, unpack
+from apexflow.backbones.lora_targets import JOINT_ATTENTION
 from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import is_null, tokenize, unless_full
 from apexflow.conditioning import Condition, guide_at_length
 
 # Attention and both feed-forwards of every block: the paper's 0.2B at r = 32 and 0.4B at r = 64.
 LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *JOINT_ATTENTION,
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone
+from apexflow.backbones.lora_targets import JOINT_ATTENTION
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import clip_states, t5_states
 from apexflow.conditioning import Condition
@@ -27,10 +28,7 @@ class StableDiffusion3(Backbone):
     guided_at_once: ClassVar[bool] = True  # every text has as many tokens
     pipeline = "StableDiffusion3Pipeline"
     defaults: ClassVar[Settings] = Settings(steps=28, guidance=7.0, instruction=False, max_tokens=256)
-    lora_targets: Sequence[str] = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    lora_targets: Sequence[str] = JOINT_ATTENTION
 
     @classmethod
     def classes(cls) -> dict[str, Any]:

@@ -66,6 +66,16 @@ def _states(answer: Any) -> Tensor:
     return answer[0] if isinstance(answer, tuple) else answer
 
 
+def chat(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[str]:
+    """Each prompt as the one message of a conversation, up to where the model answers, with `thinking` or without."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        for prompt in prompts
+    ]
+
+
 def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 

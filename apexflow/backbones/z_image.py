@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Backbone
 from apexflow.backbones.precision import compute_dtype
-from apexflow.backbones.text import decoder_states, rows_of
+from apexflow.backbones.text import chat, decoder_states, rows_of
 from apexflow.conditioning import Condition
 
 TURBO, TURBO_SHIFT = Settings(steps=8, instruction=False, max_tokens=512), 3.0
@@ -69,12 +69,7 @@ class ZImage(Backbone):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Qwen3's last hidden states but one in its chat template; the null prompt is the empty message."""
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
+        texts = chat(self.tokenizer, prompts, thinking=True)
         return Condition(*decoder_states(self.text_encoder, self.tokenizer, texts, self.settings.max_tokens))
 
     @property
