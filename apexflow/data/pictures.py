@@ -28,6 +28,15 @@ def open_upright(source: Path | IO[bytes]) -> Image.Image:
     return image
 
 
+def square(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    """In RGB, shortest side to `size` (antialiased), centre crop to size x size, 8 bits."""
+    picture = image.convert("RGB")
+    shortest = min(picture.size)
+    width, height = (int(size * side / shortest) for side in picture.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.resize((width, height), resampling).crop((left, top, left + size, top + size))
+
+
 def to_bytes(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Centre crop to the aspect of `size` (height, width), resize, (3, H, W) in uint8."""
     height, width = size
