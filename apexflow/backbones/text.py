@@ -77,6 +77,7 @@ def chat(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[str]:
 
 
 def device_of(module: nn.Module) -> torch.device:
+    """Where a network's parameters lie."""
     return next(module.parameters()).device
 
 

@@ -259,6 +259,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def checksum(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
