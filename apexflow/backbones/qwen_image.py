@@ -16,12 +16,6 @@ from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import is_null, tokenize, unless_full
 from apexflow.conditioning import Condition, guide_at_length
 
-# Attention and both feed-forwards of every block: the paper's 0.2B at r = 32 and 0.4B at r = 64.
-LORA_TARGETS = (
-    *JOINT_ATTENTION,
-    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-)
-
 
 class QwenImage(Backbone):
     """A `QwenImagePipeline` folder. The raw output is z - x on 2 x 2 packed latents; time goes in as t in [0, 1].
@@ -33,7 +27,11 @@ class QwenImage(Backbone):
     family: ClassVar[str] = "qwen-image"
     pipeline = "QwenImagePipeline"
     defaults: ClassVar[Settings] = Settings(steps=50, guidance=4.0, instruction=False, max_tokens=512)
-    lora_targets: Sequence[str] = LORA_TARGETS
+    # Attention and both feed-forwards of every block: the paper's 0.2B at r = 32 and 0.4B at r = 64.
+    lora_targets: Sequence[str] = (
+        *JOINT_ATTENTION,
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    )
     normalizes_text = True
     depth = "num_layers"
 
