@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import Sample, Skipped, read_caption
-from apexflow.data.files import read_record, write_record
+from apexflow.data.files import others_in, read_record, write_record
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.readers import Source, recognise
 from apexflow.data.readers.tars import members
 from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
-from apexflow.errors import UserError, quoted, writing
+from apexflow.errors import UserError, quoted
 from apexflow.files import drop_partial
 from apexflow.generator import NOT_FINITE, Generator, at_once, check_sampling
 from apexflow.locking import made_once
@@ -177,10 +177,8 @@ def made_by(origin: Source, generator: Generator, settings: Synthesis) -> dict[s
 
 def claim(folder: Path, wanted: dict[str, Any]) -> None:
     """Take a folder for one set; UserError if it holds another one, or anything else."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
-    others = [path for path in folder.iterdir() if path != marker and path.suffix not in (".partial", ".lock")]
+    others = others_in(folder, marker)
     if not others:  # nothing was drawn under an earlier claim
         write_record(marker, wanted)
         return
