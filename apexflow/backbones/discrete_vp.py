@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,14 +23,17 @@ Epsilon = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DiscreteVP:
-    """The table of a DDPM, `log_ratio` = log(alpha / gamma) by index, ascending, (N,) in float64."""
+    """The table of a DDPM, `log_ratio` = log(alpha / gamma) by index, ascending, (N,) in float64.
+
+    t_max: the time of the last index, .936 for SDXL, .994 for PixArt. Nothing above it was trained.
+    """
 
     log_ratio: Tensor
+    t_max: float = field(init=False)
 
-    @cached_property
-    def t_max(self) -> float:
-        """The time of the last index, .936 for SDXL, .994 for PixArt. Nothing above it was trained."""
-        return float(self.log_ratio[-1].sigmoid())
+    def __post_init__(self) -> None:
+        # Read now: where memory is counted on shapes, no tensor can be.
+        object.__setattr__(self, "t_max", float(self.log_ratio[-1].sigmoid()))
 
     @classmethod
     def of(cls, scheduler: Any) -> DiscreteVP:
