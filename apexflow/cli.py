@@ -79,12 +79,7 @@ def generate(
 
     from apexflow.generator import NOT_FINITE, load, picture_grid
 
-    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"cannot write a picture as {str(output)!r}: end the name with .png")
-    if output.is_dir():
-        raise UserError(f"{output} is a folder: choose another name for the picture with -o")
-    if output.exists() and not force:
-        raise UserError(f"{output} exists: pass --force to overwrite it, or choose another with -o")
+    _check_picture(output, force)
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
     generator = load(model, device, storage=storage)  # type: ignore[arg-type]
@@ -114,6 +109,16 @@ def generate(
         as_json,
         f"{output}: {len(pictures)} picture(s), {generator.evaluations} evaluation(s) each, {seconds:.2f} s",
     )
+
+
+def _check_picture(output: Path, force: bool) -> None:
+    """UserError for a name that no picture can be written to, before anything is loaded or drawn."""
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"cannot write a picture as {str(output)!r}: end the name with .png")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: choose another name for the picture with -o")
+    if output.exists() and not force:
+        raise UserError(f"{output} exists: pass --force to overwrite it, or choose another with -o")
 
 
 def export(

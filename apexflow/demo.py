@@ -52,9 +52,10 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
             shutil.rmtree(output)
     model = train(demo_recipe(output, minutes))
     teacher, student = load("mini-teacher"), load(str(model))
+    one_step = EvaluationSettings(steps=1, guidance=1.0, per_prompt=2, limit=PROMPTS)
     cases = {
-        "teacher, one step": (teacher, EvaluationSettings(steps=1, guidance=1.0, per_prompt=2, limit=PROMPTS)),
-        "student, one step": (student, EvaluationSettings(steps=1, guidance=1.0, per_prompt=2, limit=PROMPTS)),
+        "teacher, one step": (teacher, one_step),
+        "student, one step": (student, one_step),
         "teacher, 50 steps, guided": (teacher, EvaluationSettings(per_prompt=1, limit=PROMPTS)),
     }
     scores = {name: evaluate(generator, settings, name=name) for name, (generator, settings) in cases.items()}

@@ -1,4 +1,4 @@
-"""The exceptions that a user is meant to read."""
+"""The exceptions that a user is meant to read, how their messages are worded, and which errors of others become one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+MOST_QUOTED = 80
 CHECK_ROOM = "check the folder and the free space"
 # What is no character to read: control codes, which may steer a terminal, half characters, and turns of the direction of writing.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -33,9 +34,9 @@ class Stopped(Exception):
     """The user asked for a stop and everything is saved; says how to go on. The command line exits with 130."""
 
 
-def quoted(text: str, most: int = 80) -> str:
-    """A text of the user's as a message shows it: in quotes, and no more than its first `most` characters."""
-    return repr(text if len(text) <= most else f"{text[:most]}…")
+def quoted(text: str) -> str:
+    """A text of the user's as a message shows it: in quotes, and no more than its first MOST_QUOTED characters."""
+    return repr(text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}…")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -31,6 +31,7 @@ Overrides = Annotated[
 
 
 def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:
+    """Print a result as one JSON object, or in words as a terminal may show them."""
     lines = "\n".join(printable(line) for line in text.split("\n"))  # file names need not be UTF-8
     coding = getattr(sys.stdout, "encoding", None) or "utf-8"  # which may be narrower, too
     typer.echo(json.dumps(result) if as_json else lines.encode(coding, "backslashreplace").decode(coding))

@@ -43,7 +43,7 @@ def test_the_text_encoder_learns_to_read() -> None:
     backbone = build_miniature(vocabulary(), width=32, depth=1)
     before = {name: p.clone() for name, p in backbone.text_encoder.state_dict().items()}
     early = fit_text_encoder(backbone.text_encoder, backbone.tokenizer, steps=2, seed=0, batch=16)
-    late = fit_text_encoder(backbone.text_encoder, backbone.tokenizer, steps=60, seed=0, batch=16)
+    late = fit_text_encoder(backbone.text_encoder, backbone.tokenizer, steps=30, seed=0, batch=16)
     assert late > early + 0.2
     assert any(not torch.equal(before[name], p) for name, p in backbone.text_encoder.state_dict().items())
     assert not any(p.requires_grad for p in backbone.text_encoder.parameters())
@@ -58,7 +58,7 @@ def test_the_autoencoder_learns_to_see(scene_folder: Path) -> None:
             return float(reconstruction_loss(backbone.vae, x, torch.Generator().manual_seed(0))[1])
 
     before = error()
-    fit_autoencoder(backbone.vae, [scene_folder], (64, 64), steps=12, seed=0, pictures=32)
+    fit_autoencoder(backbone.vae, [scene_folder], (64, 64), steps=6, seed=0, pictures=16)
     assert error() < before
 
 

@@ -20,7 +20,7 @@ from apexflow.training.config import Optimizer, Recipe, Tuning, load_recipe
 from apexflow.training.loop import start, training_step
 from apexflow.training.memory import activations, example_inputs, kept_for_backward, sizes_of
 from apexflow.training.passes import Pass, cost, count_passes
-from apexflow.training.plan import GIB, advise, plan, settled
+from apexflow.training.plan import GIB, advise, plan, settled, shapes_of
 from apexflow.training.roles import loaded_dtype
 from apexflow.training.step import make_batch
 
@@ -155,6 +155,7 @@ def test_the_other_recipes_parse_and_are_planned(path: Path) -> None:
     assert round(found.peak / GIB) == int(said[1])
     if "qwen-image" in recipe.output:
         assert recipe.batch == 64 and recipe.precision == "bf16" and recipe.objective["path_weight"] == 1.0
+        assert sum(p.numel() for p in shapes_of(recipe).transformer.parameters()) == 20_430_401_088
     if "lora-r" in recipe.output:
         assert found.trainable == {32: 212_336_640, 64: 424_673_280}[recipe.tuning.rank]
         assert found.peak < 62 * GIB  # the target for one 80 GB card
@@ -209,7 +210,8 @@ def test_advice_keeps_to_what_goes_with_the_recipe(recipe_file: Path, options: l
 
 
 def test_auto_is_planned_as_a_run_would_take_it(recipe_file: Path, run: Run) -> None:
-    options = ("plan", recipe_file, "model=mini-teacher", "--tokens", 8, "--gpus", 2, "--json")
+    spare = ("model=mini-teacher", "tuning.checkpointing=true", "micro_batch=1")  # so that little is left to advise
+    options = ("plan", recipe_file, *spare, "--tokens", 8, "--gpus", 2, "--json")
     for memory, sharded in ((0.1, True), (80, False)):
         assert ("one block whole" in json.loads(run(*options, "--memory", memory)[1])["parts_gib"]) == sharded
     recipe = Recipe(output="x", tuning=Tuning(checkpointing=True), batch=4, micro_batch=1)
@@ -279,7 +281,8 @@ def test_eight_bits_go_with_a_lora_alone() -> None:
 
 def test_a_batch_that_the_gpus_cannot_share_is_refused(recipe_file: Path, run: Run) -> None:
     refused(run("plan", recipe_file, "batch=6", "--gpus", 4), "batch 6 cannot be shared equally by 4 processes")
-    advice = advise(Recipe(output="x", batch=6), 1, tokens=16)
+    spare = Recipe(output="x", batch=6, micro_batch=1, tuning=Tuning(checkpointing=True))
+    advice = advise(spare, 1, tokens=16)
     assert [change for change, _ in advice if "parallel=fsdp" in change] == [
         "parallel=fsdp on 2 GPUs, with full precision again"
     ]

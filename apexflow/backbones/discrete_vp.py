@@ -32,6 +32,7 @@ class DiscreteVP:
     t_max: float = field(init=False)
 
     def __post_init__(self) -> None:
+        # Read now: where memory is counted on shapes, no tensor can be.
         object.__setattr__(self, "t_max", float(self.log_ratio[-1].sigmoid()))
 
     @classmethod

@@ -8,15 +8,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from apexflow.backbones.encoders import Encoders
-from apexflow.backbones.parts import check_factors, save_folder
+from apexflow.backbones.parts import check_factors, load_parts, save_folder
 from apexflow.backbones.scheduler import scheduler_shift
-from apexflow.backbones.settings import Settings
+from apexflow.backbones.settings import Settings, read_settings
 from apexflow.backbones.text import device_of, unknown_words
 from apexflow.conditioning import Condition, guide
 from apexflow.errors import UserError
@@ -26,7 +26,7 @@ from apexflow.transport import LINEAR, Transport
 class Backbone(Encoders, ABC):
     """A loaded text-to-image model. Pictures are (B, 3, H, W) in [-1, 1]; latents have about unit variance.
 
-    Base of a family's file, which adds `load`, `encode_prompts` and `velocity`, and overrides what differs. With several text
+    Base of a family's file, which adds `classes`, `encode_prompts` and `velocity`, and overrides what differs. With several text
     encoders, `text_encoder` is a ModuleDict of them by the names of their folders, so that whoever trains, copies or hashes
     "the text encoder" gets all of them.
 
@@ -78,8 +78,18 @@ class Backbone(Encoders, ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Backbone:
+    def classes(cls) -> dict[str, Any]:
+        """What is read of a diffusers folder beside the scheduler: the class of each part by the name of its sub-folder."""
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Self:
         """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+        return cls.of_parts(load_parts(folder, cls.classes(), device, dtype, hollow), folder)
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any], folder: Path) -> Self:
+        """The model that these parts of a folder make, by the folder's settings over those of the family."""
+        return cls(parts, read_settings(folder, cls.defaults))
 
     @abstractmethod
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
@@ -130,6 +140,13 @@ class Backbone(Encoders, ABC):
         """The scale that a network is fed which takes one as an input."""
         scale = self.settings.embedded_guidance
         return self.defaults.embedded_guidance if scale is None else scale
+
+    def guidance_input(self, rows: int, device: torch.device) -> Tensor | None:
+        """That scale as the network takes it, (rows,); None for a network that takes none."""
+        if not self.config.get("guidance_embeds"):
+            return None
+        scale = float(self.embedded_guidance or 0) * self.config.get("guidance_embeds_scale", 1.0)
+        return torch.full((rows,), scale, device=device)
 
     @property
     def factor(self) -> int:

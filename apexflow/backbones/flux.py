@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Backbone, pack, unpack
-from apexflow.backbones.parts import load_parts
+from apexflow.backbones.lora_targets import JOINT_ATTENTION
 from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import clip_states, t5_states
 from apexflow.conditioning import Condition
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
 
 SCHNELL = Settings(steps=4, instruction=False, max_tokens=256)
@@ -41,15 +40,14 @@ class Flux(Backbone):
         super().__init__(parts, settings)
         # The output layer is called proj_out too: name those of the single blocks in full.
         single = (f"single_transformer_blocks.{i}.proj_out" for i in range(self.config.num_single_layers))
-        self.lora_targets = (*ATTENTION, *FEED_FORWARD, *single)
+        self.lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, *single)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Flux:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKL, FluxTransformer2DModel
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-        kinds = {
+        return {
             "transformer": FluxTransformer2DModel,
             "vae": AutoencoderKL,
             "text_encoder": CLIPTextModel,
@@ -57,7 +55,9 @@ class Flux(Backbone):
             "tokenizer": AutoTokenizer,
             "tokenizer_2": AutoTokenizer,
         }
-        parts = load_parts(folder, kinds, device, dtype, hollow)
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any], folder: Path) -> Self:
         defaults = cls.defaults if parts["transformer"].config.guidance_embeds else SCHNELL
         return cls(parts, read_settings(folder, defaults))
 
@@ -67,13 +67,10 @@ class Flux(Backbone):
             raise ValueError("FLUX needs a condition with pooled embeddings")
         dtype = compute_dtype(network)
         rows, _, height, width = x_t.shape
-        guidance = None
-        if self.config.guidance_embeds:
-            guidance = torch.full((rows,), float(self.embedded_guidance or 0), device=x_t.device)
         F = network(
             hidden_states=pack(x_t.to(dtype)),
             timestep=t.float(),
-            guidance=guidance,
+            guidance=self.guidance_input(rows, x_t.device),
             pooled_projections=c.pooled.to(dtype),
             encoder_hidden_states=c.embeds.to(dtype),
             txt_ids=torch.zeros(c.embeds.shape[1], 3, device=x_t.device),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,12 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Backbone, stock_parameters
 from apexflow.backbones.flux import positions, rounded_twice
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import load_parts
+from apexflow.backbones.lora_targets import JOINT_ATTENTION
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.scheduler import scheduler_shift
-from apexflow.backbones.text import device_of, layer_states, tokenize
+from apexflow.backbones.text import chat, device_of, layer_states, tokenize
 from apexflow.conditioning import Condition
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 
 
@@ -47,22 +46,23 @@ class Flux2Klein(Backbone):
         super().__init__(parts, settings)
         # Double blocks have a list that is called to_out too: name those of the single blocks in full.
         single = (f"single_transformer_blocks.{i}.attn.to_out" for i in range(self.config.num_single_layers))
-        self.lora_targets = (*ATTENTION, *FEED_FORWARD, "to_qkv_mlp_proj", *single)
+        self.lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "to_qkv_mlp_proj", *single)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Flux2Klein:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
         from transformers import AutoTokenizer, Qwen3Model
 
-        kinds = {
+        return {
             "transformer": Flux2Transformer2DModel,
             "vae": AutoencoderKLFlux2,
             "text_encoder": Qwen3Model,
             "tokenizer": AutoTokenizer,
         }
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any], folder: Path) -> Self:
         distilled = bool(read_index(folder).get("is_distilled"))
-        parts = load_parts(folder, kinds, device, dtype, hollow)
         return cls(parts, read_settings(folder, DISTILLED if distilled else cls.defaults), distilled)
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
@@ -83,12 +83,7 @@ class Flux2Klein(Backbone):
 
         The null prompt is the empty message. The language head is left out.
         """
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            for prompt in prompts
-        ]
+        texts = chat(self.tokenizer, prompts, thinking=False)
         encoder, limit = self.text_encoder, self.settings.max_tokens
         ids, mask = (part.to(device_of(encoder)) for part in tokenize(self.tokenizer, texts, limit, "max_length"))
         layers = stock_parameters(self.pipeline)["text_encoder_out_layers"].default

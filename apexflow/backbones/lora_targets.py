@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+# Of a block in which picture and text are attended together; the second half are the text's.
+JOINT_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
 
 def target_modules(backbone: Any) -> dict[str, tuple[int, ...]]:
     """The modules of a denoiser that a LoRA lies on, as peft finds them by its targets, and the shapes of their weights."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from apexflow.backbones import Settings, read_settings
+from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone
-from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import decoder_states, is_null
 from apexflow.conditioning import Condition, guide_at_length
@@ -32,18 +29,16 @@ class Lumina2(Backbone):
     depth = "num_layers"
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Lumina2:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKL, Lumina2Transformer2DModel
         from transformers import AutoTokenizer, Gemma2Model
 
-        kinds = {
+        return {
             "transformer": Lumina2Transformer2DModel,
             "vae": AutoencoderKL,
             "text_encoder": Gemma2Model,
             "tokenizer": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     @property
     def text_width(self) -> tuple[int, int | None]:

@@ -16,12 +16,26 @@ def build_miniature(words: Sequence[str], seed: int = 0, width: int = 192, depth
 
     64-pixel pictures, 8 x 8 x 8 latents, 16 image tokens (patch 2), one token a word.
     """
-    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
-    from transformers import Gemma2Config, Gemma2Model
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(words)
-    text_encoder = Gemma2Model(
+    # In this order, which decides what weights each draws.
+    networks = {
+        "text_encoder": _text_encoder(tokenizer),
+        "transformer": _transformer(width, depth),
+        "vae": _autoencoder(),
+    }
+    for network in networks.values():
+        network.eval()
+    settings = Settings(steps=50, guidance=2.5, instruction=False, max_tokens=32, size=64)
+    return Sana(networks | {"tokenizer": tokenizer, "scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0)}, settings)
+
+
+def _text_encoder(tokenizer: Any) -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
         Gemma2Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -38,7 +52,12 @@ def build_miniature(words: Sequence[str], seed: int = 0, width: int = 192, depth
             eos_token_id=None,
         )
     )
-    transformer = SanaTransformer2DModel(
+
+
+def _transformer(width: int, depth: int) -> Any:
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
         in_channels=8,
         out_channels=8,
         num_attention_heads=width // 32,
@@ -52,8 +71,13 @@ def build_miniature(words: Sequence[str], seed: int = 0, width: int = 192, depth
         patch_size=2,
         interpolation_scale=1.0,
     )
+
+
+def _autoencoder() -> Any:
+    from diffusers import AutoencoderDC
+
     widths, layers = (16, 32, 64, 128), (0, 1, 1, 1)
-    vae = AutoencoderDC(
+    return AutoencoderDC(
         latent_channels=8,
         encoder_block_types="ResBlock",
         decoder_block_types="ResBlock",
@@ -67,12 +91,6 @@ def build_miniature(words: Sequence[str], seed: int = 0, width: int = 192, depth
         downsample_block_type="pixel_unshuffle",
         scaling_factor=1.0,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    networks: dict[str, Any] = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
-    for network in networks.values():
-        network.eval()
-    settings = Settings(steps=50, guidance=2.5, instruction=False, max_tokens=32, size=64)
-    return Sana(networks | {"tokenizer": tokenizer, "scheduler": scheduler}, settings)
 
 
 def word_tokenizer(words: Sequence[str]) -> Any:

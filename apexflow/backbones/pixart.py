@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.discrete_vp import DiscreteVP
 from apexflow.backbones.family import Backbone
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import masked_t5_states
 from apexflow.conditioning import Condition
@@ -44,20 +43,22 @@ class PixArt(Backbone):
         self.time_shift = self.schedule.time_shift
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> PixArt:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKL, PixArtTransformer2DModel
         from transformers import AutoTokenizer, T5EncoderModel
 
-        kinds = {
+        return {
             "transformer": PixArtTransformer2DModel,
             "vae": AutoencoderKL,
             "text_encoder": T5EncoderModel,
             "tokenizer": AutoTokenizer,
         }
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any], folder: Path) -> Self:
         pipeline = read_index(folder)["_class_name"]
         defaults = replace(cls.defaults, max_tokens=MAX_TOKENS[pipeline])
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, defaults), pipeline)
+        return cls(parts, read_settings(folder, defaults), pipeline)
 
     @property
     def text_width(self) -> tuple[int, int | None]:

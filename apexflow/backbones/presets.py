@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones import BUILT_IN, Backbone, load_backbone
+from apexflow.backbones.folder import write_index
 from apexflow.errors import UserError
 
 FOLDER = Path(__file__).parent / "presets"
@@ -54,4 +55,4 @@ def write_configs(preset: dict[str, Any], folder: Path) -> None:
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(preset["scheduler"]))
     index = {"_class_name": preset["pipeline_class"], **preset.get("index", {})}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    write_index(folder, index)

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from apexflow.backbones import Settings, read_settings
+from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone, pack, unpack
-from apexflow.backbones.parts import load_parts
+from apexflow.backbones.lora_targets import JOINT_ATTENTION
 from apexflow.backbones.precision import compute_dtype, running_dtype
 from apexflow.backbones.text import is_null, tokenize, unless_full
 from apexflow.conditioning import Condition, guide_at_length
-
-# Attention and both feed-forwards of every block: the paper's 0.2B at r = 32 and 0.4B at r = 64.
-LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-)
 
 
 class QwenImage(Backbone):
@@ -34,7 +27,11 @@ class QwenImage(Backbone):
     family: ClassVar[str] = "qwen-image"
     pipeline = "QwenImagePipeline"
     defaults: ClassVar[Settings] = Settings(steps=50, guidance=4.0, instruction=False, max_tokens=512)
-    lora_targets: Sequence[str] = LORA_TARGETS
+    # Attention and both feed-forwards of every block: the paper's 0.2B at r = 32 and 0.4B at r = 64.
+    lora_targets: Sequence[str] = (
+        *JOINT_ATTENTION,
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    )
     normalizes_text = True
     depth = "num_layers"
 
@@ -51,18 +48,16 @@ class QwenImage(Backbone):
         return options | scale | ({"negative_prompt": " "} if guided else {})
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> QwenImage:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-        kinds = {
+        return {
             "transformer": QwenImageTransformer2DModel,
             "vae": AutoencoderKLQwenImage,
             "text_encoder": Qwen2_5_VLForConditionalGeneration,
             "tokenizer": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     @property
     def text_width(self) -> tuple[int, int | None]:

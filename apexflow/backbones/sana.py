@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from apexflow.backbones import Settings, read_settings
+from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone, stock_parameters
-from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import device_of, tokenize, unknown_words
 from apexflow.conditioning import Condition
@@ -31,18 +28,16 @@ class Sana(Backbone):
     bfloat16: ClassVar[bool] = False  # but for those called BF16, published weights were trained in float16
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> Sana:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderDC, SanaTransformer2DModel
         from transformers import AutoTokenizer, Gemma2Model
 
-        kinds = {
+        return {
             "transformer": SanaTransformer2DModel,
             "vae": AutoencoderDC,
             "text_encoder": Gemma2Model,
             "tokenizer": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     @property
     def text_width(self) -> tuple[int, int | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings
@@ -45,17 +44,12 @@ class SanaSprint(Sana):
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, C, h, w), answered in the dtype of x_t."""
         dtype = compute_dtype(network)
-        config = self.config
-        guidance = None
-        if config.guidance_embeds:
-            scale = float(self.embedded_guidance or 0) * config.guidance_embeds_scale
-            guidance = torch.full((len(x_t),), scale, device=x_t.device)
         F = network(
             hidden_states=x_t.to(dtype),
             encoder_hidden_states=c.embeds.to(dtype),
             encoder_attention_mask=c.mask,
             timestep=t.float(),
-            guidance=guidance,
+            guidance=self.guidance_input(len(x_t), x_t.device),
             return_dict=False,
         )[0]
         return F.to(x_t.dtype)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from apexflow.backbones import Settings, read_settings
+from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone
-from apexflow.backbones.parts import load_parts
+from apexflow.backbones.lora_targets import JOINT_ATTENTION
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import clip_states, t5_states
 from apexflow.conditioning import Condition
@@ -29,18 +28,14 @@ class StableDiffusion3(Backbone):
     guided_at_once: ClassVar[bool] = True  # every text has as many tokens
     pipeline = "StableDiffusion3Pipeline"
     defaults: ClassVar[Settings] = Settings(steps=28, guidance=7.0, instruction=False, max_tokens=256)
-    lora_targets: Sequence[str] = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    lora_targets: Sequence[str] = JOINT_ATTENTION
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> StableDiffusion3:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKL, SD3Transformer2DModel
         from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
-        kinds = {
+        return {
             "transformer": SD3Transformer2DModel,
             "vae": AutoencoderKL,
             "text_encoder": CLIPTextModelWithProjection,
@@ -50,7 +45,6 @@ class StableDiffusion3(Backbone):
             "tokenizer_2": AutoTokenizer,
             "tokenizer_3": AutoTokenizer,
         }
-        return cls(load_parts(folder, kinds, device, dtype, hollow), read_settings(folder, cls.defaults))
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t; c needs pooled embeddings."""

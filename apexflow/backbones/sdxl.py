@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.discrete_vp import DiscreteVP
 from apexflow.backbones.family import Backbone
 from apexflow.backbones.folder import read_index
-from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import clip_states, is_null
 from apexflow.conditioning import Condition
@@ -50,12 +49,11 @@ class StableDiffusionXL(Backbone):
         self.time_shift = self.schedule.time_shift
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> StableDiffusionXL:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-        kinds = {
+        return {
             "unet": UNet2DConditionModel,
             "vae": AutoencoderKL,
             "text_encoder": CLIPTextModel,
@@ -63,8 +61,10 @@ class StableDiffusionXL(Backbone):
             "tokenizer": AutoTokenizer,
             "tokenizer_2": AutoTokenizer,
         }
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any], folder: Path) -> Self:
         zero_null = bool(read_index(folder).get("force_zeros_for_empty_prompt", True))
-        parts = load_parts(folder, kinds, device, dtype, hollow)
         defaults = cls.defaults if parts["unet"].config.time_cond_proj_dim is None else LCM
         return cls(parts, read_settings(folder, defaults), zero_null)
 

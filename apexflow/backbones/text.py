@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from apexflow.backbones.layers import layer_answers
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], limit: int, padding: str = "longest") -> tuple[Tensor, Tensor]:
@@ -29,9 +31,9 @@ def clip_states(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[Ten
     """
     ids, _ = tokenize(tokenizer, texts, tokenizer.model_max_length, "max_length")
     layer = getattr(encoder, "text_model", encoder).encoder.layers[-2]
-    (state,), answer = noted([layer], lambda: encoder(ids.to(device_of(encoder))))
+    (found,), answer = layer_answers([layer], lambda: encoder(ids.to(device_of(encoder))))
     projected = getattr(answer, "text_embeds", None)
-    return state, answer.pooler_output if projected is None else projected
+    return _states(found), answer.pooler_output if projected is None else projected
 
 
 def t5_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> Tensor:
@@ -55,26 +57,27 @@ def decoder_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: in
 def layer_states(encoder: Any, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
     """A language model's hidden states (B, L, D) after each of these numbers of layers."""
     chosen = [encoder.layers[layer - 1] for layer in layers]
-    return noted(chosen, lambda: encoder(input_ids=ids, attention_mask=mask, use_cache=False))[0]
+    found, _ = layer_answers(chosen, lambda: encoder(input_ids=ids, attention_mask=mask, use_cache=False))
+    return [_states(answer) for answer in found]
 
 
-def noted(layers: Sequence[nn.Module], ask: Callable[[], Any]) -> tuple[list[Tensor], Any]:
-    """What each of some layers answers while a network is asked, and its own answer. A sharded one tells none of its states."""
-    seen: dict[int, Tensor] = {}
+def _states(answer: Any) -> Tensor:
+    """A layer's hidden states, which some hand over beside other things."""
+    return answer[0] if isinstance(answer, tuple) else answer
 
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        seen[id(module)] = output[0] if isinstance(output, tuple) else output
 
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        answer = ask()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [seen[id(layer)] for layer in layers], answer
+def chat(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[str]:
+    """Each prompt as the one message of a conversation, up to where the model answers, with `thinking` or without."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        for prompt in prompts
+    ]
 
 
 def device_of(module: nn.Module) -> torch.device:
+    """Where a network's parameters lie."""
     return next(module.parameters()).device
 
 

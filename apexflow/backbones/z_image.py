@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
 from apexflow.backbones.family import Backbone
-from apexflow.backbones.parts import load_parts
 from apexflow.backbones.precision import compute_dtype
-from apexflow.backbones.text import decoder_states, rows_of
+from apexflow.backbones.text import chat, decoder_states, rows_of
 from apexflow.conditioning import Condition
 
 TURBO, TURBO_SHIFT = Settings(steps=8, instruction=False, max_tokens=512), 3.0
@@ -37,18 +36,19 @@ class ZImage(Backbone):
     depth = "n_layers"
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hollow: bool = False) -> ZImage:
-        """Read the parts of a diffusers folder; UserError names the part that is missing or damaged."""
+    def classes(cls) -> dict[str, Any]:
         from diffusers import AutoencoderKL, ZImageTransformer2DModel
         from transformers import AutoTokenizer, Qwen3Model
 
-        kinds = {
+        return {
             "transformer": ZImageTransformer2DModel,
             "vae": AutoencoderKL,
             "text_encoder": Qwen3Model,
             "tokenizer": AutoTokenizer,
         }
-        parts = load_parts(folder, kinds, device, dtype, hollow)
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any], folder: Path) -> Self:
         turbo = parts["scheduler"].config.get("shift") == TURBO_SHIFT
         return cls(parts, read_settings(folder, TURBO if turbo else cls.defaults))
 
@@ -69,12 +69,7 @@ class ZImage(Backbone):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Qwen3's last hidden states but one in its chat template; the null prompt is the empty message."""
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
+        texts = chat(self.tokenizer, prompts, thinking=True)
         return Condition(*decoder_states(self.text_encoder, self.tokenizer, texts, self.settings.max_tokens))
 
     @property

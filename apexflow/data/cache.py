@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from apexflow.backbones.text import rows_of
 from apexflow.conditioning import Condition
 from apexflow.data.files import Fields, read_record
 from apexflow.data.order import batch_rows
@@ -187,11 +188,7 @@ class CachedSet:
 
 def spans_of(conditions: Iterable[Condition]) -> list[Tensor]:
     """The valid tokens (L, D) of each row of some conditions, in order."""
-    return [
-        c.embeds[row] if c.mask is None else c.embeds[row][c.mask[row].bool()]
-        for c in conditions
-        for row in range(len(c))
-    ]
+    return [row for c in conditions for row in rows_of(c.embeds, c.mask)]
 
 
 def padded(spans: list[Tensor], pooled: list[Tensor]) -> Condition:
@@ -262,6 +259,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def checksum(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -35,13 +35,13 @@ from apexflow.data.cache import (
     spans_of,
 )
 from apexflow.data.captioned import Captioned, Sample, Skipped, read_sample
-from apexflow.data.files import read_record, write_record, write_tensors
+from apexflow.data.files import others_in, read_record, write_record, write_tensors
 from apexflow.data.fingerprint import autoencoder_fingerprint, text_fingerprint
 from apexflow.data.pictures import centred, to_bytes
 from apexflow.data.readers import Source, recognise
 from apexflow.data.shards import groups
 from apexflow.data.workers import Share
-from apexflow.errors import UserError, writing
+from apexflow.errors import UserError
 from apexflow.files import drop_partial
 from apexflow.locking import alone_in, made_once
 from apexflow.progress import Progress
@@ -288,10 +288,8 @@ def flatten(conditions: list[Condition]) -> dict[str, Tensor]:
 
 def claim(folder: Path, made_by: dict[str, Any]) -> None:
     """Take a folder for one cache; UserError if it holds another one, or anything else."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
-    others = [path for path in folder.iterdir() if path != marker and path.suffix not in (".partial", ".lock")]
+    others = others_in(folder, marker)
     # Looked for after the listing: a process beside this one writes its claim before anything else.
     if marker.is_file():
         try:

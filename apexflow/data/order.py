@@ -61,6 +61,7 @@ def data_row(position: int, count: int, seed: int) -> int:
 
 @lru_cache(maxsize=64)
 def epoch_order(epoch: int, count: int, seed: int) -> Tensor:
+    """The pictures of an epoch, (count,), shuffled."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 2, epoch)))
 
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 # Names of files in the formats that are read. Of several of one record in a tar the first is taken.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # What strangers' files may be: pillow knows more, and of those EPS would start Ghostscript. MPO is read as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def open_upright(source: Path | IO[bytes]) -> Image.Image:
@@ -31,11 +23,18 @@ def open_upright(source: Path | IO[bytes]) -> Image.Image:
     Image.init()  # else the formats are not known yet
     image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
     image.load()  # raises for damaged pixels, once: a PNG is read whole before its EXIF
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF raises many kinds
-        turn = None
-    return image if turn is None else image.transpose(turn)
+    with suppress(Exception):  # damaged EXIF raises many kinds, some only once the picture is turned
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def square(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    """In RGB, shortest side to `size` (antialiased), centre crop to size x size, 8 bits."""
+    picture = image.convert("RGB")
+    shortest = min(picture.size)
+    width, height = (int(size * side / shortest) for side in picture.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.resize((width, height), resampling).crop((left, top, left + size, top + size))
 
 
 def to_bytes(image: Image.Image, size: tuple[int, int]) -> Tensor:

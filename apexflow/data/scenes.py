@@ -131,7 +131,13 @@ def render(things: tuple[Thing, ...]) -> Image.Image:
 
 
 def article(words: str) -> str:
+    """ "a red star", "an orange ring"."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def plural(words: str) -> str:
+    """ "red stars", "orange crosses"."""
+    return f"{words}es" if words.endswith("s") else f"{words}s"
 
 
 def place(count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[float, float, float]]:
@@ -164,10 +170,10 @@ def _cells_in_relation(relation: str) -> list[tuple[int, int]]:
     }[relation]
 
 
-def _pair(rng: np.random.Generator, shape: str | None = None) -> tuple[str, str]:
+def _pair(rng: np.random.Generator) -> tuple[str, str]:
     """A shape and a colour that are not held out together."""
     while True:
-        pair = (shape or str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))))
+        pair = (str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))))
         if pair not in HELD_OUT:
             return pair
 
@@ -177,7 +183,7 @@ def prompt_text(metadata: dict) -> str:
     clauses = metadata["include"]
     names = [f"{c['color']} {c['class']}" if "color" in c else c["class"] for c in clauses]
     if metadata["tag"] == "counting":
-        return f"a photo of {NUMBERS[clauses[0]['count']]} {names[0]}{'es' if names[0].endswith('s') else 's'}"
+        return f"a photo of {NUMBERS[clauses[0]['count']]} {plural(names[0])}"
     if len(clauses) == 1:
         return f"a photo of {article(names[0])}"
     if "position" in clauses[1]:
@@ -220,5 +226,4 @@ def scenes(count: int, seed: int = 0, start: int = 0) -> Iterator[Scene]:
 def vocabulary() -> list[str]:
     """Every word that a caption can hold."""
     words = {*SHAPES, *COLORS, *NUMBERS.values(), "a", "an", "and", "photo", *(w for r in RELATIONS for w in r.split())}
-    words |= {f"{shape}{'es' if shape.endswith('s') else 's'}" for shape in SHAPES}
-    return sorted(words)
+    return sorted(words | {plural(shape) for shape in SHAPES})

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from apexflow.data.captioned import Sample, Skipped, read_caption
-from apexflow.data.files import read_record, write_record
+from apexflow.data.files import others_in, read_record, write_record
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.readers import Source, recognise
 from apexflow.data.readers.tars import members
 from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
-from apexflow.errors import UserError, quoted, writing
+from apexflow.errors import UserError, quoted
 from apexflow.files import drop_partial
 from apexflow.generator import NOT_FINITE, Generator, at_once, check_sampling
 from apexflow.locking import made_once
@@ -81,10 +81,10 @@ def synthesize(
     """
     share = share or Share()
     origin = recognise(prompts)
-    steps = len(generator.times(settings.steps)) - 1
     size = settings.size or generator.backbone.default_size
+    settings = replace(settings, steps=len(generator.times(settings.steps)) - 1, size=size)
     generator.backbone.latent_shape((size, size))
-    wanted = made_by(origin, generator, settings, steps, size)
+    wanted = made_by(origin, generator, settings)
     check_sampling(wanted["guidance"], kappa=0.0, rho=0.0, order=1)
     skipped = look_through(origin, settings)
     claim(folder, wanted)
@@ -96,7 +96,7 @@ def synthesize(
             if chosen:
                 shards[path] = chosen
             if number % share.world == share.rank and chosen:
-                draw = partial(_draw, path, generator, chosen, settings, steps, size, lost)
+                draw = partial(_draw, path, generator, chosen, settings, lost)
                 made_once(path, path.is_file, draw)  # processes that were started with other shares may meet here
             progress.advance(len(window))
     share.wait_for("drawn by all processes", list(shards), Path.is_file)
@@ -109,7 +109,7 @@ def synthesize(
         "pictures": sum(len(shards[path]) for path in there) - len(left_out),
         "complete": len(there) == len(shards),
         "skipped": skipped.broken | skipped.reasons | {wish.record: "the picture is not finite" for wish in left_out},
-        "steps": steps,
+        "steps": settings.steps,
     }
 
 
@@ -141,19 +141,18 @@ def usable(window: Sequence[Sample], first: int, captions: Sequence[str], skippe
     return chosen
 
 
-def _draw(
-    path: Path, generator: Generator, chosen: Sequence[Wish], settings: Synthesis, steps: int, size: int, lost: Lost
-) -> None:
+def _draw(path: Path, generator: Generator, chosen: Sequence[Wish], settings: Synthesis, lost: Lost) -> None:
     """Write a shard of the pictures that are finite; UserError where too many are not, before any of them is written."""
     records: list[Record] = []
+    size = settings.size or generator.backbone.default_size
     for group in groups(chosen, at_once(size)):
         texts = [wish.prompt for wish in group]
         for prompt in generator.backbone.unknown_words(texts):
             warnings.warn(f"the model knows no word of {quoted(prompt)}: the picture will not follow it", stacklevel=2)
         seeds = [(settings.seed, wish.index) for wish in group]
-        pictures = generator.generate_seeded(texts, seeds, steps, size, settings.guidance)
+        pictures = generator.generate_seeded(texts, seeds, settings.steps, size, settings.guidance)
         for wish, picture, finite in zip(group, pictures, generator.finite, strict=True):
-            facts = {"prompt": wish.prompt, "index": wish.index, "seed": settings.seed, "steps": steps}
+            facts = {"prompt": wish.prompt, "index": wish.index, "seed": settings.seed, "steps": settings.steps}
             if finite:
                 records.append((_name(wish), picture, wish.prompt, facts))
     lost.drawn += len(chosen)
@@ -166,22 +165,20 @@ def _name(wish: Wish) -> str:
     return f"{wish.index:07d}"
 
 
-def made_by(origin: Source, generator: Generator, settings: Synthesis, steps: int, size: int) -> dict[str, Any]:
-    """Everything that a picture of the set depends on."""
+def made_by(origin: Source, generator: Generator, settings: Synthesis) -> dict[str, Any]:
+    """Everything that a picture of the set depends on; steps and size are given by now."""
     own = generator.backbone.settings.guidance
     guidance = own if settings.guidance is None else settings.guidance
     model = fingerprint(generator.backbone.transformer)
     said = {key: value for key, value in asdict(settings).items() if key != "skip_limit"}  # which no picture depends on
     said["captions"] = list(settings.captions)
-    return said | {"prompts": origin.identity(), "model": model, "steps": steps, "size": size, "guidance": guidance}
+    return said | {"prompts": origin.identity(), "model": model, "guidance": guidance}
 
 
 def claim(folder: Path, wanted: dict[str, Any]) -> None:
     """Take a folder for one set; UserError if it holds another one, or anything else."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     marker = folder / CLAIM
-    others = [path for path in folder.iterdir() if path != marker and path.suffix not in (".partial", ".lock")]
+    others = others_in(folder, marker)
     if not others:  # nothing was drawn under an earlier claim
         write_record(marker, wanted)
         return

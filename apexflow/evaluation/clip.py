@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from apexflow.backbones.parts import SAFELY
+from apexflow.data.pictures import square
 from apexflow.errors import UserError
 from apexflow.evaluation.loading import guarded, load_network
 
@@ -25,15 +26,11 @@ CONTEXT_LENGTH = 77
 
 def preprocess(image: Image.Image, size: int = 224) -> torch.Tensor:
     """(3, size, size) float32: shortest side to size (bicubic, antialiased), centre crop, CLIP mean and std."""
-    image = image.convert("RGB")
-    width, height = image.size
-    if width == 0 or height == 0:
+    if 0 in image.size:
+        width, height = image.size
         raise UserError(f"an image of {width}x{height} pixels cannot be scored: give one with at least one pixel")
-    shortest = min(width, height)
-    resized = image.resize((int(size * width / shortest), int(size * height / shortest)), Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in resized.size)
     # A copy, since from_numpy refuses to promise anything about the read-only buffer that pillow hands out.
-    pixels = torch.from_numpy(np.array(resized.crop((left, top, left + size, top + size)))).permute(2, 0, 1) / 255
+    pixels = torch.from_numpy(np.array(square(image, size, Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from apexflow.data.pictures import to_tensor
+from apexflow.data.shards import groups
 from apexflow.data.workers import Share
 from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture
 from apexflow.evaluation.suite import Drawing, EvaluationSettings, Prompt, Suite
@@ -40,7 +41,8 @@ def draw(
     todo = [drawing for drawing in mine if not is_whole(pictures / drawing.path)]
     size = settings.size or generator.backbone.default_size
     with Progress(f"{title}: drawing", len(mine), len(mine) - len(todo)) as progress:
-        for group in _groups(todo, at_once(size)):
+        # Drawings that fill a batch; one with more samples than that is drawn in several.
+        for group in groups(todo, max(1, at_once(size) // len(todo[0].samples)) if todo else 1):
             for drawing, samples in _draw_group(generator, settings, group, size):
                 if not (folder / EVALUATIONS).is_file():
                     write_json(folder / EVALUATIONS, generator.evaluations)
@@ -51,13 +53,6 @@ def draw(
 def pending(suite: Suite, prompts: Sequence[Prompt], folder: Path) -> int:
     """How many of the suite's pictures are still to be drawn, by whichever process."""
     return sum(not is_whole(folder / "pictures" / drawing.path) for drawing in suite.drawings(prompts))
-
-
-def _groups(drawings: Sequence[Drawing], batch: int) -> Iterator[Sequence[Drawing]]:
-    """Consecutive drawings that fill a batch; one with more samples than that is drawn in several."""
-    step = max(1, batch // len(drawings[0].samples)) if drawings else 1
-    for start in range(0, len(drawings), step):
-        yield drawings[start : start + step]
 
 
 def _draw_group(
@@ -115,10 +110,8 @@ def diversity(generator: Generator, folder: Path, drawings: Sequence[Drawing], p
         return None
     distances: list[float] = []
     paths = [folder / "pictures" / drawing.path for drawing in drawings]
-    prompts = [paths[start : start + per_prompt] for start in range(0, len(paths), per_prompt)]
-    step = max(1, MAX_BATCH // per_prompt)
-    for start in range(0, len(prompts), step):
-        pictures = [picture for prompt in prompts[start : start + step] for picture in _readable(prompt)]
+    for prompts in groups(groups(paths, per_prompt), max(1, MAX_BATCH // per_prompt)):
+        pictures = [picture for prompt in prompts for picture in _readable(prompt)]
         for group in features(generator, pictures).split(per_prompt) if pictures else ():
             distances.append(float(torch.pdist(group).mean()) / group.shape[1] ** 0.5)
     return sum(distances) / len(distances) if distances else None

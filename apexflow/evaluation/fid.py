@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from apexflow.data.pictures import square
 from apexflow.errors import UserError
 
 Array = NDArray[np.float64]
@@ -107,10 +108,5 @@ def clean_resize(image: Image.Image | NDArray[Any], size: int | tuple[int, int])
 
 
 def sana_resize(image: Image.Image, size: int) -> Image.Image:
-    """Sana's resize: RGB, shortest side to size (bilinear, antialiased), centre crop to size x size, 8 bits."""
-    picture = image.convert("RGB")
-    shortest = min(picture.size)
-    width, height = (int(size * side / shortest) for side in picture.size)
-    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return resized.crop((left, top, left + size, top + size))
+    """Sana's resize: shortest side to size (bilinear), centre crop, 8 bits."""
+    return square(image, size, Image.Resampling.BILINEAR)

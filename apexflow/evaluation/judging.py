@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apexflow.data.shards import groups
 from apexflow.errors import UserError
 from apexflow.evaluation.files import Unreadable
 from apexflow.evaluation.judge import Ask, Judge
@@ -69,8 +70,7 @@ def ask_about(
     UserError when a whole chunk of pictures got no reply at all: the judge is away, and asking on would only take time.
     """
     replies = ReplyStore(store)
-    for start in range(0, len(pictures), chunk):
-        part = pictures[start : start + chunk]
+    for part in groups(pictures, chunk):
         wanted = {picture.name: _wanted(picture, requests) for picture in part}
         asked = [request for found in wanted.values() if not isinstance(found, str) for request in found]
         collected = collect(asked, panel.ask, accept, replies, workers=panel.workers)

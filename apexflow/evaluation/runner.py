@@ -175,6 +175,7 @@ def _generation(generator: Generator, settings: EvaluationSettings, prompts: Seq
 
 
 def versions() -> dict[str, str]:
+    """Of the libraries that a score may depend on."""
     return {name: importlib.metadata.version(name) for name in VERSIONS}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from apexflow.objectives import Batch, Losses, Networks, Objective
-from apexflow.objectives.huber import pseudo_huber
+from apexflow.objectives.distances import pseudo_huber
 from apexflow.objectives.teacher import solve
 from apexflow.objectives.times import TimeLaw
 

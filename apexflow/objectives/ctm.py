@@ -21,7 +21,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks, Objective
 from apexflow.objectives.cm import noise_levels, time_levels
-from apexflow.objectives.huber import pseudo_huber
+from apexflow.objectives.distances import mean_square, pseudo_huber
 from apexflow.objectives.teacher import solve, teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
@@ -107,7 +107,7 @@ class CTM(Objective):
         plain = self.guidance == 1
         target = transport.target(batch.x, z, t) if plain else teach(networks, x_t, t, batch.c, self.guidance)
         error = networks.student(x_t, t, batch.c, t) - target
-        return error.float().flatten(1).square().mean(1).sum() / batch.total
+        return mean_square(error).sum() / batch.total
 
 
 def to_data(network: Field, x_s: Tensor, s: Tensor, c: Condition, transport: Transport) -> Tensor:

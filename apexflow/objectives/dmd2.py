@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from apexflow.objectives import Batch, Further, Losses, Networks, Objective
+from apexflow.objectives.distances import mean_square
 from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.sampler import shift_times, time_grid
+from apexflow.transport import expand
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class DMD2(Objective):
                 z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
                 x = transport.endpoint(networks.student(x_t, t, c), x_t, t)
                 following, onward = grid[number].expand(len(x_t)), last >= number
-                x_t = torch.where(_like(onward, x), transport.interpolate(x, z, following), x_t)
+                x_t = torch.where(expand(onward, x) > 0, transport.interpolate(x, z, following), x_t)
                 t = torch.where(onward, following, t)
         with torch.set_grad_enabled(turn):
             return transport.endpoint(networks.student(x_t, t, c), x_t, t)
@@ -99,8 +101,8 @@ class DMD2(Objective):
             real = transport.endpoint(teach(networks, x_t, t, c, self.guidance), x_t, t)
             fake = transport.endpoint(networks.further["critic"](x_t, t, c), x_t, t)
             size = (x_fake - real).abs().flatten(1).mean(1).clamp_min(1e-6)
-            target = x_fake - (fake - real) / _like(size, fake)
-        matching = 0.5 * (x_fake - target).float().flatten(1).square().mean(1).sum()
+            target = x_fake - (fake - real) / expand(size, fake)
+        matching = 0.5 * mean_square(x_fake - target).sum()
         if self.gan == 0:
             return matching, matching.new_zeros(())
         return matching, softplus(-networks.frozen["judge"](x_t, t, c)).mean(1).sum()
@@ -110,7 +112,7 @@ class DMD2(Objective):
         c = batch.c.detach()
         x_t, t, target = self._noised(networks, batch, x_fake)
         error = networks.further["critic"](x_t, t, c) - target
-        losses = {"critic": error.float().flatten(1).square().mean(1).sum() / batch.total}
+        losses = {"critic": mean_square(error).sum() / batch.total}
         if self.gan > 0:
             judge = networks.further["judge"]
             y_t, s, _ = self._noised(networks, batch, batch.x)
@@ -123,7 +125,3 @@ class DMD2(Objective):
         t = networks.round_time(0.02 + 0.96 * self.times.draw(batch.random))
         z = batch.random.normal(x.shape[1:]).to(x)
         return networks.transport.interpolate(x, z, t), t, networks.transport.target(x, z, t)
-
-
-def _like(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.reshape(-1, *[1] * (like.ndim - 1))

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from apexflow.objectives import Batch, Losses, Networks, Objective
+from apexflow.objectives.distances import mean_square
 from apexflow.objectives.times import TimeLaw
 
 
@@ -28,5 +29,5 @@ class FlowMatching(Objective):
         z = batch.random.normal(batch.x.shape[1:]).to(batch.x)
         F = networks.student(networks.transport.interpolate(batch.x, z, t), t, batch.c)
         error = F - networks.transport.target(batch.x, z, t)
-        loss = error.float().flatten(1).square().mean(1).sum() / batch.total
+        loss = mean_square(error).sum() / batch.total
         return Losses(loss, {"loss": loss.detach()})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from apexflow.objectives import Batch, Losses, Networks, Objective
-from apexflow.objectives.huber import mean_huber
+from apexflow.objectives.distances import mean_huber
 from apexflow.objectives.teacher import solve
 from apexflow.randomness import RowRandom
 from apexflow.sampler import shift_times

@@ -81,7 +81,7 @@ class MeanFlow(Objective):
             own = guide(v, networks.student(x_t, t, null, t), self.guidance)
             if self.kappa > 0:
                 own = torch.lerp(own, networks.student(x_t, t, c, t), self.kappa)
-            return torch.where(dropped.reshape(-1, *[1] * (v.ndim - 1)), v, own)
+            return torch.where(expand(dropped, v) > 0, v, own)
 
         with torch.no_grad():
             v = direction(networks, (x, z), t, c, self.velocity, self.guidance, guided)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from apexflow.objectives import Batch, Further, Losses, Networks, Objective
-from apexflow.objectives.huber import mean_huber
+from apexflow.objectives.distances import mean_huber
 from apexflow.objectives.lcm import draw_index
 from apexflow.objectives.teacher import solve
 from apexflow.sampler import shift_times

@@ -21,7 +21,9 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Losses, Networks, Objective
 from apexflow.objectives.derivative import speed
+from apexflow.objectives.distances import mean_square
 from apexflow.objectives.teacher import direction
+from apexflow.objectives.times import off_the_ends
 from apexflow.transport import expand
 
 JUMP, ANY, SHORT = range(3)
@@ -34,7 +36,7 @@ def short_tailed(error: Tensor, c: float) -> Tensor:
 
     The weight has no gradient.
     """
-    squared = error.float().flatten(1).square().mean(1) / c**2
+    squared = mean_square(error) / c**2
     return c * squared / (squared.detach() + 1).sqrt()
 
 
@@ -99,7 +101,7 @@ class RCGM(Objective):
 
     def times(self, batch: Batch, kind: Tensor, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """t and s of some rows by their `kind` (n,): 1 and 0, any two, or two that lie near each other."""
-        t = batch.random.uniform(where).clamp(1e-3, 1 - 1e-5)
+        t = off_the_ends(batch.random.uniform(where))
         part = batch.random.uniform(where) * torch.where(kind == SHORT, self.short, 1.0)
         jump = kind == JUMP
         return torch.where(jump, torch.ones_like(t), t), torch.where(jump, torch.zeros_like(t), t - part * t)

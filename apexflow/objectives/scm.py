@@ -22,6 +22,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.derivative import Kind, derivative
+from apexflow.objectives.distances import mean_square
 from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
@@ -100,7 +101,7 @@ class SCM(Objective):
                 x, z = transport.endpoint(v, x_t, t), transport.noise(v, x_t, t)
             g = self._tangent(networks, F.detach(), x, z, t, c, self._share(batch.progress))
             target = F + self._normalised(g)
-        loss = (F - target).float().flatten(1).square().mean(1).sum() / batch.total
+        loss = mean_square(F - target).sum() / batch.total
         return Losses(loss, {"loss": loss.detach()})
 
     def _tangent(

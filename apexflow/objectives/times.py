@@ -36,5 +36,9 @@ class TimeLaw:
             if self.kind == "uniform"
             else torch.sigmoid(self.mean + self.spread * random.normal((), where))
         )
-        # Both ends are kept off by a hair: at t = 0 nothing is left to predict, and a secant needs a step.
-        return shift_times(t.clamp(1e-3, 1 - 1e-5), self.shift)
+        return shift_times(off_the_ends(t), self.shift)
+
+
+def off_the_ends(t: Tensor) -> Tensor:
+    """Times kept off 0 and 1 by a hair: at t = 0 nothing is left to predict, and a secant needs a step."""
+    return t.clamp(1e-3, 1 - 1e-5)

@@ -18,6 +18,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.rcgm import ANY_STEP, JUMP, RCGM, SHORT, short_tailed
+from apexflow.objectives.times import off_the_ends
 
 FAKE = SHORT + 1
 
@@ -98,5 +99,5 @@ class TwinFlow(Objective):
     def _renoised(self, networks: Networks, batch: Batch, where: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures with fresh noise at fresh times: the points, the times, and the target there."""
         z = batch.random.normal(x.shape[1:], where).to(x)
-        t = networks.round_time(batch.random.uniform(where).clamp(1e-3, 1 - 1e-5))
+        t = networks.round_time(off_the_ends(batch.random.uniform(where)))
         return networks.transport.interpolate(x, z, t), t, networks.transport.target(x, z, t)

@@ -17,7 +17,9 @@ from torch import Tensor
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.derivative import derivative
+from apexflow.objectives.distances import mean_square
 from apexflow.objectives.teacher import teach
+from apexflow.objectives.times import off_the_ends
 from apexflow.transport import expand
 
 
@@ -73,7 +75,7 @@ class UCGM(Objective):
         with torch.no_grad():
             stars = self._enhanced(networks, x, z, F.detach(), x_t, t, c) if self.zeta > 0 else (x, z)
             target = transport.target(*stars, t) if self.lam == 0 else self._target(networks, F, x, z, stars, t, c)
-        error = (F - target).float().flatten(1).square().mean(1)
+        error = mean_square(F - target)
         weight = t.cos() if self.weighting == "cosine" else torch.ones_like(t)
         loss = (weight * error).sum() / batch.total
         return Losses(loss, {"loss": loss.detach()})
@@ -82,7 +84,7 @@ class UCGM(Objective):
         """t ~ Beta(theta_1, theta_2) (line 2), by the inverse of its distribution function."""
         u = batch.random.uniform()
         t = torch.from_numpy(betaincinv(*self.theta, u.double().cpu().numpy()))
-        return t.to(u).clamp(1e-3, 1 - 1e-5)
+        return off_the_ends(t.to(u))
 
     def _target(
         self,

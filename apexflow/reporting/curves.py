@@ -45,6 +45,7 @@ class Axis:
 
 
 def is_plottable(value: float) -> bool:
+    """Whether a value has a place on an axis: finite, and not so large that the arithmetic of axes would overflow."""
     return math.isfinite(value) and abs(value) < HUGEST
 
 

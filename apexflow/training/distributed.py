@@ -27,10 +27,12 @@ _control: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
+    """Which of the processes that work together this is; 0 alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

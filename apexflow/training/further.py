@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from apexflow.backbones import Backbone
+from apexflow.backbones.layers import layer_answers
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Further, Networks
@@ -104,29 +104,14 @@ class Look:
         self.below, self.network, self.blocks = below, network, list(blocks)
 
     def __call__(self, x_t: Tensor, t: Tensor, c: Condition) -> list[Tensor]:
-        with self._watched() as seen:
-            self.below(x_t, t, c)
-        found = [tokens(seen[index]) for index in range(len(self.blocks))]
+        seen, _ = layer_answers(self.blocks, lambda: self.below(x_t, t, c))
+        found = [tokens(answer) for answer in seen]
         if isinstance(self.network, FSDPModule):
             # Gradients come in by the blocks, past the answer that would call for the weights around them.
             for part in found:
                 if part.requires_grad:
                     part.register_hook(lambda _: self.network.unshard())
         return found
-
-    @contextmanager
-    def _watched(self) -> Iterator[dict[int, Tensor]]:
-        seen: dict[int, Any] = {}
-
-        def note(index: int) -> Any:
-            return lambda module, inputs, output: seen.__setitem__(index, output)
-
-        hooks = [block.register_forward_hook(note(index)) for index, block in enumerate(self.blocks)]
-        try:
-            yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def tokens(answer: Any) -> Tensor:

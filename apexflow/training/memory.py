@@ -181,11 +181,10 @@ class OnShapes:
 def on_shapes(backbone: Backbone, recipe: Recipe, tokens: int, teacher: Backbone | None = None) -> OnShapes:
     """The networks that a recipe asks, around a backbone, and a teacher of its own, on the meta device."""
     declared = recipe.build_objective().further
-    width, pooled = backbone.text_width
     with torch.device("meta"), counting(backbone, tokens):
         needs = ("teacher",) if declared else ()
         roles = make_roles(backbone, recipe, needs, teacher=teacher, further=copies(declared))
-        null = Condition(torch.zeros(1, tokens, width), None, None if pooled is None else torch.zeros(1, pooled))
+        null = example_condition(backbone, 1, tokens)
         networks = roles.networks(null)
         furthers = make_furthers(declared, backbone, roles, networks, null, recipe.seed)
     return OnShapes(roles, furthers, furthers.join(networks))
@@ -260,9 +259,13 @@ def example_inputs(
     backbone: Backbone, rows: int, shape: Sequence[int], tokens: int
 ) -> tuple[Tensor, Tensor, Condition]:
     """Latents, times and a condition as a cache would hand them over, without padding."""
+    return torch.zeros(rows, *shape), torch.full((rows,), 0.5), example_condition(backbone, rows, tokens)
+
+
+def example_condition(backbone: Backbone, rows: int, tokens: int) -> Condition:
+    """A condition of the shapes that the network takes: all of one length, so without a mask."""
     width, pooled = backbone.text_width
-    c = Condition(torch.zeros(rows, tokens, width), None, None if pooled is None else torch.zeros(rows, pooled))
-    return torch.zeros(rows, *shape), torch.full((rows,), 0.5), c
+    return Condition(torch.zeros(rows, tokens, width), pooled=None if pooled is None else torch.zeros(rows, pooled))
 
 
 def as_fake(networks: Iterable[nn.Module], mode: FakeTensorMode) -> dict[int, Any]:

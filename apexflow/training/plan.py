@@ -99,8 +99,6 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
     again, blocks = checkpointed(recipe.tuning, backbone.transformer), blocks_of(backbone)
     needed = _activations(recipe, backbone, teacher, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0)
     sizes = network_sizes(backbone, recipe, objective.needs, tokens, teacher)
-    denoiser, named = bytes_of(backbone.transformer), bytes_of(teacher.transformer) if teacher else 0
-    encoder = bytes_of(backbone.text_encoder) if recipe.tuning.text_encoder else 0
     shared = gpus if recipe.parallel == "fsdp" else 1
     width, pooled = backbone.text_width
     latents = 2 * math.prod(shape)
@@ -123,11 +121,20 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
     backward = parts | {"gradients": held}
     # Neither optimizer has intermediates of a size on a GPU: one is fused there, the other takes one weight after the other.
     update = {name: size if name in LASTING else 0 for name, size in parts.items()}
-    host = (denoiser + named) // shared + encoder
+    host, saving = _main_memory(recipe, backbone, teacher, shared, sizes.average)
+    return MemoryPlan(backward, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
+
+
+def _main_memory(
+    recipe: Recipe, backbone: Backbone, teacher: Backbone | None, shared: int, average: int
+) -> tuple[int, int]:
+    """`host` and `saving` of a plan, with weights spread over `shared` GPUs."""
+    denoiser, named = bytes_of(backbone.transformer), bytes_of(teacher.transformer) if teacher else 0
+    encoder = bytes_of(backbone.text_encoder) if recipe.tuning.text_encoder else 0
     saving = denoiser + encoder if shared > 1 else 0
     if recipe.tuning.kind == "lora":
-        saving = denoiser + sizes.average  # merged on the CPU, however the base is stored
-    return MemoryPlan(backward, update, sizes.trained // 4, again, rows, gpus, latents + text, host, saving, passes)
+        saving = denoiser + average  # merged on the CPU, however the base is stored
+    return (denoiser + named) // shared + encoder, saving
 
 
 _COUNTED: dict[str, Activations] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.backbones import load_backbone, write_settings
-from apexflow.backbones.folder import CHECKPOINTS
+from apexflow.backbones.folder import CHECKPOINTS, RECIPE
 from apexflow.errors import UserError, writing
 from apexflow.export import export, save_lora
 from apexflow.export.folder import check_asked, check_output
@@ -80,7 +80,7 @@ def _ended_at(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, folder
             write_settings(folder, shipped_settings(backbone, recipe, card))
         else:
             save_model(backbone, roles, recipe, folder, card)
-            write_json(folder / "recipe.json", recipe.to_dict() | {"model": model})  # which may lie in the run's folder
+            write_json(folder / RECIPE, recipe.to_dict() | {"model": model})  # which may lie in the run's folder
         yield model if alone else None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

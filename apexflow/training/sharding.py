@@ -113,6 +113,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_sharded(module: nn.Module) -> bool:
+    """Whether some of a network's weights are spread over the processes."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 

@@ -20,6 +20,7 @@ from apexflow.training.distributed import own_rows, summed, together, world
 from apexflow.training.engine import sum_gradients
 from apexflow.training.roles import update_average
 from apexflow.training.run import Run, Trainee, answering
+from apexflow.training.sharding import whole
 
 
 def training_step(run: Run) -> dict[str, float]:
@@ -98,8 +99,7 @@ def micro_batches(recipe: Recipe) -> tuple[Tensor, ...]:
 
 def clip(trainee: Trainee, most: float) -> Tensor:
     """Scale gradients down to a norm of at most `most`; the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(list(trainee.parameters.values()), most)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(torch.nn.utils.clip_grad_norm_(list(trainee.parameters.values()), most))
 
 
 def make_batch(run: Run, rows: Tensor) -> Batch:

@@ -12,7 +12,7 @@ from exact_fields import (
 )
 
 from apexflow.objectives.cm import CM, noise_levels, time_levels
-from apexflow.objectives.huber import mean_huber, pseudo_huber
+from apexflow.objectives.distances import mean_huber, pseudo_huber
 from apexflow.objectives.teacher import solve, teach
 from apexflow.transport import expand
 

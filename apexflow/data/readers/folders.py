@@ -22,6 +22,7 @@ def claim_pairs(path: Path) -> list[Path]:
 
 
 def pairs(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+    """One record a picture."""
     for path in files:
         yield Sample(str(path), partial(_pair, path))
 

@@ -13,10 +13,12 @@ from apexflow.errors import UserError
 
 
 def claim(path: Path) -> list[Path]:
+    """The parquet files of a folder, or the one named."""
     return files_of(path, ".parquet")
 
 
 def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+    """One record a row, read by row groups. UserError for a file without a column of picture bytes."""
     pyarrow = _library()
     for path in files:
         try:

@@ -12,6 +12,7 @@ from apexflow.data.readers import lines_of, text_of
 
 
 def claim(path: Path) -> list[Path]:
+    """A text or JSON lines file that is named itself; in a folder it would be anything."""
     return [path] if path.is_file() and path.suffix.lower() in (".txt", ".jsonl") else []
 
 

@@ -20,6 +20,7 @@ def claim(path: Path) -> list[Path]:
 
 
 def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Sample]:
+    """One record an entry of the manifest, whose picture is looked for in the tars, then as a file."""
     manifest, *tars = files
     try:
         rows = json.loads(manifest.read_text(encoding=TEXT))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from apexflow.data.scenes import NUMBERS, RELATIONS, article, plural
 from apexflow.errors import UserError
 
 # In the detector's index order. Three names differ from COCO's (computer mouse, tv remote, computer keyboard), so
@@ -30,14 +31,11 @@ NAMES: tuple[str, ...] = (
 COLORS: tuple[str, ...] = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
 )  # fmt: skip
-RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 TASKS: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SEED = 43
 DRAWS = 100  # per task, before exact duplicates are dropped
 NAMES_SHA256 = "608f6a0e5c8ca1c7a92b818430141fe268c85b7930b50f4160f1d65893b5bacd"
 PROMPTS_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
-
-_NUMERALS = {2: "two", 3: "three", 4: "four"}
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -100,12 +98,12 @@ def _draw_all(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def _single(name: str) -> dict[str, Any]:
-    return {"tag": "single_object", "include": [_clause(name)], "prompt": f"a photo of {_article(name)}"}
+    return {"tag": "single_object", "include": [_clause(name)], "prompt": f"a photo of {article(name)}"}
 
 
 def _two_objects(rng: np.random.Generator) -> dict[str, Any]:
     first, second = (NAMES[i] for i in rng.choice(len(NAMES), size=2, replace=False))
-    prompt = f"a photo of {_article(first)} and {_article(second)}"
+    prompt = f"a photo of {article(first)} and {article(second)}"
     return {"tag": "two_object", "include": [_clause(first), _clause(second)], "prompt": prompt}
 
 
@@ -116,14 +114,14 @@ def _counting(rng: np.random.Generator) -> dict[str, Any]:
         "tag": "counting",
         "include": [_clause(name, count)],
         "exclude": [_clause(name, count + 1)],
-        "prompt": f"a photo of {_NUMERALS[count]} {_plural(name)}",
+        "prompt": f"a photo of {NUMBERS[count]} {plural(name)}",
     }
 
 
 def _colors(rng: np.random.Generator) -> dict[str, Any]:
     name = NAMES[rng.choice(len(NAMES) - 1) + 1]  # + 1 skips "person": no coloured people
     color = COLORS[rng.choice(len(COLORS))]
-    prompt = f"a photo of {_article(f'{color} {name}')}"
+    prompt = f"a photo of {article(f'{color} {name}')}"
     return {"tag": "colors", "include": [_clause(name) | {"color": color}], "prompt": prompt}
 
 
@@ -133,25 +131,17 @@ def _position(rng: np.random.Generator) -> dict[str, Any]:
     return {
         "tag": "position",
         "include": [_clause(target), _clause(subject) | {"position": [relation, 0]}],
-        "prompt": f"a photo of {_article(subject)} {relation} {_article(target)}",
+        "prompt": f"a photo of {article(subject)} {relation} {article(target)}",
     }
 
 
 def _color_attribution(rng: np.random.Generator) -> dict[str, Any]:
     names = [NAMES[i + 1] for i in rng.choice(len(NAMES) - 1, size=2, replace=False)]
     colors = [COLORS[i] for i in rng.choice(len(COLORS), size=2, replace=False)]
-    phrases = [_article(f"{color} {name}") for color, name in zip(colors, names, strict=True)]
+    phrases = [article(f"{color} {name}") for color, name in zip(colors, names, strict=True)]
     include = [_clause(name) | {"color": color} for color, name in zip(colors, names, strict=True)]
     return {"tag": "color_attr", "include": include, "prompt": f"a photo of {' and '.join(phrases)}"}
 
 
 def _clause(name: str, count: int = 1) -> dict[str, Any]:
     return {"class": name, "count": count}
-
-
-def _article(phrase: str) -> str:
-    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
-
-
-def _plural(name: str) -> str:
-    return f"{name}es" if name.endswith("s") else f"{name}s"

@@ -28,29 +28,15 @@ POSITION_THRESHOLD = 0.1
 
 
 def filter_detections(
-    detections: Mapping[str, ArrayLike],
-    metadata: Mapping[str, Any],
-    *,
-    threshold: float = THRESHOLD,
-    counting_threshold: float = COUNTING_THRESHOLD,
-    max_objects: int = MAX_OBJECTS,
-    max_overlap: float = MAX_OVERLAP,
+    detections: Mapping[str, ArrayLike], metadata: Mapping[str, Any], **options: Any
 ) -> dict[str, Array]:
     """The detections that count for this prompt, best first (GenEval evaluate_images.py, rules 2 to 5).
 
-    detections: {class name: (n, 5) [x1, y1, x2, y2, score]} in the detector's order. Returns {class name: (k, 5)} with
-    1 <= k <= max_objects; a class with nothing left is absent.
+    detections: {class name: (n, 5) [x1, y1, x2, y2, score]} in the detector's order. options: as `kept_indices` takes them.
+    Returns {class name: (k, 5)} with 1 <= k <= max_objects; a class with nothing left is absent.
     """
     rows = {name: as_rows(found) for name, found in detections.items()}
-    kept = kept_indices(
-        rows,
-        metadata,
-        threshold=threshold,
-        counting_threshold=counting_threshold,
-        max_objects=max_objects,
-        max_overlap=max_overlap,
-    )
-    return {name: rows[name][index] for name, index in kept.items()}
+    return {name: rows[name][index] for name, index in kept_indices(rows, metadata, **options).items()}
 
 
 def kept_indices(

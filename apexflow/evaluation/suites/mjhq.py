@@ -18,6 +18,7 @@ from PIL import Image
 
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.pictures import PICTURES
+from apexflow.data.shards import groups
 from apexflow.errors import UserError
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.features import (
@@ -108,8 +109,8 @@ class Mjhq(OneFileEach):
 
     def score(self, pictures: Sequence[Picture], work: Path) -> Iterator[Row]:
         store = FeatureStore(work / "features")
-        for start in range(0, len(pictures), CHUNK):
-            yield from self._chunk(pictures[start : start + CHUNK], store)
+        for part in groups(pictures, CHUNK):
+            yield from self._chunk(part, store)
 
     def _chunk(self, pictures: Sequence[Picture], store: FeatureStore) -> list[Row]:
         """The rows of some pictures, once their features are on disk."""
@@ -172,8 +173,7 @@ class Mjhq(OneFileEach):
         known = store.keys()
         todo = [path for key, path in keys.items() if key not in known]
         with Progress("reference pictures", len(paths), len(paths) - len(todo)) as progress:
-            for start in range(0, len(todo), CHUNK):
-                part = todo[start : start + CHUNK]
+            for part in groups(todo, CHUNK):
                 self._add_reference(network, part, store)
                 progress.advance(len(part))
         return statistics(store, keys)

@@ -1,4 +1,4 @@
-"""Pseudo-Huber distances: squares of small errors, lengths of large ones."""
+"""How far rows lie from their targets: the mean square, and pseudo-Huber distances, lengths of all but small errors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import math
 from torch import Tensor
 
 
+def mean_square(error: Tensor) -> Tensor:
+    """The mean over the elements of each row of an error (B, ...), squared, in float32: (B,)."""
+    return error.float().flatten(1).square().mean(1)
+
+
 def pseudo_huber(error: Tensor, c: float | None) -> Tensor:
     """iCT, section 3.3: `sqrt(||e||^2 + (c sqrt d)^2) - c sqrt d` for each row of d elements; None: their mean square."""
-    squared = error.float().flatten(1).square()
     if c is None:
-        return squared.mean(1)
+        return mean_square(error)
+    squared = error.float().flatten(1).square()
     offset = c * math.sqrt(squared.shape[1])
     return (squared.sum(1) + offset**2).sqrt() - offset
 
