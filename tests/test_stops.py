@@ -26,10 +26,10 @@ def stopped(result: tuple[int, str, str], *words: str) -> None:
 def ctrl_c_at(name: str, write_one: Callable[..., Any]) -> Callable[..., Any]:
     """Like `write_one`, with a Ctrl-C as it is asked to write that file."""
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **named: Any) -> Any:
         if any(name in str(argument) for argument in arguments):
             signal.raise_signal(signal.SIGINT)
-        return write_one(*arguments)
+        return write_one(*arguments, **named)
 
     return interrupted
 
