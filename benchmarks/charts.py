@@ -16,7 +16,11 @@ from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.plan import IMAGES
 
 ROOT = Path(__file__).parent.parent
-DRAWINGS = {"comparison": "compare-curves", "comparison-longer": "compare-curves-longer"}
+DRAWINGS = {
+    "comparison": "compare-curves",
+    "comparison-longer": "compare-curves-longer",
+    "comparison-falling": "compare-curves-falling",
+}
 # What the page says in its style sheet; a picture by itself has none.
 STYLE = (
     "svg{background:#fff;font-family:sans-serif}text{fill:#555;font-size:11px}path{fill:none;stroke-linejoin:round}"
