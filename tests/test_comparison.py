@@ -16,18 +16,16 @@ from apexflow.backbones import load_backbone
 from apexflow.comparison import results as comparison
 from apexflow.comparison import scores
 from apexflow.comparison import train as training
-from apexflow.comparison.averages import over_runs
-from apexflow.comparison.command import compare_command
-from apexflow.comparison.plan import BASIS, EVERYONE, VARIANTS, Plan, comparison_recipe
+from apexflow.comparison.plan import BASIS, Plan, comparison_recipe
 from apexflow.comparison.results import run_comparison
 from apexflow.comparison.scores import own_sampler
 from apexflow.comparison.tables import budget_table
 from apexflow.comparison.train import run_folder, stages, train_to_budgets
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.errors import Diverged, Stopped, UserError
-from apexflow.objectives import guided, objectives
+from apexflow.objectives import objectives
 from apexflow.training import loop
-from apexflow.training.config import Data, parse
+from apexflow.training.config import Data
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import train
 from apexflow.training.prepare import finished_cache
@@ -231,23 +229,6 @@ def test_a_finished_comparison_takes_more_runs_and_repeats_none(plan: Plan, call
     assert results["first"] == "scm" and run_comparison(small)["rows"] == results["rows"]
 
 
-def test_a_run_that_diverged_is_left_out_of_the_mean_and_counted() -> None:
-    def run(overall: float) -> dict[str, Any]:
-        report = {"overall": overall, "strict": 0.5, "diversity": None, "distance": 1.0, "tasks": {"colors": overall}}
-        return {"steps": 4, "images": 8, "seconds": 2.0, "seconds_a_step": 0.5, "nfe": {"1": report}}
-
-    lost = {"steps": 1, "images": 2, "seconds": 1.0, "diverged": "the loss was not finite"}
-    both = over_runs([run(0.2), lost, run(0.6), run(0.4)])
-    report = both["nfe"]["1"]
-    assert (both["runs"], both["trained"]) == (3, 4)
-    assert report["overall"] == pytest.approx(0.4) and report["overall_se"] == pytest.approx(0.2 / 3**0.5)
-    assert report["tasks"]["colors"] == pytest.approx(0.4) and report["diversity"] is None
-    assert over_runs([lost, lost]) == lost | {"runs": 0, "trained": 2}
-    row = {"sweep": {}, "rate": 1e-4, "further": [], "diverged": "1/4", "budgets": {"images": both}}
-    cells = budget_table({"scm": row}, "images", [1])[1]
-    assert cells[1:5] == ["0.400 ±0.115", "1.000 ±0.000", "", "3 of 4"]
-
-
 @pytest.mark.parametrize(("name", "own"), [(BASIS, False), ("cm", True)])
 def test_each_budgets_model_is_that_of_a_run_of_just_its_length(
     name: str, own: bool, plan: Plan, calls: Calls, monkeypatch: pytest.MonkeyPatch
@@ -364,22 +345,6 @@ def test_a_diverged_run_is_marked_and_the_rest_goes_on(plan: Plan, monkeypatch: 
     assert "diverged" in (plan.output / "results.md").read_text()
 
 
-def test_unknown_methods_and_bad_numbers_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown method 'meanflo', did you mean 'meanflow'"):
-        Plan(tmp_path, methods=("meanflo",))
-    for options, named in (
-        ({"images": 0}, "images"),
-        ({"runs": 0}, "runs"),
-        ({"limit": 1}, "limit"),
-        ({"rates": ()}, "rates"),
-        ({"rates": (float("nan"),)}, "rates"),
-        ({"guidance": float("nan")}, "guidance"),
-        ({"nfe": (0,)}, "nfe"),
-    ):
-        with pytest.raises(UserError, match=named):
-            Plan(tmp_path, **options)  # type: ignore[arg-type]
-
-
 def test_a_method_that_the_backbone_cannot_take_says_why(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apexflow.backbones.second_time.TIME_MODULES", ("elsewhere",))
     with pytest.raises(UserError, match=r"method meanflow cannot be compared on .*cannot take a second time"):
@@ -394,38 +359,9 @@ def test_a_folder_with_something_else_is_refused(plan: Plan) -> None:
         run_comparison(plan)
 
 
-@pytest.mark.parametrize("name", [*EVERYONE, *VARIANTS])
-def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str, tmp_path: Path) -> None:
-    plan = Plan(tmp_path, guidance=3.5)
-    method, given = plan.entry(name)
-    objective = parse(objectives()[method], given, name)
-    if name == "apex-printed":  # Algorithm 1 to the letter, and the same in the ablations
-        assert (objective.pairing, objective.path_rows, objective.real) == ("printed", "all", "reference")
-        assert (objective.path_velocity, objective.reference) == ("sample", "reference")
-    assert replace(objective, **guided(objective, 1.0 if name == "apex-printed" else 3.5)) == objective
-    assert {"kappa", "rho"} <= set(own_sampler(plan, name, 1)) and own_sampler(plan, "teacher", 1) == {}
-    assert own_sampler(plan, "rcgm", 1) != own_sampler(plan, "rcgm", 20)
-
-
 def test_recipes_of_a_comparison_differ_in_the_method_alone(plan: Plan) -> None:
     one, other = (plan.recipe_for(name, Path("run"), 1e-4, 10).to_dict() for name in METHODS)
     assert {key for key in one if one[key] != other[key]} == {"method", "objective"}
-
-
-def test_the_longer_comparison_has_a_rate_that_falls_and_is_else_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[Plan] = []
-
-    def carry_out(plan: Plan) -> None:
-        plans.append(plan)
-        raise Stopped("enough")
-
-    monkeypatch.setattr("apexflow.comparison.command.run_comparison", carry_out)
-    for recipe in (None, Path(__file__).parent.parent / "recipes" / "mini-comparison.yaml"):
-        with pytest.raises(Stopped):
-            compare_command((), Path("out"), recipe, "1", "3e-4", {})
-    short, longer = (plan.recipe.to_dict() for plan in plans)
-    assert short["optimizer"].pop("schedule") == "constant" and longer["optimizer"].pop("schedule") == "cosine"
-    assert {key for key in short if short[key] != longer[key]} == {"output"}  # every run has its own
 
 
 def test_a_finished_cache_that_the_recipe_names_is_trained_and_measured_on(

@@ -1,21 +1,28 @@
-"""The parts of a comparison that train nothing: memory, seconds, features, charts, the command it tells of."""
+"""The parts of a comparison that train nothing: plans, memory, seconds, means, features, charts, the command it tells of."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from apexflow.comparison.averages import over_runs
 from apexflow.comparison.chart import lines_chart
+from apexflow.comparison.command import compare_command
 from apexflow.comparison.cost import lasting, most_kept, seconds_a_step
+from apexflow.comparison.plan import EVERYONE, VARIANTS, Plan
 from apexflow.comparison.results import own_command
-from apexflow.comparison.scores import pooled
+from apexflow.comparison.scores import own_sampler, pooled
+from apexflow.comparison.tables import budget_table
 from apexflow.comparison.train import once
+from apexflow.errors import Stopped, UserError
+from apexflow.objectives import guided, objectives
 from apexflow.reporting.curves import BOTTOM, TOP
-from apexflow.training.config import load_recipe
+from apexflow.training.config import load_recipe, parse
 from apexflow.training.loop import start
 
 
@@ -88,3 +95,65 @@ def test_the_command_is_the_same_however_it_was_started(monkeypatch: pytest.Monk
         assert own_command() == "apexflow compare apex -o 'a b'"
     monkeypatch.setattr("sys.argv", ["benchmarks/some.py"])
     assert own_command() == "some.py"
+
+
+def test_a_run_that_diverged_is_left_out_of_the_mean_and_counted() -> None:
+    def run(overall: float) -> dict[str, Any]:
+        report = {"overall": overall, "strict": 0.5, "diversity": None, "distance": 1.0, "tasks": {"colors": overall}}
+        return {"steps": 4, "images": 8, "seconds": 2.0, "seconds_a_step": 0.5, "nfe": {"1": report}}
+
+    lost = {"steps": 1, "images": 2, "seconds": 1.0, "diverged": "the loss was not finite"}
+    both = over_runs([run(0.2), lost, run(0.6), run(0.4)])
+    report = both["nfe"]["1"]
+    assert (both["runs"], both["trained"]) == (3, 4)
+    assert report["overall"] == pytest.approx(0.4) and report["overall_se"] == pytest.approx(0.2 / 3**0.5)
+    assert report["tasks"]["colors"] == pytest.approx(0.4) and report["diversity"] is None
+    assert over_runs([lost, lost]) == lost | {"runs": 0, "trained": 2}
+    row = {"sweep": {}, "rate": 1e-4, "further": [], "diverged": "1/4", "budgets": {"images": both}}
+    cells = budget_table({"scm": row}, "images", [1])[1]
+    assert cells[1:5] == ["0.400 ±0.115", "1.000 ±0.000", "", "3 of 4"]
+
+
+def test_unknown_methods_and_bad_numbers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown method 'meanflo', did you mean 'meanflow'"):
+        Plan(tmp_path, methods=("meanflo",))
+    for options, named in (
+        ({"images": 0}, "images"),
+        ({"runs": 0}, "runs"),
+        ({"limit": 1}, "limit"),
+        ({"rates": ()}, "rates"),
+        ({"rates": (float("nan"),)}, "rates"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"nfe": (0,)}, "nfe"),
+    ):
+        with pytest.raises(UserError, match=named):
+            Plan(tmp_path, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [*EVERYONE, *VARIANTS])
+def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str, tmp_path: Path) -> None:
+    plan = Plan(tmp_path, guidance=3.5)
+    method, given = plan.entry(name)
+    objective = parse(objectives()[method], given, name)
+    if name == "apex-printed":  # Algorithm 1 to the letter, and the same in the ablations
+        assert (objective.pairing, objective.path_rows, objective.real) == ("printed", "all", "reference")
+        assert (objective.path_velocity, objective.reference) == ("sample", "reference")
+    assert replace(objective, **guided(objective, 1.0 if name == "apex-printed" else 3.5)) == objective
+    assert {"kappa", "rho"} <= set(own_sampler(plan, name, 1)) and own_sampler(plan, "teacher", 1) == {}
+    assert own_sampler(plan, "rcgm", 1) != own_sampler(plan, "rcgm", 20)
+
+
+def test_the_longer_comparison_has_a_rate_that_falls_and_is_else_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def carry_out(plan: Plan) -> None:
+        plans.append(plan)
+        raise Stopped("enough")
+
+    monkeypatch.setattr("apexflow.comparison.command.run_comparison", carry_out)
+    for recipe in (None, Path(__file__).parent.parent / "recipes" / "mini-comparison.yaml"):
+        with pytest.raises(Stopped):
+            compare_command((), Path("out"), recipe, "1", "3e-4", {})
+    short, longer = (plan.recipe.to_dict() for plan in plans)
+    assert short["optimizer"].pop("schedule") == "constant" and longer["optimizer"].pop("schedule") == "cosine"
+    assert {key for key in short if short[key] != longer[key]} == {"output"}  # every run has its own
