@@ -5,9 +5,10 @@
     python benchmarks/real_size.py --plan results/real-size.json    # on any machine: what the plan says of measured rows
 
 Weights are drawn from the configs that ship with the package, so nothing is downloaded; latents and embeddings are random, as a
-cache would hand them over. SANA is tuned whole, all others as a LoRA of rank 64 with checkpointing, all at 512 x 512 in bf16. A
-batch goes through in one piece. The work of a step is counted from one forward pass: backward is twice as much, once where
-weights are frozen, and checkpointing adds the forward pass again. A case that has no room says so and the next one goes on.
+cache would hand them over. SANA is tuned whole, all others as a LoRA with checkpointing, all at 512 x 512 in bf16. A batch goes
+through in one piece. The work of a step is counted from one forward pass: backward is twice as much, once where weights are
+frozen, and checkpointing adds the forward pass again. A case that has no room says so and the next one goes on. What the plan
+says of each row takes longer than its steps, and no GPU: --plan, afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ from provenance import provenance
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import presets, write_configs
+from apexflow.devices import device_name
 from apexflow.files import write_json
-from apexflow.training.config import Data, Recipe, Tuning
+from apexflow.training.config import Data, Optimizer, Recipe, Tuning
 from apexflow.training.distributed import own_device
 from apexflow.training.engine import Engine
 from apexflow.training.loop import optimizer_of
@@ -47,18 +50,35 @@ from apexflow.training.suited import suited_objective
 
 METHODS = ("apex", "flow_matching")
 LORA = Tuning(kind="lora", rank=64, checkpointing=True)
+WHOLE = Tuning(checkpointing=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, how it is tuned, and what of its recipe APEX is told."""
+
+    model: str
+    tuning: Tuning = LORA
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    apex: dict[str, Any] = field(default_factory=dict)
+
+
+QWEN = Case("Qwen/Qwen-Image", apex={"guided_above": 0.5})
+SANA = Case("Efficient-Large-Model/Sana_1600M_512px_diffusers", WHOLE)
 CASES = {
-    "sana-0.6b": ("Efficient-Large-Model/Sana_600M_512px_diffusers", Tuning(checkpointing=False)),
-    "sana-1.6b": ("Efficient-Large-Model/Sana_1600M_512px_diffusers", Tuning(checkpointing=False)),
-    "qwen-image-lora-r64": ("Qwen/Qwen-Image", LORA),
-    "qwen-image-lora-r64-fp8": ("Qwen/Qwen-Image", Tuning(kind="lora", rank=64, checkpointing=True, storage="fp8")),
-    "flux-dev-lora-r64": ("black-forest-labs/FLUX.1-dev", LORA),
-    "flux2-klein-4b-lora-r64": ("black-forest-labs/FLUX.2-klein-base-4B", LORA),
-    "z-image-lora-r64": ("Tongyi-MAI/Z-Image", LORA),
-    "sd3.5-large-lora-r64": ("stabilityai/stable-diffusion-3.5-large", LORA),
-    "lumina2-lora-r64": ("Alpha-VLLM/Lumina-Image-2.0", LORA),
-    "sdxl-lora-r64": ("stabilityai/stable-diffusion-xl-base-1.0", LORA),
-    "pixart-lora-r64": ("PixArt-alpha/PixArt-XL-2-1024-MS", LORA),
+    "sana-0.6b": Case("Efficient-Large-Model/Sana_600M_512px_diffusers", WHOLE),
+    "sana-1.6b": SANA,
+    "sana-1.6b-adamw8bit": replace(SANA, optimizer=Optimizer("adamw8bit")),
+    "qwen-image-lora-r64": QWEN,
+    "qwen-image-lora-r64-fp8": replace(QWEN, tuning=replace(LORA, storage="fp8")),
+    "qwen-image-lora-r32-nf4": replace(QWEN, tuning=replace(LORA, rank=32, storage="nf4")),
+    "flux-dev-lora-r64": Case("black-forest-labs/FLUX.1-dev"),
+    "flux2-klein-4b-lora-r64": Case("black-forest-labs/FLUX.2-klein-base-4B"),
+    "z-image-lora-r64": Case("Tongyi-MAI/Z-Image"),
+    "sd3.5-large-lora-r64": Case("stabilityai/stable-diffusion-3.5-large"),
+    "lumina2-lora-r64": Case("Alpha-VLLM/Lumina-Image-2.0"),
+    "sdxl-lora-r64": Case("stabilityai/stable-diffusion-xl-base-1.0"),
+    "pixart-lora-r64": Case("PixArt-alpha/PixArt-XL-2-1024-MS"),
 }
 TINY = {
     "SanaTransformer2DModel": {
@@ -182,13 +202,15 @@ def begin(case: str, method: str, batch: int, size: int, tokens: int, tiny: bool
 
 def recipe_of(case: str, method: str, batch: int, size: int, device: str = "cpu") -> Recipe:
     """What a row measures, as a recipe."""
-    model, tuning = CASES[case]
+    given = CASES[case]
     return Recipe(
         output="unused",
         method=method,
-        model=model,
+        objective=given.apex if method == "apex" else {},
+        model=given.model,
         data=Data(size=size),
-        tuning=tuning,
+        tuning=given.tuning,
+        optimizer=given.optimizer,
         batch=batch,
         precision="bf16",
         device=device,
@@ -230,18 +252,33 @@ def flops_a_row(run: Run) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One row of the results. Memory is None where there is no GPU to ask."""
-    device = own_device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
-    size, tokens = (128, 8) if given.tiny else (512, 256)
-    result = {"case": case, "method": method, "batch": batch, "size": size, "tokens": tokens, "tiny": given.tiny}
-    on_gpu = device.type == "cuda"
+def begin_or_none(case: str, method: str, given: argparse.Namespace, device: torch.device) -> Run | None:
+    """A run of one case, whose batch is set for each row; None where the model alone has no room."""
+    size, tokens = lengths(given)
     try:
-        run = begin(case, method, batch, size, tokens, given.tiny, device)
-        if on_gpu:  # what making the model took is not the step's
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        return begin(case, method, given.batches[0], size, tokens, given.tiny, device)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def lengths(given: argparse.Namespace) -> tuple[int, int]:
+    """Side of the pictures and tokens of a prompt."""
+    return (128, 8) if given.tiny else (512, 256)
+
+
+def measure(run: Run | None, case: str, method: str, batch: int, given: argparse.Namespace) -> dict[str, Any]:
+    """One row of the results. Memory is None where there is no GPU to ask."""
+    size, tokens = lengths(given)
+    result = {"case": case, "method": method, "batch": batch, "size": size, "tokens": tokens, "tiny": given.tiny}
+    result["device"] = device_name()
+    if run is None:
+        return result | {"out_of_memory": True}
+    on_gpu = run.device.type == "cuda"
+    run.recipe = replace(run.recipe, batch=batch)
+    empty()
+    if on_gpu:  # what making the model took is not the step's
+        torch.cuda.reset_peak_memory_stats()
+    try:
         seconds, finite = timed_steps(run, given.steps)
     except torch.OutOfMemoryError:
         return result | {"out_of_memory": True}
@@ -249,7 +286,6 @@ def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> di
     tuning = run.recipe.tuning
     forwards = cost(passes, bool(tuning.checkpointing), frozen=tuning.kind == "lora")
     work = forwards * flops_a_row(run)
-    planned = None if given.tiny else planned_gib(result)
     return result | {
         "parameters": sum(p.numel() for p in run.backbone.transformer.parameters()),
         "trained": sum(p.numel() for p in run.roles.trained.values()),
@@ -259,7 +295,6 @@ def measure(case: str, method: str, batch: int, given: argparse.Namespace) -> di
         "tflops_a_second": work / seconds / 1e12,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
-        "planned_gib": planned,
     }
 
 
@@ -273,6 +308,13 @@ def timed_steps(run: Run, steps: int) -> tuple[float, bool]:
             torch.cuda.synchronize()
         measured.append(time.perf_counter() - began)
     return statistics.median(measured[2:]), finite
+
+
+def empty() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -290,17 +332,17 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         return []
     if not given.tiny and not torch.cuda.is_available():
         parser.error("real sizes need a GPU; --tiny checks the same path on a CPU")
+    device = own_device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
     results = []
-    for case in given.cases:
+    for case, method in product(given.cases, given.methods):
+        run = begin_or_none(case, method, given, device)
         for batch in given.batches:
-            for method in given.methods:
-                results.append(measure(case, method, batch, given))
-                print(json.dumps(results[-1]), flush=True)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                if given.output:
-                    write_json(given.output, {"rows": results} | provenance())
+            results.append(measure(run, case, method, batch, given))
+            print(json.dumps(results[-1]), flush=True)
+            if given.output:
+                write_json(given.output, {"rows": results} | provenance())
+        del run
+        empty()
     return results
 
 

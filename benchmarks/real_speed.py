@@ -32,6 +32,8 @@ from provenance import provenance
 from apexflow.backbones import Backbone, load_backbone
 from apexflow.backbones.parts import is_of_transformers
 from apexflow.backbones.presets import presets, write_configs
+from apexflow.backbones.room import InTurn
+from apexflow.backbones.storage import storing
 from apexflow.bench import Case, bench_table, sampling_speed
 from apexflow.files import write_json
 from apexflow.generator import Generator
@@ -39,13 +41,17 @@ from apexflow.generator import Generator
 
 @dataclass(frozen=True)
 class Real:
-    """A checkpoint, how its teacher is sampled, the side of its pictures, and how many are drawn at once for the throughput."""
+    """A checkpoint, how its teacher is sampled, the side of its pictures, and how many are drawn at once for the throughput.
+
+    card: stands in for a card of as many GiB, on which the student's network in four bits and its text encoder take turns.
+    """
 
     model: str
     steps: int
     guidance: float
     size: int
     batch: int
+    card: int | None = None
 
 
 TINY, PARTS = "miniature", ("transformer", "vae", "text_encoder")
@@ -53,6 +59,7 @@ CASES = {
     "sana-0.6b": Real("Efficient-Large-Model/Sana_600M_1024px_diffusers", 20, 4.5, 1024, 10),
     "sana-1.6b": Real("Efficient-Large-Model/Sana_1600M_1024px_diffusers", 20, 4.5, 1024, 10),
     "qwen-image": Real("Qwen/Qwen-Image", 50, 4.0, 512, 4),
+    "qwen-image-24gb": Real("Qwen/Qwen-Image", 50, 4.0, 512, 4, card=24),
     TINY: Real("mini-teacher", 2, 2.5, 64, 2),
 }
 
@@ -99,24 +106,41 @@ def drawn(network: nn.Module) -> nn.Module:
 def measure(name: str, device: torch.device) -> dict[str, Any]:
     """The rows of one case. Memory is None where there is no GPU to ask."""
     case, on_gpu = CASES[name], device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        generator = Generator(random_model(case.model, device, Path(folder)))
+        backbone = random_model(case.model, device, Path(folder))
+        parameters = {part: sum(p.numel() for p in getattr(backbone, part).parameters()) for part in PARTS}
+        generator = Generator(backbone) if case.card is None else small_card(backbone, case.card, device)
         built = time.perf_counter() - began
-        cases = {f"teacher, {case.steps} steps, guided": (generator, Case(case.model, case.steps, case.guidance))}
-        cases |= {f"student, {n} step{'s' * (n > 1)}": (generator, Case(case.model, n, 1.0)) for n in (1, 2, 4)}
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        cases = {f"student, {n} step{'s' * (n > 1)}": (generator, Case(case.model, n, 1.0)) for n in (1, 2, 4)}
+        if case.card is None:
+            guided = {f"teacher, {case.steps} steps, guided": (generator, Case(case.model, case.steps, case.guidance))}
+            cases = guided | cases
         rows = sampling_speed(cases, case.batch, case.size)
     return {
         "case": name,
         "size": case.size,
         "batch": case.batch,
-        "parameters": {part: sum(p.numel() for p in getattr(generator.backbone, part).parameters()) for part in PARTS},
+        "card_gib": case.card,
+        "parameters": parameters,
         "build_s": built,
         "rows": rows,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
+
+
+def small_card(backbone: Backbone, gib: int, device: torch.device) -> Generator:
+    """The model as `load(..., storage="nf4")` places it where a card has room for its network alone."""
+    storing("nf4", torch.bfloat16, device)(backbone.transformer)
+    backbone.text_encoder.to("cpu")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        whole_card = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole_card)
+    return Generator(backbone, InTurn(backbone, device))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -129,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     warnings.filterwarnings("ignore", message="the model's answer is not finite")  # of random weights
     results = []
     for name in given.cases:
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(1.0)
         results.append(measure(name, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
         print(name, bench_table(results[-1] | {"device": provenance()["device"]}), flush=True)
         gc.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,13 @@ def test_every_method_takes_steps(method: str, options: tuple[str, ...], recipe_
     assert start(recipe, resume=True).device.type == "cuda"
 
 
-@pytest.mark.parametrize("options", [(), LORA, ("precision=bf16", "micro_batch=2"), ("method=dmd2",)], ids=str)
+EIGHT = pytest.param(
+    ("optimizer.kind=adamw8bit", "precision=bf16"),
+    marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra apexflow[8bit]"),
+)
+
+
+@pytest.mark.parametrize("options", [(), LORA, ("precision=bf16", "micro_batch=2"), ("method=dmd2",), EIGHT], ids=str)
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     options: tuple[str, ...], recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -87,12 +94,14 @@ def test_gradients_over_nccl_are_those_of_one_process(
     alone = start(load_recipe(recipe_file, [*common, f"output={tmp_path / 'alone'}"]), resume=False)
     for run in (shared, alone):
         accumulate(run)
-    close = 5e-2 if "precision=bf16" in options else 1e-4
+    half = "precision=bf16" in options
     compared = {name: parameter.grad for name, parameter in alone.trained.items() if parameter.grad is not None}
     assert len(compared) > 10 and any(bool(gradient.any()) for gradient in compared.values())
+    # In bf16 a gradient that is nothing but rounding, as that of a key's bias, is another each time.
+    least = 1e-3 * max(float(gradient.abs().max()) for gradient in compared.values()) if half else 1e-5
     for name, gradient in compared.items():
         found = whole(shared.trained[name].grad).to(gradient)
-        assert (found - gradient).abs().max() <= close * gradient.abs().max() + 1e-5, name
+        assert (found - gradient).abs().max() <= (5e-2 if half else 1e-4) * gradient.abs().max() + least, name
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

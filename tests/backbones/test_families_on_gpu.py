@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -22,6 +23,11 @@ from apexflow.training.run import answering
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and benchmarks/on_gpu.sh")
 GPU = torch.device("cuda")
 PROMPTS = ["a red cube", "a cat"]
+FOUR = pytest.param(
+    "nf4", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra apexflow[4bit]")
+)
+WAYS = [("full", None), ("lora", None), ("lora", "fp8"), pytest.param("lora", "nf4", marks=FOUR.marks)]
+TOO_SMALL = [("nf4", name) for name in ("z_image", "pixart_alpha", "pixart_sigma")]  # no row is a whole block
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +55,8 @@ def test_a_large_model_draws_in_half_precision(name, folder_of, monkeypatch):
     monkeypatch.setattr("apexflow.generator.LARGE", 1000)
     model = load(str(folder_of(name)))
     model.generate(PROMPTS, 2, 5, 64, 3.0)
-    assert next(model.backbone.transformer.parameters()).dtype == torch.bfloat16
+    suits = type(model.backbone).bfloat16
+    assert next(model.backbone.transformer.parameters()).dtype == (torch.bfloat16 if suits else torch.float32)
     assert model.finite == [True, True]
 
 
@@ -63,12 +70,15 @@ def test_a_model_without_room_draws_the_same_in_turn(name, folder_of, monkeypatc
     assert model.backbone.device.type == "cuda" and next(model.backbone.text_encoder.parameters()).device.type == "cpu"
 
 
+@pytest.mark.parametrize("storage", ["fp8", FOUR])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_network_in_eight_bits_draws(name, folder_of):
-    model = load(str(folder_of(name)), dtype="bfloat16", storage="fp8")
+def test_a_network_in_few_bits_draws(name, storage, folder_of):
+    model = load(str(folder_of(name)), dtype="bfloat16", storage=storage)
     model.generate(PROMPTS, 2, 5, 64)
     assert model.finite == [True, True]
-    assert any(p.dtype == torch.float8_e4m3fn for p in model.backbone.transformer.parameters())
+    network = model.backbone.transformer
+    narrow = {"fp8": (torch.float8_e4m3fn,), "nf4": (torch.uint8,)}[storage]
+    assert any(p.dtype in narrow for p in network.state_dict().values()) or (storage, name) in TOO_SMALL
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -83,11 +93,11 @@ def test_gradients_are_those_of_the_cpu(name, kind, checkpointing, folder_of):
         assert (here[parameter].cpu() - gradient).abs().max() <= 3e-3 * gradient.abs().max() + 1e-5, parameter
 
 
-@pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", 2), Tuning("lora", 2, storage="fp8")], ids=str)
+@pytest.mark.parametrize(("kind", "storage"), WAYS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_gradients_in_bf16_are_close_to_those_in_float32(name, tuning, checkpointing, folder_of):
-    tuning = Tuning(tuning.kind, tuning.rank, storage=tuning.storage, checkpointing=checkpointing)
+def test_gradients_in_bf16_are_close_to_those_in_float32(name, kind, storage, checkpointing, folder_of):
+    tuning = Tuning(kind, 2, storage=storage, checkpointing=checkpointing)
     recipe = Recipe(output="", tuning=tuning, precision="bf16", objective={"guidance": 2.5})
     half = gradients(str(folder_of(name)), recipe, GPU)
     assert all(math.isfinite(float(gradient.abs().sum())) for gradient in half.values())
