@@ -25,7 +25,7 @@ from apexflow.errors import (
 )
 from apexflow.evaluation.command import convert_detector, evaluate
 from apexflow.files import replacing
-from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
+from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, Storage, show
 from apexflow.torchrun import speaks, tells
 from apexflow.training.command import plan, train
 
@@ -66,9 +66,7 @@ def generate(
     rho: Rho = 0.0,
     order: Order = 1,
     device: Device = "auto",
-    storage: Annotated[
-        str | None, typer.Option(help="Keep the network in fp8, or in nf4 (four bits), for a card too small for it.")
-    ] = None,
+    storage: Storage = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing picture.")] = False,
     as_json: Json = False,
 ) -> None:

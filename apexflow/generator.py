@@ -112,6 +112,12 @@ class Generator:
         """As `generate`, with a (seed, index) pair for each picture, and nothing said of the prompts."""
         return self._draw(prompts, seeds, self._plan(steps, size, guidance, kappa, rho, order))
 
+    @torch.no_grad()
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts of drawings to come at once, where text encoder and network take turns on a card."""
+        if isinstance(self.encode, InTurn):
+            self.encode.ahead(prompts)
+
     def _plan(
         self,
         steps: int | None,
@@ -132,6 +138,7 @@ class Generator:
     def _draw(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> list[Image.Image]:
         pictures: list[Image.Image] = []
         self.finite = []
+        self.encode_ahead(prompts)
         most = max(1, self.most // 2) if plan.guidance != 1 and self.backbone.guided_at_once else self.most
         latents = (
             self._sample(prompts[at : at + most], seeds[at : at + most], plan) for at in range(0, len(prompts), most)

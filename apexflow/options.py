@@ -24,6 +24,9 @@ Kappa = Annotated[float, typer.Option(help="Extrapolation ratio of the any-step 
 Rho = Annotated[float, typer.Option(help="Share of fresh noise at each step, 0 to 1.")]
 Order = Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Storage = Annotated[
+    str | None, typer.Option(help="Keep the network in fp8, or in nf4 (four bits), for a card too small for it.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="For example steps=100 optimizer.learning_rate=1e-4."),

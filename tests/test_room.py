@@ -22,6 +22,8 @@ from apexflow.backbones.room import InTurn, room_on, weight_bytes
 from apexflow.backbones.storage import FourBit
 from apexflow.backbones.text import device_of
 from apexflow.errors import UserError
+from apexflow.evaluation.runner import evaluate
+from apexflow.evaluation.suite import EvaluationSettings
 from apexflow.generator import Generator, load
 
 CPU = torch.device("cpu")
@@ -68,8 +70,36 @@ def test_text_encoder_and_denoiser_are_never_on_the_card_together(tiny_model: Pa
     pictures = Generator(backbone, InTurn(backbone, card)).generate(PROMPTS, 2, guidance=guidance)
     np.testing.assert_allclose(array(pictures), usual, atol=1)
     assert moves[:2] == [("transformer", "cpu"), ("text_encoder", card)]
-    assert moves[2:-2] == [("texts", 1), ("texts", 2)]  # in one turn, with guidance too
+    assert moves[2:-2] == [("texts", 1)] * 3  # in one turn, with guidance too
     assert moves[-2:] == [("text_encoder", "cpu"), ("transformer", card)]
+
+
+def turns_of(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The places that the text encoder goes to from now on."""
+    moves: list[Any] = []
+    monkeypatch.setattr(generator.backbone.text_encoder, "to", moves.append)
+    return moves
+
+
+def test_an_evaluation_encodes_its_prompts_in_one_turn(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(str(tiny_model))
+    generator = Generator(backbone, InTurn(backbone, CPU))
+    moves = turns_of(generator, monkeypatch)
+    monkeypatch.setattr("apexflow.evaluation.drawing.at_once", lambda size: 2)
+    settings = EvaluationSettings(limit=6, per_prompt=1, steps=1, guidance=2.0)
+    report = evaluate(generator, settings, tmp_path / "scores")
+    assert report["pictures"] == 6 and len(moves) == 2
+
+
+def test_what_was_encoded_last_is_not_encoded_again(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(str(tiny_model))
+    generator = Generator(backbone, InTurn(backbone, CPU))
+    moves = turns_of(generator, monkeypatch)
+    for prompts, turns in ((PROMPTS, 1), (PROMPTS[:1], 1), (["a photo of a ring"], 2), (PROMPTS, 3)):
+        generator.generate(prompts)
+        assert len(moves) == 2 * turns
 
 
 def test_a_text_that_cannot_be_encoded_leaves_the_denoiser_where_it_stood(tiny_model: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from itertools import chain
 
 import torch
 
 from apexflow.backbones import Backbone
-from apexflow.conditioning import Condition
+from apexflow.conditioning import Condition, join
 
 SPARE = 0.15  # of what is free: for what the layers answer
 
@@ -29,23 +30,31 @@ def weight_bytes(backbone: Backbone) -> int:
 
 
 class InTurn:
-    """Prompts to conditions on `device`, from which the denoiser goes while the text encoder is there."""
+    """Prompts to conditions on `device`, from which the denoiser goes while the text encoder is there.
+
+    What was encoded last waits in main memory, with the null prompt: prompts that are told `ahead` take one turn together.
+    """
 
     def __init__(self, backbone: Backbone, device: torch.device) -> None:
         self.backbone, self.device = backbone, device
-        self.null: Condition | None = None
+        self.known: dict[str, Condition] = {}
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        """The null condition is kept, so that a guided picture takes one turn."""
-        nothing = list(prompts) == [""]
-        if nothing and self.null is not None:
-            return self.null
+        self.ahead(prompts)
+        return reduce(join, (self.known[prompt] for prompt in prompts)).to(self.device)
+
+    def ahead(self, prompts: Sequence[str]) -> None:
+        """Encode what is not known of `prompts`, in one turn; others are forgotten then."""
+        wanted = dict.fromkeys(["", *prompts])
+        if wanted.keys() <= self.known.keys():
+            return
+        self.known = {prompt: c for prompt, c in self.known.items() if prompt in wanted}
         backbone = self.backbone
         backbone.transformer.to("cpu")
         try:
             backbone.text_encoder.to(self.device)
-            self.null = backbone.encode_prompts([""]) if self.null is None else self.null
-            return self.null if nothing else backbone.encode_prompts(prompts)
+            for prompt in wanted.keys() - self.known.keys():
+                self.known[prompt] = backbone.encode_prompts([prompt]).to("cpu")
         finally:
             backbone.text_encoder.to("cpu")
             backbone.transformer.to(self.device)

@@ -70,6 +70,13 @@ def store_nf4(network: nn.Module, compute: torch.dtype, device: torch.device) ->
             setattr(network.get_submodule(parent), own, FourBit(module, compute, device))
 
 
+def stored_kind(network: nn.Module) -> Kind | None:
+    """How the matrices of a network are kept."""
+    if any(isinstance(module, FourBit) for module in network.modules()):
+        return "nf4"
+    return "fp8" if any(parameter.dtype == torch.float8_e4m3fn for parameter in network.parameters()) else None
+
+
 def _kept(network: nn.Module) -> tuple[str, ...]:
     """Parts of the names of layers that stay: ours, and those that diffusers says of the network's class."""
     return (*KEPT, *(getattr(network, "_skip_layerwise_casting_patterns", None) or ()))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on, printable
-from apexflow.options import Device, Guidance, Json, Model, Seed, Size, Steps, show
+from apexflow.options import Device, Guidance, Json, Model, Seed, Size, Steps, Storage, show
 from apexflow.torchrun import speaks
 
 SkipLimit = Annotated[
@@ -87,6 +87,7 @@ def synthesize(
     ] = None,
     skip_limit: SkipLimit = 0.05,
     device: Device = "auto",
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Draw a captioned set from a model, as the paper does with its teacher; then cache it or train on it.
@@ -99,7 +100,7 @@ def synthesize(
 
     settings = Synthesis(steps, guidance, seed, size, tuple(caption or ()), skip_limit)
     with going_on(partial(_kept, output, "*.tar", f"{SHARD} pictures")):
-        result = synthesize_command(located(prompts), output, model, settings, device)
+        result = synthesize_command(located(prompts), output, model, settings, device, storage)
     if result is None:
         return
     more = "" if result["complete"] else "; this process has done its part, others are still to come"

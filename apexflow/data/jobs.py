@@ -14,7 +14,7 @@ from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.data.synthesize import Synthesis, synthesize
 from apexflow.data.workers import Share
 from apexflow.devices import worker_device
-from apexflow.generator import Generator, suited_dtype
+from apexflow.generator import load, suited_dtype
 from apexflow.progress import console
 
 
@@ -39,12 +39,12 @@ def cache_command(
 
 
 def synthesize_command(
-    prompts: Path, folder: Path, model: str, settings: Synthesis, device: str
+    prompts: Path, folder: Path, model: str, settings: Synthesis, device: str, storage: str | None = None
 ) -> dict[str, Any] | None:
     """What `apexflow synthesize` does, its share of it under torchrun; a summary, by whoever speaks."""
     share, place = _own_share(), worker_device(device)
     with share.alone_in(folder):
-        generator = Generator(load_backbone(model, place, suited_dtype(model, place)))
+        generator = load(model, place, storage=storage)  # type: ignore[arg-type]
         result = synthesize(prompts, folder, generator, settings, share)
     return result if share.leads else None
 

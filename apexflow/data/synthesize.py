@@ -145,6 +145,7 @@ def _draw(path: Path, generator: Generator, chosen: Sequence[Wish], settings: Sy
     """Write a shard of the pictures that are finite; UserError where too many are not, before any of them is written."""
     records: list[Record] = []
     size = settings.size or generator.backbone.default_size
+    generator.encode_ahead([wish.prompt for wish in chosen])
     for group in groups(chosen, at_once(size)):
         texts = [wish.prompt for wish in group]
         for prompt in generator.backbone.unknown_words(texts):

@@ -11,14 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on, writing
-from apexflow.options import MOST_SEED, Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, show
+from apexflow.options import (
+    MOST_SEED,
+    Device,
+    Guidance,
+    Json,
+    Kappa,
+    Model,
+    Order,
+    Rho,
+    Seed,
+    Size,
+    Steps,
+    Storage,
+    show,
+)
 
 if TYPE_CHECKING:
     from apexflow.data.workers import Share
     from apexflow.evaluation.suite import EvaluationSettings, Tools
 
 SCORE = "Scoring"
-OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order")
+OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order", "storage")
 
 
 def evaluate(
@@ -82,6 +96,7 @@ def evaluate(
         str | None, typer.Option(help="The model's name at that address.", rich_help_panel=SCORE)
     ] = None,
     device: Device = "auto",
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Draw a suite's pictures and score them, or score pictures that are there."""
@@ -109,7 +124,7 @@ def evaluate(
 
             reports = [score_folder(images, settings, output, str(images), tools)] if share.leads else []
         else:
-            reports = _draw_and_score(model, settings, seeds, output, tools, score, share)
+            reports = _draw_and_score(model, storage, settings, seeds, output, tools, score, share)
     if share.leads:
         _show(reports, as_json)
 
@@ -154,14 +169,21 @@ def _refuse_for_images(ctx: typer.Context) -> None:
 
 
 def _draw_and_score(
-    model: str, settings: EvaluationSettings, seeds: int, output: Path | None, tools: Tools, score: bool, share: Share
+    model: str,
+    storage: str | None,
+    settings: EvaluationSettings,
+    seeds: int,
+    output: Path | None,
+    tools: Tools,
+    score: bool,
+    share: Share,
 ) -> list[dict[str, Any]]:
     from dataclasses import replace
 
     from apexflow.evaluation.runner import evaluate
     from apexflow.generator import load
 
-    generator = load(model, tools.device)
+    generator = load(model, tools.device, storage=storage)  # type: ignore[arg-type]
     reports = []
     for number in range(settings.seed, settings.seed + seeds):
         this = replace(settings, seed=number)

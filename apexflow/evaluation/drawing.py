@@ -19,6 +19,8 @@ from apexflow.progress import Progress
 
 EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawing
 
+AHEAD = 1024  # prompts that are encoded in one turn, where a card has no room for text encoder and network
+
 
 def draw(
     generator: Generator,
@@ -41,13 +43,15 @@ def draw(
     todo = [drawing for drawing in mine if not is_whole(pictures / drawing.path)]
     size = settings.size or generator.backbone.default_size
     with Progress(f"{title}: drawing", len(mine), len(mine) - len(todo)) as progress:
-        # Drawings that fill a batch; one with more samples than that is drawn in several.
-        for group in groups(todo, max(1, at_once(size) // len(todo[0].samples)) if todo else 1):
-            for drawing, samples in _draw_group(generator, settings, group, size):
-                if not (folder / EVALUATIONS).is_file():
-                    write_json(folder / EVALUATIONS, generator.evaluations)
-                save_picture(_grid(samples), pictures / drawing.path)
-            progress.advance(len(group))
+        for window in groups(todo, AHEAD):
+            generator.encode_ahead([drawing.text for drawing in window])
+            # Drawings that fill a batch; one with more samples than that is drawn in several.
+            for group in groups(window, max(1, at_once(size) // len(window[0].samples))):
+                for drawing, samples in _draw_group(generator, settings, group, size):
+                    if not (folder / EVALUATIONS).is_file():
+                        write_json(folder / EVALUATIONS, generator.evaluations)
+                    save_picture(_grid(samples), pictures / drawing.path)
+                progress.advance(len(group))
 
 
 def pending(suite: Suite, prompts: Sequence[Prompt], folder: Path) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from apexflow.backbones.parts import quiet
 from apexflow.backbones.second_time import second_time_of
+from apexflow.backbones.storage import stored_kind
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, writing
@@ -169,6 +170,7 @@ def _generation(generator: Generator, settings: EvaluationSettings, prompts: Seq
         "times": times.tolist(),
         "size": size,
         "weights": fingerprint(backbone.transformer, backbone.vae, backbone.text_encoder),
+        "storage": stored_kind(backbone.transformer),
         "dtype": str(next(backbone.transformer.parameters()).dtype).removeprefix("torch."),
         "prompts_drawn_sha256": prompts_sha256([prompt.metadata for prompt in prompts]),
     }
