@@ -34,6 +34,7 @@ from provenance import provenance
 
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import presets, write_configs
+from apexflow.backbones.storage import FourBit
 from apexflow.devices import device_name
 from apexflow.files import write_json
 from apexflow.training.config import Data, Optimizer, Recipe, Tuning
@@ -285,14 +286,16 @@ def measure(run: Run | None, case: str, method: str, batch: int, given: argparse
     passes = count_passes(run.objective, batch)
     tuning = run.recipe.tuning
     forwards = cost(passes, bool(tuning.checkpointing), frozen=tuning.kind == "lora")
-    work = forwards * flops_a_row(run)
+    four_bits = [module for module in run.backbone.transformer.modules() if isinstance(module, FourBit)]
+    work = None if four_bits else forwards * flops_a_row(run)  # the counter does not know products with four bits
     return result | {
-        "parameters": sum(p.numel() for p in run.backbone.transformer.parameters()),
+        "parameters": sum(p.numel() for p in run.backbone.transformer.parameters())
+        + sum(2 * module.codes.numel() for module in four_bits),
         "trained": sum(p.numel() for p in run.roles.trained.values()),
         "seconds": seconds,
         "finite": finite,
         "forward_rows": forwards / batch,
-        "tflops_a_second": work / seconds / 1e12,
+        "tflops_a_second": work and work / seconds / 1e12,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
     }

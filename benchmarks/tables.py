@@ -79,7 +79,7 @@ def real_size(result: dict[str, Any]) -> str:
         other = by_key.get((case, batch, "flow_matching"))
         times = [f"{other['seconds']:.2f} s", f"{row['seconds'] / other['seconds']:.2f} times"] if other else ["", ""]
         held = f"{row['reserved_gib']:.1f} GiB" if row["reserved_gib"] else ""
-        rate = f"{row['tflops_a_second']:.0f} TFLOP/s"
+        rate = f"{row['tflops_a_second']:.0f} TFLOP/s" if row["tflops_a_second"] else ""
         rows.append([case, str(batch), f"{row['seconds']:.2f} s", *times, rate, held, f"{row['planned_gib']:.1f} GiB"])
     return table(rows)
 

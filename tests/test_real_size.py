@@ -33,7 +33,8 @@ def test_every_case_takes_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = measured("--methods", "apex")
     assert [row["case"] for row in rows] == list(real_size.CASES) and matching["case"] == rows[0]["case"] == first
     for row in [matching, *rows]:
-        assert row["seconds"] > 0 and row["tflops_a_second"] > 0 and math.isfinite(row["tflops_a_second"])
+        assert row["seconds"] > 0
+        assert "nf4" in row["case"] if row["tflops_a_second"] is None else 0 < row["tflops_a_second"] < math.inf
         assert row["finite"] and row["peak_gib"] is None  # nothing is claimed that was not measured
         assert (row["trained"] < row["parameters"]) == ("lora" in row["case"])
     assert matching["forward_rows"] == 3 and rows[0]["forward_rows"] > 3

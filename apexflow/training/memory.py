@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
@@ -23,7 +23,7 @@ from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 from apexflow.objectives import Field, Networks
 from apexflow.training.config import Recipe
-from apexflow.training.depth import SHALLOW, at_depth, by_depth, layers_of, one_block
+from apexflow.training.depth import SHALLOW, at_depth, by_depth, layers_of
 from apexflow.training.further import Furthers, copies, make_furthers
 from apexflow.training.passes import Pass
 from apexflow.training.roles import Roles, checkpointed, make_roles
@@ -147,16 +147,11 @@ def activations(
 
 
 def _one_block(backbone: Backbone, recipe: Recipe, rows: int, shape: Sequence[int], tokens: int) -> int:
-    """What a block of a network keeps of a pass of `rows` while it is computed again."""
-    whole = replace(recipe, tuning=replace(recipe.tuning, checkpointing=False))
-    layers = layers_of(backbone)
-    depths: Sequence[int | None] = SHALLOW if layers else (None,)
-    counts = [
-        _count(at_depth(backbone, depth), whole, [Pass("student", rows, True)], shape, tokens) for depth in depths
-    ]
-    if layers is not None:
-        return one_block(*counts)
-    return counts[0] // max(len(part) for part in backbone.transformer.children() if isinstance(part, nn.ModuleList))
+    """The most that is kept of a pass of `rows` by what is computed again at once: a block, or of a UNet a part of one."""
+    parts: list[int] = []
+    shallow = at_depth(backbone, SHALLOW[0] if layers_of(backbone) else None)
+    _count(shallow, recipe, [Pass("student", rows, True)], shape, tokens, parts=parts)
+    return max(parts)
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,9 @@ def _count(
     shape: Sequence[int],
     tokens: int,
     teacher: Backbone | None = None,
+    parts: list[int] | None = None,
 ) -> int:
+    """What the passes keep. With a list for `parts` nothing is computed again, and it gets what each part keeps that would be."""
     made, mode = on_shapes(backbone, recipe, tokens, teacher), FakeTensorMode(allow_non_fake_inputs=True)
     turned = as_fake(made.modules, mode)
     for table in (made.roles.trained, *made.furthers.trained.values()):
@@ -209,10 +206,27 @@ def _count(
         return made.field(one)(x_t.requires_grad_(one.held), t, c)
 
     with mode, kept_for_backward(made.modules) as kept, half, counting(backbone, tokens):
+        if parts is not None:
+            noting(made.modules, kept, parts)
         alive = [ask(one) for one in graphs]
         found = kept.bytes
         del alive
     return found
+
+
+def noting(networks: Iterable[nn.Module], kept: Kept, parts: list[int]) -> None:
+    """Let networks run what they would compute again as it is, and note what each part of that keeps."""
+
+    def run(part: Callable[..., Any], *inputs: Any) -> Any:
+        before = kept.bytes
+        answer = part(*inputs)
+        parts.append(kept.bytes - before)
+        return answer
+
+    modules: Iterable[Any] = (module for network in networks for module in network.modules())
+    for module in modules:
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = run  # diffusers' own place for it
 
 
 def _count_captions(backbone: Backbone, rows: int, tokens: int) -> int:

@@ -44,6 +44,25 @@ def test_counted_on_shapes_is_what_is_really_kept(name, kind, checkpointing, fol
     assert (found.block > 0) == checkpointing
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("sana", {"SanaTransformerBlock"}), ("sdxl", {"ResnetBlock2D", "BasicTransformerBlock"})],
+)
+def test_what_is_computed_again_is_the_largest_checkpointed_part(name, parts, folder_of):
+    """Of a transformer a block; of a UNet a residual block or a block of one of its transformers."""
+    backbone, real = load_backbone(str(folder_of(name)), "meta"), load_backbone(str(folder_of(name)))
+    network, held, shape = real.transformer.requires_grad_(True), [], backbone.latent_shape((32, 64))
+    with kept_for_backward([network]) as kept:
+        for module in network.modules():
+            if type(module).__name__ in parts:
+                module.register_forward_pre_hook(lambda *_: held.append(-kept.bytes))
+                module.register_forward_hook(lambda *_: held.append(held.pop() + kept.bytes))
+        alive = real.velocity(network, *example_inputs(real, 4, shape, TOKENS))
+    recipe = Recipe(output="x", tuning=Tuning(checkpointing=True))
+    found = activations(backbone, recipe, PASSES[:1], shape, TOKENS)
+    assert alive.requires_grad and found.block == pytest.approx(max(held), rel=0.02)
+
+
 def test_a_network_that_reads_numbers_is_named(folder_of):
     backbone = load_backbone(str(folder_of("sana")), "meta")
     backbone.velocity = lambda network, x_t, t, c: x_t * float(t.sum())
