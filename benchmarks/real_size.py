@@ -314,9 +314,9 @@ def timed_steps(run: Run, steps: int) -> tuple[float, bool]:
 
 
 def empty() -> None:
-    """Give back what nothing holds any more."""
-    gc.collect()
+    """Give back the GPU's memory that nothing holds any more."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -157,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             torch.cuda.set_per_process_memory_fraction(1.0)
         results.append(measure(name, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
         print(name, bench_table(results[-1] | {"device": provenance()["device"]}), flush=True)
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
         if given.output:
             write_json(given.output, {"cases": results} | provenance())
