@@ -289,7 +289,8 @@ def _told(error: Exception) -> str | None:
     if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
         return error.format_message() if hasattr(error, "format_message") else str(error)
     if is_out_of_memory(error):
-        return "out of memory: ask for fewer or smaller pictures at a time, or take a smaller model (generate: or --storage nf4)"
+        narrower = "generate, evaluate, synthesize: or --storage nf4"
+        return f"out of memory: ask for fewer or smaller pictures at a time, or take a smaller model ({narrower})"
     if is_full_disk(error):
         return f"no room to write ({error}): free some space; what was written before is whole"
     return no_path(error)

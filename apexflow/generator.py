@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from apexflow.randomness import RowRandom
 from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
 
 MAX_BATCH = 32
+AHEAD = 1024  # prompts that are encoded in one turn, and wait in main memory, where text encoder and network take turns
 NOT_FINITE = "the weights are damaged or overflow, or guidance or kappa is too large"
 LARGER = 4  # times a side of what a model draws: beyond that it is warned of
 GAP = 2  # pixels between the pictures of a grid
@@ -138,11 +139,7 @@ class Generator:
     def _draw(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> list[Image.Image]:
         pictures: list[Image.Image] = []
         self.finite = []
-        self.encode_ahead(prompts)
-        most = max(1, self.most // 2) if plan.guidance != 1 and self.backbone.guided_at_once else self.most
-        latents = (
-            self._sample(prompts[at : at + most], seeds[at : at + most], plan) for at in range(0, len(prompts), most)
-        )
+        latents = self._latents(prompts, seeds, plan)
         # A decoder of its own works alone, in a sharded run: the drawing, in which all processes take part, is done by then.
         for drawn in latents if self.decode is None else list(latents):
             images = (self.decode or self.backbone.decode)(drawn)
@@ -151,6 +148,15 @@ class Generator:
                 warnings.warn(f"the model's answer is not finite: {NOT_FINITE}", stacklevel=2)
             pictures += to_pictures(images)
         return pictures
+
+    def _latents(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> Iterator[Tensor]:
+        most = max(1, self.most // 2) if plan.guidance != 1 and self.backbone.guided_at_once else self.most
+        for first in range(0, len(prompts), AHEAD):
+            window = slice(first, first + AHEAD)
+            texts, own = prompts[window], seeds[window]
+            self.encode_ahead(texts)
+            for at in range(0, len(texts), most):
+                yield self._sample(texts[at : at + most], own[at : at + most], plan)
 
     def times(self, steps: int | None, size: tuple[int, int] | None = None) -> Tensor:
         """The time grid for a number of steps: the model's own if it ships one of that length, else uniform and shifted.

@@ -16,6 +16,7 @@ import torch
 from command_line import write
 from torch import nn
 
+from apexflow import bench
 from apexflow import generator as drawing
 from apexflow.backbones import load_backbone
 from apexflow.backbones.room import InTurn, room_on, weight_bytes
@@ -100,6 +101,29 @@ def test_what_was_encoded_last_is_not_encoded_again(tiny_model: Path, monkeypatc
     for prompts, turns in ((PROMPTS, 1), (PROMPTS[:1], 1), (["a photo of a ring"], 2), (PROMPTS, 3)):
         generator.generate(prompts)
         assert len(moves) == 2 * turns
+
+
+def test_a_long_list_takes_a_turn_for_as_many_prompts_as_are_kept(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(str(tiny_model))
+    generator = Generator(backbone, InTurn(backbone, CPU))
+    prompts = [f"a photo of {count} stars" for count in range(5)]
+    usual = generator.generate(prompts)
+    moves = turns_of(generator, monkeypatch)
+    monkeypatch.setattr(drawing, "AHEAD", 2)
+    generator.encode.known.clear()  # type: ignore[attr-defined]
+    np.testing.assert_allclose(array(generator.generate(prompts)), array(usual), atol=1)
+    assert len(moves) == 2 * 3 and len(generator.encode.known) <= 3  # type: ignore[attr-defined]
+
+
+def test_the_text_encoder_is_timed_where_it_takes_turns(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(str(tiny_model))
+    generator = Generator(backbone, InTurn(backbone, CPU))
+    moves = turns_of(generator, monkeypatch)
+    monkeypatch.setattr(bench, "ENOUGH", 0.0)
+    bench.sampling_speed({"one": (generator, bench.Case("one", 1, 1.0))}, batch=2)
+    assert len(moves) == 2 * 2 * (1 + bench.LEAST)
 
 
 def test_a_text_that_cannot_be_encoded_leaves_the_denoiser_where_it_stood(tiny_model: Path) -> None:

@@ -17,7 +17,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
-from command_line import Run
+from command_line import Run, refused
 
 from apexflow import cli, load
 from apexflow.data import shards as shards_module
@@ -138,6 +138,13 @@ def test_a_killed_set_goes_on_and_ends_the_same(prompts: Path, tiny_model: Path,
     assert len(again) == len(whole) == 8
     # The killed process may have had another number of threads, which moves the last bits.
     assert all(a == b and np.abs(x - y).max() <= 1 for (a, x), (b, y) in zip(again, whole, strict=True))
+
+
+def test_a_set_knows_how_its_network_was_kept(run: Run, prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
+    common = ("synthesize", prompts, "-o", tmp_path / "set", "--model", tiny_model, "--steps", 1)
+    refused(run(*common, "--storage", "int2"), "int2", "fp8 or nf4")
+    assert run(*common, "--storage", "fp8")[0] == 0
+    refused(run(*common), "drawn otherwise", "storage 'fp8'")
 
 
 def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class InTurn:
         backbone.transformer.to("cpu")
         try:
             backbone.text_encoder.to(self.device)
-            for prompt in wanted.keys() - self.known.keys():
+            for prompt in [prompt for prompt in wanted if prompt not in self.known]:
                 self.known[prompt] = backbone.encode_prompts([prompt]).to("cpu")
         finally:
             backbone.text_encoder.to("cpu")

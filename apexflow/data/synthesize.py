@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from apexflow.backbones.storage import stored_kind
 from apexflow.data.captioned import Sample, Skipped, read_caption
 from apexflow.data.files import others_in, read_record, write_record
 from apexflow.data.fingerprint import fingerprint
@@ -173,7 +174,8 @@ def made_by(origin: Source, generator: Generator, settings: Synthesis) -> dict[s
     model = fingerprint(generator.backbone.transformer)
     said = {key: value for key, value in asdict(settings).items() if key != "skip_limit"}  # which no picture depends on
     said["captions"] = list(settings.captions)
-    return said | {"prompts": origin.identity(), "model": model, "guidance": guidance}
+    said |= {"prompts": origin.identity(), "model": model, "guidance": guidance}
+    return said | {"storage": stored_kind(generator.backbone.transformer)}
 
 
 def claim(folder: Path, wanted: dict[str, Any]) -> None:

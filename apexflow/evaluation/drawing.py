@@ -14,12 +14,10 @@ from apexflow.data.workers import Share
 from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture
 from apexflow.evaluation.suite import Drawing, EvaluationSettings, Prompt, Suite
 from apexflow.files import write_json, write_text
-from apexflow.generator import MAX_BATCH, Generator, at_once
+from apexflow.generator import AHEAD, MAX_BATCH, Generator, at_once
 from apexflow.progress import Progress
 
 EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawing
-
-AHEAD = 1024  # prompts that are encoded in one turn, where a card has no room for text encoder and network
 
 
 def draw(

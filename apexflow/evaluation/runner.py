@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from apexflow.backbones.parts import quiet
+from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.second_time import second_time_of
 from apexflow.backbones.storage import stored_kind
 from apexflow.data.fingerprint import fingerprint
@@ -171,7 +172,7 @@ def _generation(generator: Generator, settings: EvaluationSettings, prompts: Seq
         "size": size,
         "weights": fingerprint(backbone.transformer, backbone.vae, backbone.text_encoder),
         "storage": stored_kind(backbone.transformer),
-        "dtype": str(next(backbone.transformer.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(compute_dtype(backbone.transformer)).removeprefix("torch."),
         "prompts_drawn_sha256": prompts_sha256([prompt.metadata for prompt in prompts]),
     }
 

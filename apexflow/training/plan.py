@@ -25,7 +25,7 @@ from apexflow.training.suited import suited_objective
 
 GIB = 2**30
 # Not counted but allowed for: the CUDA context, workspaces of the kernels, and what the allocator loses to fragments. Both were
-# fitted to what an H200 held (results/real-size.json), which they meet within 9%.
+# fitted to what an H200 held (results/real-size.json), which they meet within 10%.
 ALLOWANCE = GIB
 FRAGMENTS = 0.06
 MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes a trained parameter

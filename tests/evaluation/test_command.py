@@ -112,6 +112,16 @@ def test_options_that_cannot_apply_are_told(run: Run, tmp_path: Path) -> None:
     )
 
 
+def test_a_network_is_kept_as_asked(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    common = ("evaluate", "--model", tiny_model, "--limit", 1, "--no-score", "-o", tmp_path / "e")
+    refused(run(*common, "--storage", "int2"), "int2", "fp8 or nf4")
+    refused(run("evaluate", "--images", tmp_path, "--storage", "fp8"), "--storage cannot apply to --images")
+    assert run(*common, "--storage", "fp8")[0] == 0
+    drawn = json.loads((tmp_path / "e" / "seed-0" / "generation.json").read_text())
+    assert (drawn["storage"], drawn["dtype"]) == ("fp8", "float32")
+    refused(run(*common), "an evaluation with other", "storage")
+
+
 def test_what_cannot_be_scored_is_told_before_anything_is_drawn(run: Run, tmp_path: Path) -> None:
     refused(run("evaluate", "--images", tmp_path / "none"), "none", "pictures folder")
     refused(run("evaluate", "--suite", "geneval"), "--detector", "docs/evaluation.md")
