@@ -30,10 +30,10 @@ for part in $parts; do
     tests) run tests 240 -m pytest -n 12 -p no:cacheprovider tests/test_runs_on_gpu.py tests/backbones/test_families_on_gpu.py ;;
     sana) train sana 120 --cases sana-0.6b sana-1.6b --batches 1 4 8 32 ;;
     qwen) train qwen 200 --cases qwen-image-lora-r64 --steps 2 ;;
-    narrow) train narrow 120 --cases qwen-image-lora-r64-fp8 qwen-image-lora-r32-nf4 sana-1.6b-adamw8bit --batches 2 8 --steps 2 --methods apex ;;
+    narrow) train narrow 200 --cases qwen-image-lora-r64-fp8 qwen-image-lora-r32-nf4 sana-1.6b-adamw8bit --batches 2 8 --steps 2 --methods apex ;;
     families) train families 200 --batches 4 --steps 1 --methods apex --cases flux-dev-lora-r64 flux2-klein-4b-lora-r64 z-image-lora-r64 \
       sd3.5-large-lora-r64 lumina2-lora-r64 sdxl-lora-r64 pixart-lora-r64 ;;
-    sample) run sample 150 benchmarks/real_speed.py --output "$folder/real-speed.json" ;;
+    sample) run sample 400 benchmarks/real_speed.py --output "$folder/real-speed.json" ;;
     speed) run speed 60 benchmarks/speed.py --output "$folder/speed.json" ;;
     *)
       echo "unknown part $part" >&2

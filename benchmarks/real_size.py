@@ -35,7 +35,6 @@ from provenance import provenance
 from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import presets, write_configs
 from apexflow.backbones.storage import FourBit
-from apexflow.devices import device_name
 from apexflow.files import write_json
 from apexflow.training.config import Data, Optimizer, Recipe, Tuning
 from apexflow.training.distributed import own_device
@@ -271,7 +270,6 @@ def measure(run: Run | None, case: str, method: str, batch: int, given: argparse
     """One row of the results. Memory is None where there is no GPU to ask."""
     size, tokens = lengths(given)
     result = {"case": case, "method": method, "batch": batch, "size": size, "tokens": tokens, "tiny": given.tiny}
-    result["device"] = device_name()
     if run is None:
         return result | {"out_of_memory": True}
     on_gpu = run.device.type == "cuda"
@@ -282,6 +280,8 @@ def measure(run: Run | None, case: str, method: str, batch: int, given: argparse
     try:
         seconds, finite = timed_steps(run, given.steps)
     except torch.OutOfMemoryError:
+        for trainee in run.trainees.values():  # the next batch begins without this one's gradients
+            trainee.optimizer.zero_grad(set_to_none=True)
         return result | {"out_of_memory": True}
     passes = count_passes(run.objective, batch)
     tuning = run.recipe.tuning

@@ -11,7 +11,7 @@ import torch
 from tiny import BUILDERS
 
 from apexflow.backbones import load_backbone
-from apexflow.backbones.storage import storing
+from apexflow.backbones.storage import stored_kind, storing
 from apexflow.generator import Generator, load
 from apexflow.objectives import Batch
 from apexflow.randomness import RowRandom
@@ -76,9 +76,7 @@ def test_a_network_in_few_bits_draws(name, storage, folder_of):
     model = load(str(folder_of(name)), dtype="bfloat16", storage=storage)
     model.generate(PROMPTS, 2, 5, 64)
     assert model.finite == [True, True]
-    network = model.backbone.transformer
-    narrow = {"fp8": (torch.float8_e4m3fn,), "nf4": (torch.uint8,)}[storage]
-    assert any(p.dtype in narrow for p in network.state_dict().values()) or (storage, name) in TOO_SMALL
+    assert stored_kind(model.backbone.transformer) == storage or (storage, name) in TOO_SMALL
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from tiny import BUILDERS
 
 from apexflow import generator
 from apexflow.backbones import load_backbone, precision
+from apexflow.evaluation.runner import evaluate
+from apexflow.evaluation.suite import EvaluationSettings
 from apexflow.generator import load, suited_dtype
 
 PROMPTS = ["a red cube", "a cat"]
@@ -33,6 +37,14 @@ def test_pictures_in_half_precision_are_those_in_whole_but_for_rounding(name, fo
     )
     assert np.abs(whole - half).mean() < 0.2 * np.abs(whole - other).mean()
     assert np.abs(whole - eight).mean() < 0.5 * np.abs(whole - other).mean()
+
+
+def test_an_evaluation_says_what_was_computed_in_and_not_what_is_stored(folder_of, tmp_path):
+    model = load(str(folder_of("flux_dev")), "cpu", storage="fp8")
+    assert next(model.backbone.transformer.parameters()).dtype == torch.float8_e4m3fn
+    evaluate(model, EvaluationSettings(limit=1, per_prompt=1, steps=1, size=64), tmp_path, with_scores=False)
+    drawn = json.loads((tmp_path / "generation.json").read_text())
+    assert (drawn["storage"], drawn["dtype"]) == ("fp8", "float32")
 
 
 def test_large_networks_in_float32_multiply_in_tf32_on_a_gpu(folder_of, monkeypatch):
