@@ -151,7 +151,7 @@ def _one_block(backbone: Backbone, recipe: Recipe, rows: int, shape: Sequence[in
     parts: list[int] = []
     shallow = at_depth(backbone, SHALLOW[0] if layers_of(backbone) else None)
     _count(shallow, recipe, [Pass("student", rows, True)], shape, tokens, parts=parts)
-    return max(parts)
+    return max(parts, default=0)  # none of a network that has nothing to compute again
 
 
 @dataclass(frozen=True)
