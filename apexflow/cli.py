@@ -16,6 +16,7 @@ from apexflow.errors import (
     Stopped,
     ToldElsewhere,
     UserError,
+    going_on,
     is_full_disk,
     is_out_of_memory,
     is_taken,
@@ -167,7 +168,11 @@ def data_scenes(
 
     if is_taken(folder):
         raise UserError(f"output {folder} exists: choose another folder")
-    written = write_scenes(counted("drawing scenes", scenes(count, seed), count), folder)
+    # Its shards are whole, and it would be taken for the set that was asked for.
+    with going_on(
+        lambda: f"{folder} may hold the first of the scenes alone: delete it, and the same command draws all"
+    ):
+        written = write_scenes(counted("drawing scenes", scenes(count, seed), count), folder)
     show({"folder": str(folder), "scenes": written}, as_json, f"{folder}: {written} scenes")
 
 

@@ -84,7 +84,9 @@ def test_a_shard_with_one_bad_record_is_used_without_it(run: Run, recipe_file: P
                 member = tarfile.TarInfo(f"{index}{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    assert run(*with_data(recipe_file, folder))[0] == 0
+    code, _, errors = run(*with_data(recipe_file, folder))
+    first = f"1 of 40 records skipped; first: {folder / 'a.tar:0'}: corrupt picture"
+    assert code == 0 and first in errors and str(tmp_path / "run" / "cache" / "cache.json") in errors
     record = json.loads((tmp_path / "run" / "cache" / "cache.json").read_text())
     assert record["rows"] == 39 and record["skipped"] == {str(folder / "a.tar:0"): "corrupt picture"}
 

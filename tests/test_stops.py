@@ -58,6 +58,14 @@ def test_a_synthesis(run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: py
     assert run(*command)[0] == 0
 
 
+def test_scenes_that_are_not_all_drawn_are_not_taken_for_the_set(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_add", ctrl_c_at("0000001.txt", shards._add))
+        stopped(run("data", "scenes", tmp_path / "set", "--count", 3), str(tmp_path / "set"), "delete it", "draws all")
+
+
 def test_a_comparison_between_two_trainings(
     run: Run, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

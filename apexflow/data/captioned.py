@@ -63,7 +63,8 @@ class Skipped:
         faults = [f"{name}: {reason}" for name, reason in (self.broken | self.reasons).items()]
         example = f"; first: {faults[0]}" if faults else ""
         if len(self.reasons) >= self.seen:
-            raise UserError(f"{source} holds no usable caption ({self.seen} records looked at){example}")
+            mend = "mend or remove what is named" if faults else "fill it"
+            raise UserError(f"{source} holds no usable record ({self.seen} looked at){example}; {mend}")
         for bad, total, what in ((len(self.broken), self.files, "files"), (len(self.reasons), self.seen, "records")):
             if bad > limit * total:
                 raise UserError(

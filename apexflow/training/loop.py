@@ -21,7 +21,7 @@ from apexflow.backbones.storage import storing
 from apexflow.conditioning import Condition
 from apexflow.data.mixture import Cached
 from apexflow.devices import device_name
-from apexflow.errors import Stopped, UserError, is_out_of_memory, is_taken, writing
+from apexflow.errors import Stopped, UserError, is_out_of_memory, is_taken, printable, writing
 from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
 from apexflow.generator import load
@@ -40,7 +40,7 @@ from apexflow.training.roles import Roles, frozen_dtype, make_roles
 from apexflow.training.run import Run, Trainee, answering, ended, holds_run, restore, save, state_of
 from apexflow.training.saving import save_model
 from apexflow.training.sharding import Place, all_processes, spread
-from apexflow.training.sources import source_line, used
+from apexflow.training.sources import skipped_lines, source_line, used
 from apexflow.training.spent import forget_peak, peak_gib, spend, spent
 from apexflow.training.step import training_step
 
@@ -123,11 +123,13 @@ def start(recipe: Recipe, resume: bool) -> Run:
 
 
 def _tell_sources(recipe: Recipe, folder: Path, data: Cached) -> None:
-    """Keep what is trained on beside the run, and say it where it is several sets."""
+    """Keep what is trained on beside the run, and say it where it is several sets, and what of them could not be used."""
     sources = used(recipe.data, data)
     write_json(folder / SOURCES, {"sources": sources})
     if len(sources) > 1:
         console.print("\n".join(["trained on", *map(source_line, sources)]))
+    for line in skipped_lines(recipe.data, data):
+        console.print(printable(line))
 
 
 def _check_taken(recipe: Recipe, folder: Path, resume: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apexflow.data.cache import INDEX, CachedSet
 from apexflow.data.mixture import Cached, Mixture
 from apexflow.training.config import Data
 from apexflow.training.prepare import finished_sets
@@ -12,11 +13,29 @@ from apexflow.training.prepare import finished_sets
 
 def used(data: Data, cached: Cached) -> list[dict[str, Any]]:
     """Of each source: its name, how many rows it has, which share of a run's rows it gives, and whether it has pictures."""
-    sets, shares = (cached.sets, cached.shares) if isinstance(cached, Mixture) else ([cached], [1.0])
+    sets, shares = _sets(cached), cached.shares if isinstance(cached, Mixture) else [1.0]
     return [
         {"source": part.told, "rows": len(one), "share": round(share, 6), "pictures": one.has_pictures}
         for part, one, share in zip(data.parts, sets, shares, strict=True)
     ]
+
+
+def skipped_lines(data: Data, cached: Cached) -> list[str]:
+    """A line for each source of which records could not be used: how many, which was the first, and where all are listed."""
+    lines = []
+    for part, one in zip(data.parts, _sets(cached), strict=True):
+        found = {**one.index["broken"], **one.index["skipped"]}
+        if found:
+            name, reason = next(iter(found.items()))
+            count = f"{len(found):,} of {one.index['seen']:,} records skipped"
+            lines.append(
+                f"{part.told}: {count}; first: {name}: {reason}; mend or remove them; all are in {one.folder / INDEX}"
+            )
+    return lines
+
+
+def _sets(cached: Cached) -> list[CachedSet]:
+    return cached.sets if isinstance(cached, Mixture) else [cached]
 
 
 def foreseen(data: Data) -> list[dict[str, Any]]:
