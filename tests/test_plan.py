@@ -220,6 +220,16 @@ def test_auto_is_planned_as_a_run_would_take_it(recipe_file: Path, run: Run) -> 
     assert "parallel=fsdp on 2 GPUs, with full precision again" in advised
 
 
+def test_a_finished_cache_is_planned_at_its_own_size(
+    recipe_file: Path, tiny_model: Path, scene_folder: Path, tmp_path: Path, run: Run
+) -> None:
+    assert run("cache", scene_folder, "-o", tmp_path / "c", "--model", tiny_model, "--size", 32)[0] == 0
+    recipe = load_recipe(recipe_file, [f"data.source={tmp_path / 'c'}", "tuning.checkpointing=false"])
+    assert recipe.data.size is None and settled(recipe, 1, None).data.size == 32
+    own, cached = (plan(one, tokens=8).cached for one in (recipe, settled(recipe, 1, None)))
+    assert cached < own
+
+
 def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:
     recipe = Recipe(output="x", precision="bf16", batch=4, tuning=Tuning(kind="lora", checkpointing=False))
     plain, narrow = (
