@@ -149,6 +149,8 @@ def test_the_other_recipes_parse_and_are_planned(path: Path) -> None:
     said = re.search(r"Planned memory: (\d+) GiB", head)
     asked = re.search(rf"apexflow plan recipes/{path.name}(?: --tokens (\d+))?(?: --gpus (\d+))?", head)
     assert said and asked
+    assert "H200" in head.partition("# Hours:")[2].partition("output:")[0]  # measured there, or estimated from what was
+    assert "--nnodes" not in head or "--rdzv-endpoint=" in head  # else each machine would wait for itself
     tokens, gpus = [number and int(number) for number in asked.groups()]
     found = plan(recipe, gpus or 1, tokens)
     assert 0 < found.peak < 80 * GIB
