@@ -93,6 +93,8 @@ def test_a_folder_with_the_name_of_a_shipped_model_is_not_passed_over(
         write(tmp_path / name, "mine")
     refused(generate(run, "mini-student"), "'mini-student' stands for the model that ships", "./mini-student")
     refused(generate(run, "./mini-student"), "mini-student is a file")
+    write(tmp_path / "model_index.json", "{}")
+    refused(generate(run, "./model_index.json"), "is the index of a diffusers checkpoint", "give the folder")
     refused(run("train", recipe_file, "model=miniature"), "'miniature' stands for", "./miniature")
     refused(run("train", recipe_file, "model=./miniature"), "miniature is a file")
 

@@ -149,6 +149,8 @@ def test_the_other_recipes_parse_and_are_planned(path: Path) -> None:
     said = re.search(r"Planned memory: (\d+) GiB", head)
     asked = re.search(rf"apexflow plan recipes/{path.name}(?: --tokens (\d+))?(?: --gpus (\d+))?", head)
     assert said and asked
+    assert "H200" in head.partition("# Hours:")[2].partition("output:")[0]  # measured there, or estimated from what was
+    assert "--nnodes" not in head or "--rdzv-endpoint=" in head  # else each machine would wait for itself
     tokens, gpus = [number and int(number) for number in asked.groups()]
     found = plan(recipe, gpus or 1, tokens)
     assert 0 < found.peak < 80 * GIB
@@ -218,6 +220,16 @@ def test_auto_is_planned_as_a_run_would_take_it(recipe_file: Path, run: Run) -> 
     assert settled(recipe, 1, 1) == recipe and settled(recipe, 2, None).parallel == "ddp"
     advised = [change for change, _ in advise(settled(recipe, 2, 80 * GIB), 1, gpus=2, tokens=8)]
     assert "parallel=fsdp on 2 GPUs, with full precision again" in advised
+
+
+def test_a_finished_cache_is_planned_at_its_own_size(
+    recipe_file: Path, tiny_model: Path, scene_folder: Path, tmp_path: Path, run: Run
+) -> None:
+    assert run("cache", scene_folder, "-o", tmp_path / "c", "--model", tiny_model, "--size", 32)[0] == 0
+    recipe = load_recipe(recipe_file, [f"data.source={tmp_path / 'c'}", "tuning.checkpointing=false"])
+    assert recipe.data.size is None and settled(recipe, 1, None).data.size == 32
+    own, cached = (plan(one, tokens=8).cached for one in (recipe, settled(recipe, 1, None)))
+    assert cached < own
 
 
 def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:

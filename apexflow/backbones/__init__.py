@@ -122,6 +122,8 @@ def load_backbone(
     """
     folder = resolve(path_or_id)
     if folder.is_file():
+        if folder.name == INDEX:
+            raise UserError(f"{folder} is the index of a diffusers checkpoint: give the folder that it lies in")
         pickled = folder.suffix in PICKLES
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
         raise UserError(

@@ -66,7 +66,8 @@ class Sana(Backbone):
         texts = [prefix + prompt.strip().lower() if prompt.strip() else "" for prompt in prompts]
         limit = self.settings.max_tokens
         length = len(self.tokenizer.encode(prefix)) + limit - 2 if prefix else limit
-        ids, mask = (part.to(device_of(self.text_encoder)) for part in tokenize(self.tokenizer, texts, length))
+        device = device_of(self.text_encoder)
+        ids, mask = (part.to(device) for part in tokenize(self.tokenizer, texts, length, kept=limit))
         embeds = self.text_encoder(ids, attention_mask=mask)[0]
         if prefix:
             keep = [0, *range(length - limit + 1, embeds.shape[1])]  # of a batch of empty prompts, BOS alone

@@ -12,14 +12,23 @@ from torch import Tensor, nn
 from apexflow.backbones.layers import layer_answers
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], limit: int, padding: str = "longest") -> tuple[Tensor, Tensor]:
+def tokenize(
+    tokenizer: Any,
+    texts: Sequence[str],
+    limit: int,
+    padding: str = "longest",
+    kept: int | None = None,
+    reader: str = "the model",
+) -> tuple[Tensor, Tensor]:
     """Token ids and mask, both (B, L), padded to the longest text ("longest") or to `limit` tokens ("max_length").
 
-    Texts of more than `limit` tokens are cut, with a warning that Python shows once.
+    Texts of more than `limit` tokens are cut, with a warning that Python shows once. It says how many of them are `kept` (all, if
+    not given), and which `reader` it is whose texts are cut: others may read on.
     """
     texts = list(texts)
     if max(len(ids) for ids in tokenizer(texts).input_ids) > limit:
-        warnings.warn(f"a prompt is longer than the {limit} tokens that the model reads: its rest is cut", stacklevel=2)
+        most = limit if kept is None else kept
+        warnings.warn(f"a prompt is longer than the {most} tokens that {reader} reads: its rest is cut", stacklevel=2)
     tokens = tokenizer(texts, padding=padding, max_length=limit, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
 
@@ -29,7 +38,7 @@ def clip_states(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[Ten
 
     Padding is attended, as in every pipeline that uses CLIP.
     """
-    ids, _ = tokenize(tokenizer, texts, tokenizer.model_max_length, "max_length")
+    ids, _ = tokenize(tokenizer, texts, tokenizer.model_max_length, "max_length", reader="CLIP")
     layer = getattr(encoder, "text_model", encoder).encoder.layers[-2]
     (found,), answer = layer_answers([layer], lambda: encoder(ids.to(device_of(encoder))))
     projected = getattr(answer, "text_embeds", None)

@@ -34,7 +34,10 @@ def read_start(recipe: Recipe, backbone: Backbone) -> dict[str, Pair]:
 def check_start(file: Path, pairs: Mapping[str, Pair], recipe: Recipe, backbone: Backbone) -> None:
     """UserError unless each module that is trained has a pair of its shape and of the recipe's rank, and no other has one."""
     targets = target_modules(backbone)
-    merge = f"merge it first (`apexflow export {file} --base {recipe.model} --merge`) and name that model"
+    merge = f"merge it first (`apexflow export {file} --base {recipe.model} --merge -o FOLDER`) and name that model"
+    own = {name for name, _ in backbone.transformer.named_modules()}
+    if foreign := sorted(pairs.keys() - own):  # which could not be merged either
+        raise UserError(f"tuning.start: {file} is a LoRA for another model: {recipe.model} has no {foreign[0]}")
     if apart := sorted(targets.keys() ^ pairs.keys()):
         what = "lacks" if apart[0] in targets else "has more than is trained, as"
         raise UserError(f"tuning.start: {file} {what} {apart[0]} (the first of {len(apart)} such modules): {merge}")

@@ -20,6 +20,7 @@ from apexflow.training.distributed import rows_each
 from apexflow.training.engine import parallel_kind
 from apexflow.training.memory import Activations, activations, kept_for_backward, network_sizes
 from apexflow.training.passes import Pass, trace_passes
+from apexflow.training.prepare import finished_sets, size_of
 from apexflow.training.roles import checkpointed, loaded_dtype
 from apexflow.training.suited import suited_objective
 
@@ -83,8 +84,9 @@ class MemoryPlan:
 def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan:
     """What a recipe takes on each of `gpus` GPUs; `tokens` of text a prompt, by default the most that the model reads.
 
-    Reads configs alone. `recipe.micro_batch` counts rows on one GPU; with `parallel=auto` no weights are shared out (see
-    `settled`). UserError for a model whose configs are not known, and for a batch that the GPUs cannot share equally.
+    Reads configs alone. `recipe.micro_batch` counts rows on one GPU; with `parallel=auto` no weights are shared out, and without
+    `data.size` pictures have the model's own size (see `settled`). UserError for a model whose configs are not known, and for a
+    batch that the GPUs cannot share equally.
     """
     own, backbone, teacher = rows_each(recipe.batch, gpus), shapes_of(recipe), shapes_of_teacher(recipe)
     size = recipe.data.size or backbone.default_size
@@ -180,7 +182,9 @@ def _shapes(model: str, dtype: torch.dtype) -> Backbone:
 
 
 def settled(recipe: Recipe, gpus: int, memory: int | None) -> Recipe:
-    """The recipe with `parallel` as a run takes it on so many GPUs of `memory` bytes (None: on a CPU)."""
+    """The recipe with the size of its finished caches, and with `parallel` as a run takes it on so many GPUs of `memory` bytes
+    (None: on a CPU)."""
+    recipe = replace(recipe, data=replace(recipe.data, size=size_of(recipe.data, finished_sets(recipe.data))))
     if gpus == 1:
         return recipe
     models = [one for one in (shapes_of(recipe), shapes_of_teacher(recipe)) if one is not None]

@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, fresh: bool) -> 
         model = resolve(recipe.model)
     folders = [model, resolve(recipe.teacher)] if recipe.teacher else [model]
     parallel, backbone, teacher = _load(recipe, folders, device)
-    size = next((one.size for one in finished if one), recipe.data.size)
+    size = size_of(recipe.data, finished)
     for one in filter(None, (backbone, teacher)):
         one.draw_at(size or one.default_size)  # what it learns to draw, and so what the saved model draws
     objective = suited_objective(recipe, backbone, teacher)
@@ -197,6 +197,11 @@ def null_condition(recipe: Recipe, backbone: Backbone, data: Cached) -> Conditio
 def finished_sets(data: Data) -> list[CachedSet | None]:
     """For each source the finished cache that it names, opened, or None."""
     return [CachedSet(folder) if folder else None for folder in map(finished_cache, data.parts)]
+
+
+def size_of(data: Data, finished: Sequence[CachedSet | None]) -> int | None:
+    """The side of a run's pictures: that of its finished caches, else what the recipe says; None for the model's own."""
+    return next((one.size for one in finished if one), data.size)
 
 
 def finished_cache(data: Data) -> Path | None:

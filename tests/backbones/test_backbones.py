@@ -279,6 +279,15 @@ def test_a_prompt_too_long_is_cut_and_said(backbone_of):
     assert isinstance(c, Condition) and c.embeds.shape[1] == MAX_TOKENS["flux_schnell"]
 
 
+@pytest.mark.parametrize(("name", "readers"), [("qwen_image", ["512", "the model"]), ("sd3", ["CLIP", "the model"])])
+def test_what_is_said_of_a_prompt_too_long_is_what_is_read(backbone_of, name, readers):
+    backbone = backbone_of(name)  # Qwen's template comes on top; of SD3's encoders T5 reads on where the CLIPs end
+    with pytest.warns(UserWarning) as told:
+        backbone.encode_prompts(["word " * 600])
+    said = {str(one.message) for one in told}
+    assert all(any(word in one for one in said) for word in (*readers, f"the {backbone.settings.max_tokens} tokens"))
+
+
 @pytest.mark.filterwarnings("ignore:a prompt is longer")
 @families
 def test_no_prompt_gives_a_longer_condition_than_is_planned(backbone_of, name):
