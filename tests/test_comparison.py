@@ -352,6 +352,22 @@ def test_a_method_that_the_backbone_cannot_take_says_why(plan: Plan, monkeypatch
     assert not (plan.output / "sweep").exists()
 
 
+def test_prompts_alone_are_refused_before_anything_is_made(plan: Plan, tmp_path: Path) -> None:
+    """Even for methods that train on them: there would be nothing to measure against."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\na blue ring\n")
+    with pytest.raises(UserError, match=r"prompts alone, and a comparison measures against true pictures.*synthesize"):
+        run_comparison(
+            replace(plan, recipe=replace(plan.recipe, data=Data(source=str(prompts))), methods=("apex-endpoint",))
+        )
+    assert not plan.output.exists()
+
+
+def test_settings_that_only_a_run_takes_are_not_the_mend_of_a_comparison(plan: Plan) -> None:
+    with pytest.raises(UserError, match=r"method apex cannot be .*batch 1 is too small.* VARIANTS"):
+        run_comparison(replace(plan, recipe=replace(plan.recipe, batch=1), methods=("apex",)))
+
+
 def test_a_folder_with_something_else_is_refused(plan: Plan) -> None:
     plan.output.mkdir()
     (plan.output / "holiday.jpg").write_bytes(b"")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.comparison.averages import over_runs
+from apexflow.comparison.cost import check_pictures
 from apexflow.comparison.page import write_page
 from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME, Plan
 from apexflow.comparison.scores import draw_strips, score_at, true_pictures
@@ -29,8 +30,10 @@ def run_comparison(plan: Plan) -> dict[str, Any]:
 
     Each method is trained with the first seed before any is trained with the second, and so on, and the results are written
     anew with each seed. What the folder has of other methods, and of further seeds, stays in them.
-    UserError for a folder that holds another comparison or in which one goes on, and for a method that the backbone cannot take.
+    UserError for a folder that holds another comparison or in which one goes on, for a method that the backbone cannot take, and
+    for data without pictures.
     """
+    check_pictures(plan)
     with alone_in(plan.output):
         return _carry_out(plan)
 
