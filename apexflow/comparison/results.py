@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import asdict
 from functools import cache, partial
@@ -61,13 +62,17 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
 
 
 def _claim(plan: Plan) -> None:
-    """Take a new folder, or go on with the same comparison."""
+    """Take a new folder, or go on with the same comparison. One that was refused before it made anything is new."""
     marker = plan.output / "plan.json"
     if marker.is_file():
         before, now = read_json(marker, "the comparison"), _as_json(plan.identity())
         before = {"timed": True} | before  # as all were
         before["recipe"] = _with_defaults(before["recipe"], _as_json(asdict(Recipe(output=""))))
-        if differs := [key for key in before | now if before.get(key) != now.get(key)]:
+        differs = [key for key in before | now if before.get(key) != now.get(key)]
+        if differs and {path.name for path in plan.output.iterdir()} <= {"plan.json", "costs"}:
+            shutil.rmtree(plan.output / "costs", ignore_errors=True)
+            write_json(marker, plan.identity())
+        elif differs:
             raise UserError(
                 f"{plan.output} holds a comparison with other {' and '.join(differs)}: choose another folder with -o"
             )
