@@ -352,6 +352,30 @@ def test_a_method_that_the_backbone_cannot_take_says_why(plan: Plan, monkeypatch
     assert not (plan.output / "sweep").exists()
 
 
+def test_prompts_alone_are_refused_before_anything_is_made(plan: Plan, tmp_path: Path) -> None:
+    """Even for methods that train on them: there would be nothing to measure against."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\na blue ring\n")
+    with pytest.raises(UserError, match=r"prompts alone, and a comparison measures against true pictures.*synthesize"):
+        run_comparison(
+            replace(plan, recipe=replace(plan.recipe, data=Data(source=str(prompts))), methods=("apex-endpoint",))
+        )
+    assert not plan.output.exists()
+
+
+def test_settings_that_only_a_run_takes_are_not_the_mend_of_a_comparison(plan: Plan) -> None:
+    small = replace(plan, recipe=replace(plan.recipe, batch=1), methods=("apex",))
+    with pytest.raises(UserError, match=r"method apex cannot be .*batch 1 is too small.* VARIANTS"):
+        run_comparison(small)
+    (plan.output / "costs" / "scm.json").write_text("{}")
+    comparison._claim(plan)  # nothing was made with the batch that was refused, so its folder takes another
+    assert json.loads((plan.output / "plan.json").read_text())["recipe"]["batch"] == 2
+    assert not (plan.output / "costs").exists()
+    (plan.output / "cache").mkdir()
+    with pytest.raises(UserError, match="other recipe"):
+        comparison._claim(small)
+
+
 def test_a_folder_with_something_else_is_refused(plan: Plan) -> None:
     plan.output.mkdir()
     (plan.output / "holiday.jpg").write_bytes(b"")
@@ -383,6 +407,7 @@ def test_a_folder_is_older_than_fields_of_a_recipe(plan: Plan) -> None:
     del held["recipe"]["teacher"], held["recipe"]["optimizer"]["schedule"], held["recipe"]["data"]["skip_limit"]
     marker.write_text(json.dumps(held))
     comparison._claim(plan)
+    (plan.output / "runs").mkdir()
     changed = replace(plan.recipe, optimizer=replace(plan.recipe.optimizer, schedule="cosine"))
     with pytest.raises(UserError, match="other recipe"):
         comparison._claim(replace(plan, recipe=changed))

@@ -143,14 +143,26 @@ def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str
     assert own_sampler(plan, "rcgm", 1) != own_sampler(plan, "rcgm", 20)
 
 
-def test_the_longer_comparison_has_a_rate_that_falls_and_is_else_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[Plan] = []
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that the command would carry out."""
+    seen: list[Plan] = []
 
     def carry_out(plan: Plan) -> None:
-        plans.append(plan)
+        seen.append(plan)
         raise Stopped("enough")
 
     monkeypatch.setattr("apexflow.comparison.command.run_comparison", carry_out)
+    return seen
+
+
+def test_a_number_that_is_written_twice_counts_once(plans: list[Plan]) -> None:
+    with pytest.raises(Stopped):
+        compare_command((), Path("out"), None, "1,4,1", "3e-4,0.0003,1e-3", {})
+    assert plans[0].nfe == (1, 4) and plans[0].rates == (3e-4, 1e-3)
+
+
+def test_the_longer_comparison_has_a_rate_that_falls_and_is_else_the_same(plans: list[Plan]) -> None:
     for recipe in (None, Path(__file__).parent.parent / "recipes" / "mini-comparison.yaml"):
         with pytest.raises(Stopped):
             compare_command((), Path("out"), recipe, "1", "3e-4", {})

@@ -42,7 +42,8 @@ def compare_command(
 
 
 def _numbers(text: str, option: str, kind: type) -> list[Any]:
+    """Each once: a number that is written twice is no second rate, and no second column."""
     try:
-        return [kind(part) for part in text.split(",")]
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
         raise UserError(f"{option} must be numbers with commas between them, got {text!r}") from None

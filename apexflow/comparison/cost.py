@@ -12,11 +12,35 @@ from typing import Any
 from torch import Tensor
 
 from apexflow.comparison.plan import Plan
+from apexflow.data.cache import CachedSet
+from apexflow.data.hub import located
+from apexflow.data.readers import recognise
 from apexflow.errors import UserError
 from apexflow.training.loop import start
 from apexflow.training.memory import kept_for_backward
+from apexflow.training.prepare import finished_cache
 from apexflow.training.run import Run, answering
 from apexflow.training.step import make_batch, micro_batches
+
+# How to compare a method with other settings: a recipe's `objective`, which errors of a run name, does not reach it.
+OTHER_SETTINGS = (
+    "; in a comparison objective.* is set under a name of its own, a line of VARIANTS in apexflow/comparison/plan.py"
+)
+
+
+def check_pictures(plan: Plan) -> None:
+    """UserError for a set of prompts alone: there are no true pictures to measure against, whatever the methods need."""
+    data = plan.recipe.data
+    cached = finished_cache(data)
+    if cached is not None:
+        pictures = CachedSet(cached).has_pictures
+    else:
+        pictures = data.drawn or recognise(located(str(data.source))).kind.pictures
+    if not pictures:
+        raise UserError(
+            f"{data.told} holds prompts alone, and a comparison measures against true pictures: draw them with "
+            "`apexflow synthesize`"
+        )
 
 
 def measure(plan: Plan, name: str) -> dict[str, Any]:
@@ -27,7 +51,8 @@ def measure(plan: Plan, name: str) -> dict[str, Any]:
             run = start(recipe, resume=False)
             kept = most_kept(run)
         except UserError as error:
-            raise UserError(f"method {name} cannot be compared on {plan.recipe.model}: {error}") from error
+            mend = OTHER_SETTINGS if "objective." in str(error) else ""
+            raise UserError(f"method {name} cannot be compared on {plan.recipe.model}: {error}{mend}") from error
     return {"bytes": lasting(run) + kept, "further": sorted(set(run.trainees) - {"student"})}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import asdict
 from functools import cache, partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.comparison.averages import over_runs
+from apexflow.comparison.cost import check_pictures
 from apexflow.comparison.page import write_page
 from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME, Plan
 from apexflow.comparison.scores import draw_strips, score_at, true_pictures
@@ -29,8 +31,10 @@ def run_comparison(plan: Plan) -> dict[str, Any]:
 
     Each method is trained with the first seed before any is trained with the second, and so on, and the results are written
     anew with each seed. What the folder has of other methods, and of further seeds, stays in them.
-    UserError for a folder that holds another comparison or in which one goes on, and for a method that the backbone cannot take.
+    UserError for a folder that holds another comparison or in which one goes on, for a method that the backbone cannot take, and
+    for data without pictures.
     """
+    check_pictures(plan)
     with alone_in(plan.output):
         return _carry_out(plan)
 
@@ -58,13 +62,17 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
 
 
 def _claim(plan: Plan) -> None:
-    """Take a new folder, or go on with the same comparison."""
+    """Take a new folder, or go on with the same comparison. One that was refused before it made anything is new."""
     marker = plan.output / "plan.json"
     if marker.is_file():
         before, now = read_json(marker, "the comparison"), _as_json(plan.identity())
         before = {"timed": True} | before  # as all were
         before["recipe"] = _with_defaults(before["recipe"], _as_json(asdict(Recipe(output=""))))
-        if differs := [key for key in before | now if before.get(key) != now.get(key)]:
+        differs = [key for key in before | now if before.get(key) != now.get(key)]
+        if differs and {path.name for path in plan.output.iterdir()} <= {"plan.json", "costs"}:
+            shutil.rmtree(plan.output / "costs", ignore_errors=True)
+            write_json(marker, plan.identity())
+        elif differs:
             raise UserError(
                 f"{plan.output} holds a comparison with other {' and '.join(differs)}: choose another folder with -o"
             )

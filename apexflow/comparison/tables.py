@@ -44,7 +44,7 @@ def told(results: dict[str, Any]) -> str:
         f"{counted(plan['per_prompt'], 'picture')} a prompt{limit}. FD (distance of "
         "features to true pictures; less is better) and diversity (distance between pictures of a prompt) are at the fewest "
         f"evaluations.{_floor(results)} {'Memory' if results['first'] is None else 'Time and memory'} of a training step "
-        f"relative to {BASIS}'s; diverged: runs of all runs."
+        f"relative to {BASIS}'s; diverged: of the results of the sweep and of every run at each budget."
     )
 
 

@@ -16,6 +16,7 @@ from apexflow.objectives import Networks
 from apexflow.objectives.dmd2 import DMD2
 from apexflow.objectives.sana_sprint import SanaSprint
 from apexflow.objectives.scm import SCM
+from apexflow.transport import LINEAR
 
 MEAN, STD = 1.0, 0.5
 
@@ -58,6 +59,16 @@ def test_dmd2_moves_pictures_from_the_critics_distribution_to_the_teachers(start
     batch = make_batch(x=torch.zeros(32, 1))
     DMD2(guidance=1, gan=0)(networks(student, start, Judge()), batch, {}).total.backward()
     assert student.mean.grad is not None and sign * -student.mean.grad.item() > 0
+
+
+def test_dmd2_scales_its_gradient_by_the_distance_from_the_teachers_estimate() -> None:
+    """Of one-element rows, 0.5 (x - target)^2 has the gradient (fake - real) / |x - real|."""
+    roles, batch = networks(OnePicture(3.0), 3.0, Judge()), make_batch(x=torch.zeros(8, 1))
+    x = torch.full((8, 1), 3.0, requires_grad=True)
+    DMD2(guidance=1, gan=0)._student(roles, batch, x)[0].backward()
+    x_t, t, _ = DMD2()._noised(roles, make_batch(x=torch.zeros(8, 1)), x.detach())
+    real, fake = (LINEAR.endpoint(field(mean)(x_t, t, batch.c), x_t, t) for mean in (MEAN, 3.0))
+    torch.testing.assert_close(x.grad, (fake - real) / (x.detach() - real).abs())
 
 
 def test_dmd2_has_nothing_to_learn_where_the_distributions_agree() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -239,6 +240,24 @@ def test_the_weight_of_the_short_tailed_loss_has_no_gradient() -> None:
     (slope,) = torch.autograd.grad(short_tailed(error, 0.1).sum(), error)
     weight = 1 / (error.detach().square().mean(1, keepdim=True) / 0.1**2 + 1).sqrt()
     torch.testing.assert_close(slope, weight * error.detach() / 0.1)
+
+
+def test_short_jumps_weigh_more() -> None:
+    t, s = torch.tensor([1.0, 0.5, 0.5]), torch.tensor([0.0, 0.0, 0.5])
+    expected = [1.0, 1 + math.tan(0.5 * math.pi / 2.5), 1 + math.tan(math.pi / 2.5)]
+    assert length_weight(t, s).tolist() == pytest.approx(expected) and expected == sorted(expected)
+
+
+def test_the_adaptive_weight_of_meanflow_has_no_gradient() -> None:
+    """With p = 1 a row has the gradient 2 error / (error^2 + c); were there one in the weight too, next to none would be left."""
+    roles, batch = make_roles(MeanFlow()), make_batch()
+    MeanFlow(share=0)(roles.networks(), batch, {}).total.backward()
+    asked = roles.calls("student")[0]
+    other = make_roles(MeanFlow())
+    F = other.student(asked.x_t, asked.t, asked.c, asked.s)
+    squared = (F - (asked.x_t - batch.x) / asked.t[:, None, None, None]).square().flatten(1).sum(1)
+    (squared / (squared.detach() + 1e-3)).mean().backward()
+    torch.testing.assert_close(roles.gradients("student"), other.gradients("student"), rtol=2e-3, atol=1e-4)
 
 
 def test_twinflow_tells_fakes_by_a_negative_second_time() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from closed_forms import make_batch, make_roles
@@ -108,3 +110,19 @@ def test_pcms_judge_learns_as_in_the_released_training() -> None:
     (judge,) = PCM().further
     assert judge.rate == 2 and judge.betas is not None and judge.betas[0] == 0
     assert PCM(adversarial=0).further == ()
+
+
+@pytest.mark.parametrize(("said", "fooling"), [(3.0, 0.0), (-1.0, 2.0)])
+def test_pcms_student_seeks_what_the_judge_calls_real(said: float, fooling: float) -> None:
+    roles = make_roles(PCM()).networks()
+    judge = {"judge": lambda x, t, c: x.new_full((len(x), 1), said)}
+    losses = PCM()(replace(roles, frozen={**roles.frozen, **judge}), make_batch(), {})
+    assert losses.terms["fooling"].item() == fooling
+
+
+@pytest.mark.parametrize(("answers", "loss"), [((1.0, -1.0), 0.0), ((-1.0, 1.0), 4.0)])
+def test_pcms_judge_learns_that_the_ends_of_theta_minus_are_real(answers: tuple[float, float], loss: float) -> None:
+    said = iter(answers)  # theta-minus' ends come first
+    judge = {"judge": lambda x, t, c: x.new_full((len(x), 1), next(said))}
+    losses = PCM()(replace(make_roles(PCM()).networks(), further=judge), make_batch(turn=1), {})
+    assert losses.further["judge"].item() == loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -17,14 +18,19 @@ from apexflow.objectives import objectives
 from apexflow.objectives.apex import APEX
 from apexflow.objectives.cm import CM
 from apexflow.objectives.ctm import CTM
+from apexflow.objectives.dmd2 import DMD2
 from apexflow.objectives.lcm import LCM
 from apexflow.objectives.meanflow import MeanFlow
 from apexflow.objectives.pcm import PCM
 from apexflow.objectives.rcgm import RCGM
+from apexflow.objectives.sana_sprint import SanaSprint
 from apexflow.objectives.scm import SCM
+from apexflow.objectives.times import TimeLaw
 from apexflow.objectives.twinflow import TwinFlow
 from apexflow.objectives.ucgm import UCGM
 from apexflow.sampler import sample, time_grid
+
+LN2 = math.log(2)  # laws of noise levels for data of deviation 0.5, shifted to ours
 
 
 @pytest.mark.parametrize("method", objectives().values(), ids=objectives().keys())
@@ -146,3 +152,29 @@ def test_a_guided_teacher_needs_a_null_condition(objective: Any) -> None:
     assert len(asked) == 2
     with pytest.raises(ValueError, match="null"):
         objective(replace(roles.networks(), null=None), make_batch(), {})
+
+
+@pytest.mark.parametrize(
+    ("method", "published"),
+    [
+        (CM, {"intervals": (10, 1280), "rho": 7.0, "huber": 0.00054, "times": TimeLaw(mean=-1.1 + LN2, spread=2.0)}),
+        (SCM, {"c": 0.1, "warmup": 0.1, "times": TimeLaw(mean=-1.0 + LN2, spread=1.4)}),
+        (CTM, {"intervals": 18, "target": "reference"}),
+        (MeanFlow, {"share": 0.25, "p": 1.0, "drop": 0.1, "derivative": "jvp", "times": TimeLaw(mean=-0.4)}),
+        (UCGM, {"lam": 1.0, "zeta": 2.0, "theta": (0.8, 1.0)}),
+        (RCGM, {"order": 2, "stride": 0.01, "guidance": 5.0, "clip": 1.0}),
+        (TwinFlow, {"rectify": 0.5}),
+        (LCM, {"guidance": 9.0, "skip": 20, "points": 1000, "huber": 1e-3, "sigma_data": 0.5, "scaling": 10.0}),
+        (PCM, {"phases": 4, "guidance": 5.5, "skip": 20, "adversarial": 0.1}),
+        (DMD2, {"student_every": 5, "guidance": 8.0, "gan": 5e-3, "judge_gan": 1e-2}),
+        (SanaSprint, {"weight": 0.5, "share": 0.5, "judge_times": TimeLaw(mean=-0.6 + LN2), "mismatched": True}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_defaults_are_the_published_ones(method: Any, published: dict[str, Any]) -> None:
+    """As each file's docstring says of its paper or its released training; a comparison stands on them."""
+    assert method() == replace(method(), **published)
+
+
+def test_sana_sprints_scm_has_the_released_law_and_guidance() -> None:
+    assert SanaSprint().scm == SCM(times=TimeLaw(mean=0.2 + LN2, spread=1.6), guidance=4.5)
