@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from apexflow.backbones.folder import RECIPE
 from apexflow.data.scenes import scenes
 from apexflow.errors import UserError, is_taken
 from apexflow.evaluation.runner import EvaluationSettings, evaluate
-from apexflow.files import write_json
+from apexflow.files import read_json, write_json
 from apexflow.generator import Generator, load, picture_grid
 from apexflow.locking import alone_in
 from apexflow.reporting.report import write_report
@@ -44,9 +45,9 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
             raise UserError(
                 f"output {output} exists: pass --force to replace the earlier demo, or choose another with -o"
             )
-        if not holds_run(output):
+        if not holds_demo(output):
             raise UserError(
-                f"output {output} holds something else than a run, which --force would delete: choose another"
+                f"output {output} holds something else than a demo, which --force would delete: choose another with -o"
             )
         with alone_in(output):
             shutil.rmtree(output)
@@ -63,6 +64,14 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
     write_json(output / "scores.json", scores)
     report = write_report(output, scores, grids, title="apexflow demo: from a teacher to one-step pictures")
     return {"scores": scores, "report": str(report), "model": str(model)}
+
+
+def holds_demo(folder: Path) -> bool:
+    """Whether a folder is an earlier demo's, or what a run left that ended while it prepared."""
+    if not holds_run(folder) or not (folder / RECIPE).is_file():
+        return holds_run(folder)
+    before, own = read_json(folder / RECIPE, "recipe"), demo_recipe(folder, 1.0).to_dict()
+    return all(before.get(key) == own[key] for key in ("objective", "steps"))
 
 
 def draw_grid(generator: Generator, settings: EvaluationSettings, path: Path) -> Path:

@@ -17,8 +17,10 @@ from PIL import Image
 import apexflow
 from apexflow.cli import app
 from apexflow.data.command import listed
+from apexflow.demo import demo_recipe, holds_demo
 from apexflow.evaluation.suites import SUITES
 from apexflow.options import show
+from apexflow.training.config import short_recipe
 
 
 def test_generate_writes_the_same_picture_for_the_same_seed(run: Run, tiny_model: Path, tmp_path: Path) -> None:
@@ -202,6 +204,16 @@ def test_a_text_in_the_place_of_a_path_is_named(
     monkeypatch.chdir(tmp_path)
     refused(run(*command), f"cannot use '{LONG[:80]}…'", "too long", "check the path")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_replaces_an_earlier_one_and_no_other_run(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write(folder / "recipe.json", json.dumps(short_recipe("run", objective={}).to_dict()))
+    refused(run("demo", "-o", folder, "--force"), "something else than a demo")
+    assert (folder / "recipe.json").is_file()
+    write(folder / "recipe.json", json.dumps(demo_recipe(tmp_path / "moved", 2.0).to_dict()))
+    assert holds_demo(folder)
 
 
 def test_a_demo_through_a_link_deletes_nothing(run: Run, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def bucket_sizes(backbone: Backbone, size: int) -> list[Size]:
         if height and max(width / height, height / width) <= WIDEST and _takes(backbone, (height, width)):
             sizes.add((height, width))
     if len(sizes) == 1:
-        raise UserError("this model takes square pictures of one size only: leave the aspect-ratio buckets out")
+        raise UserError(f"at {size} pixels this model takes square pictures only: leave the aspect-ratio buckets out")
     return sorted(sizes)
 
 

@@ -102,7 +102,7 @@ def read_state(path: Path, name: str | None = None) -> dict[str, Any]:
         _check_state(state, name)
         for file, size in state.pop("sizes").items():
             if (path / file).stat().st_size != size:
-                raise OSError(f"{file} is truncated")
+                raise OSError(f"{file} has another size than it was saved with")
         return state
 
 

@@ -31,9 +31,14 @@ def train(
     from apexflow.training.spent import spent_line
 
     loaded = load_recipe(recipe, overrides or [])
-    kept = f"what was cached and saved is kept in {loaded.output}: go on with the same command and --resume"
+
+    def kept() -> str:
+        if not Path(loaded.output).exists():
+            return "nothing was written yet"
+        return f"what was cached and saved is kept in {loaded.output}: go on with the same command and --resume"
+
     try:
-        with going_on(lambda: kept):
+        with going_on(kept):
             model = run(loaded, resume)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -95,7 +95,7 @@ def test_buckets_keep_aspect_ratios(any_aspect: Path, tiny_model: Path, tmp_path
         rows = data.batch_rows(step, range(4), 4, seed=1)
         shapes_drawn.add(tuple(data.latents(rows).shape))  # rows of one shape, or this fails
     assert len(shapes_drawn) == len(counts)
-    with pytest.raises(UserError, match="square pictures of one size only"):
+    with pytest.raises(UserError, match="square pictures only"):
         cached(source, tiny_model, tmp_path / "square", buckets=True)
 
 
