@@ -202,7 +202,10 @@ def compare(
         Path, typer.Option("--output", "-o", help="Folder of the comparison; an interrupted one goes on.")
     ] = Path("runs/compare"),
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe with teacher, data, batch and tuning. Default: the miniature on scenes.")
+        Path | None,
+        typer.Option(
+            help="Recipe with teacher, data, batch, tuning, and settings of its own method. Default: the miniature on scenes."
+        ),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Training pictures that each method sees.")] = 3000,
     runs: Annotated[

@@ -365,7 +365,7 @@ def test_prompts_alone_are_refused_before_anything_is_made(plan: Plan, tmp_path:
 
 def test_settings_that_only_a_run_takes_are_not_the_mend_of_a_comparison(plan: Plan) -> None:
     small = replace(plan, recipe=replace(plan.recipe, batch=1), methods=("apex",))
-    with pytest.raises(UserError, match=r"method apex cannot be .*batch 1 is too small.* VARIANTS"):
+    with pytest.raises(UserError, match=r"method apex cannot be .*batch 1 is too small.* --recipe"):
         run_comparison(small)
     (plan.output / "costs" / "scm.json").write_text("{}")
     comparison._claim(plan)  # nothing was made with the batch that was refused, so its folder takes another

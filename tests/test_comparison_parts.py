@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ from apexflow.comparison.averages import over_runs
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.command import compare_command
 from apexflow.comparison.cost import lasting, most_kept, seconds_a_step
-from apexflow.comparison.plan import EVERYONE, VARIANTS, Plan
+from apexflow.comparison.plan import EVERYONE, VARIANTS, Plan, comparison_recipe
 from apexflow.comparison.results import own_command
 from apexflow.comparison.scores import own_sampler, pooled
-from apexflow.comparison.tables import budget_table
+from apexflow.comparison.tables import budget_table, told
 from apexflow.comparison.train import once
 from apexflow.errors import Stopped, UserError
 from apexflow.objectives import guided, objectives
@@ -141,6 +142,16 @@ def test_every_entry_is_a_recipe_of_its_method_with_the_plans_guidance(name: str
     assert replace(objective, **guided(objective, 1.0 if name == "apex-printed" else 3.5)) == objective
     assert {"kappa", "rho"} <= set(own_sampler(plan, name, 1)) and own_sampler(plan, "teacher", 1) == {}
     assert own_sampler(plan, "rcgm", 1) != own_sampler(plan, "rcgm", 20)
+
+
+def test_settings_of_a_recipe_are_those_of_its_own_method_alone(tmp_path: Path) -> None:
+    own = replace(comparison_recipe(), method="meanflow", objective={"derivative": "difference", "guidance": 3.0})
+    plan = Plan(tmp_path, recipe=own)
+    assert plan.entry("meanflow") == ("meanflow", Plan(tmp_path).entry("meanflow")[1] | own.objective)
+    for name in ("apex", "apex-endpoint", "rcgm"):
+        assert plan.entry(name) == Plan(tmp_path).entry(name)
+    results = {"teacher": "t", "first": None, "rows": {"teacher": {}}, "plan": json.loads(json.dumps(plan.identity()))}
+    assert told(results).endswith("meanflow has the recipe's derivative: difference, guidance: 3.0.")
 
 
 @pytest.fixture

@@ -22,10 +22,8 @@ from apexflow.training.prepare import finished_cache
 from apexflow.training.run import Run, answering
 from apexflow.training.step import make_batch, micro_batches
 
-# How to compare a method with other settings: a recipe's `objective`, which errors of a run name, does not reach it.
-OTHER_SETTINGS = (
-    "; in a comparison objective.* is set under a name of its own, a line of VARIANTS in apexflow/comparison/plan.py"
-)
+# How to compare a method with other settings than its defaults: errors of a run name the `objective` of its own recipe.
+OTHER_SETTINGS = "; a comparison takes objective.* from the recipe that --recipe names, for the method of that recipe"
 
 
 def check_pictures(plan: Plan) -> None:

@@ -110,8 +110,9 @@ class Plan:
         return folder if seed == self.recipe.seed else folder / f"seed-{seed}"
 
     def entry(self, name: str) -> tuple[str, dict[str, Any]]:
-        """The method of a name and the fields of its dataclass that the comparison sets."""
-        method, given = VARIANTS.get(name, (name, {}))
+        """The method of a name and the fields of its dataclass that the comparison sets, and those of a recipe of that method."""
+        own = self.recipe.objective if name == self.recipe.method else {}
+        method, given = VARIANTS.get(name, (name, own))
         suited: dict[str, Any] = guided(objectives()[method](), self.guidance)
         found = {one: asdict(value) if is_dataclass(value) else value for one, value in suited.items()}  # type: ignore[arg-type]
         whole = {key: found[key] | value if isinstance(value, dict) else value for key, value in given.items()}
