@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -45,7 +46,8 @@ def mean_of(models: Sequence[Path]) -> Backbone:
 def card(backbone: Backbone, name: str, recipes: Sequence[str]) -> str:
     """A model card: what it is, how it was made, and the place of its scores."""
     made = backbone.settings.card
-    before = Path(made["recipe"]["model"]).parent.name
+    parts = lineage(made["recipe"])
+    listed = "\n".join(f"- `recipes/{one}.yaml`, {count:,}" for one, count in parts.items())
     several = f"The weights are the mean of those of {' and '.join(recipes)}.\n" if len(recipes) > 1 else ""
     recipe, minutes = yaml.safe_dump(made["recipe"], sort_keys=False), made["seconds"] / 60
     weights = sum(
@@ -56,7 +58,11 @@ def card(backbone: Backbone, name: str, recipes: Sequence[str]) -> str:
 A miniature SANA ({weights / 1e6:.1f}M parameters with autoencoder and text encoder, bfloat16) that draws 64-pixel scenes of flat
 shapes from captions. It exists to prove and to test apexflow, and knows nothing else. Apache-2.0.
 
-The recipe below took {made["steps"]} steps and {minutes:.0f} minutes on {made["device"]}, from what `recipes/{before}.yaml` made.
+Made in {sum(parts.values()):,} steps, by these recipes one after the other; the head of each says how long it took:
+
+{listed}
+
+The last, below, took {minutes:.0f} minutes on {made["device"]}.
 {several}Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
 
 <!-- {name} -->
@@ -67,6 +73,13 @@ Recipe, with its seed:
 ```yaml
 {recipe}```
 """
+
+
+def lineage(recipe: Mapping[str, Any]) -> dict[str, int]:
+    """Steps of a recipe, and of those before it from whose models it goes on, first to last."""
+    earlier = ROOT / "recipes" / f"{Path(recipe['model']).parent.name}.yaml"
+    before = lineage(yaml.safe_load(earlier.read_text())) if earlier.is_file() else {}
+    return before | {Path(recipe["output"]).name: recipe["steps"]}
 
 
 def main() -> None:
