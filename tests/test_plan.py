@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import load_shapes, presets
 from apexflow.errors import UserError
 from apexflow.objectives import objectives
+from apexflow.training import plan as planning
 from apexflow.training.config import Optimizer, Recipe, Tuning, load_recipe
 from apexflow.training.loop import start, training_step
 from apexflow.training.memory import activations, example_inputs, kept_for_backward, sizes_of
@@ -230,6 +232,15 @@ def test_a_finished_cache_is_planned_at_its_own_size(
     assert recipe.data.size is None and settled(recipe, 1, None).data.size == 32
     own, cached = (plan(one, tokens=8).cached for one in (recipe, settled(recipe, 1, None)))
     assert cached < own
+
+
+def test_a_judge_is_planned_at_the_run_s_size(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own may be none that it takes; and what is kept of its shapes for other plans is left as it is."""
+    recipe = load_recipe(recipe_file, ["method=sana_sprint", "objective={}", "data.size=32"])
+    backbone = copy(planning.shapes_of(recipe))
+    backbone.settings = replace(backbone.settings, size=20)
+    monkeypatch.setattr(planning, "shapes_of", lambda recipe: backbone)
+    assert plan(recipe, tokens=8).backward["further networks"] > 0 and backbone.default_size == 20
 
 
 def test_storage_in_eight_bits_and_sharding_shrink_what_they_should() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -88,8 +89,10 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
     `data.size` pictures have the model's own size (see `settled`). UserError for a model whose configs are not known, and for a
     batch that the GPUs cannot share equally.
     """
-    own, backbone, teacher = rows_each(recipe.batch, gpus), shapes_of(recipe), shapes_of_teacher(recipe)
+    # A copy, which draws at the run's size as a run's does: the shapes are kept for other plans.
+    own, backbone, teacher = rows_each(recipe.batch, gpus), copy(shapes_of(recipe)), shapes_of_teacher(recipe)
     size = recipe.data.size or backbone.default_size
+    backbone.draw_at(size)
     shape = backbone.latent_shape((size, size))
     tokens = tokens or backbone.most_tokens
     objective = suited_objective(recipe, backbone, teacher)
