@@ -44,6 +44,8 @@ LAUGHS = "output: x\nobjective: {a0: &a0 [1],\n" + ",".join(
         ("output: x\noptimizer: {learning_rate: 0}\n", ("optimizer.learning_rate", "greater than 0")),
         ("output: x\noptimizer: {learning_rate: .nan}\n", ("optimizer.learning_rate", "nan")),
         ("output: x\noptimizer: {learning_rate: .inf}\n", ("optimizer.learning_rate", "finite", "inf")),
+        ("output: x\noptimizer: 1\n", ("optimizer", "a section of keys", "got 1")),
+        ("output: x\nobjective: {times: 1}\n", ("times", "a section of keys", "got 1")),
         ("output: x\noptimizer: {warmup: -1}\n", ("optimizer.warmup", "-1")),
         ("output: x\noptimizer: {clip_norm: 0}\n", ("optimizer.clip_norm", "0")),
         ("output: x\noptimizer: {weight_decay: -1}\n", ("optimizer.weight_decay", "-1")),

@@ -281,6 +281,8 @@ def parse(kind: type[Parsed], raw: dict[str, Any], where: str) -> Parsed:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+        if first["type"] in ("dataclass_type", "dict_type"):  # pydantic speaks of instances of classes
+            message = "Input should be a section of keys and their values"
         got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
         raise UserError(": ".join(filter(None, (where, key, message))) + got) from error
     for key in _truths(raw, asdict(parsed)):
