@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,14 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
         "teacher, 50 steps, guided": (teacher, EvaluationSettings(per_prompt=1, limit=PROMPTS)),
     }
     scores = {name: evaluate(generator, settings, name=name) for name, (generator, settings) in cases.items()}
-    grids = [(name, draw_grid(g, s, output / "grids" / f"{i}.png")) for i, (name, (g, s)) in enumerate(cases.items())]
+    prompts = [scene.caption for scene in scenes(GRID, seed=GRID_SEED)]
+    grids = [
+        (name, draw_grid(prompts, generator, settings, output / "grids" / f"{index}.png"))
+        for index, (name, (generator, settings)) in enumerate(cases.items())
+    ]
     write_json(output / "scores.json", scores)
-    report = write_report(output, scores, grids, title="apexflow demo: from a teacher to one-step pictures")
+    title = "apexflow demo: from a teacher to one-step pictures"
+    report = write_report(output, scores, grids, title, prompts)
     return {"scores": scores, "report": str(report), "model": str(model)}
 
 
@@ -74,9 +80,8 @@ def holds_demo(folder: Path) -> bool:
     return all(before.get(key) == own[key] for key in ("objective", "steps"))
 
 
-def draw_grid(generator: Generator, settings: EvaluationSettings, path: Path) -> Path:
-    """The same prompts and seeds for every case."""
-    prompts = [scene.caption for scene in scenes(GRID, seed=GRID_SEED)]
+def draw_grid(prompts: Sequence[str], generator: Generator, settings: EvaluationSettings, path: Path) -> Path:
+    """The prompts from the same seeds for every case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(generator.generate(prompts, settings.steps, GRID_SEED, guidance=settings.guidance), scale=2).save(path)
     return path

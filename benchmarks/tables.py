@@ -164,12 +164,8 @@ def comparison(result: dict[str, Any]) -> str:
 
 def comparison_short(result: dict[str, Any]) -> str:
     """What the comparisons say of one step and of four, and what a training step costs."""
-    others = [json.loads((RESULTS / f"comparison-{name}.json").read_text()) for name in ("longer", "falling")]
-    lengths = [result, *others]
-    falling = [one["plan"]["recipe"]["optimizer"]["schedule"] != "constant" for one in lengths]
-    images = [
-        f"{one['plan']['images']:,}" + ", rate falls" * falls for one, falls in zip(lengths, falling, strict=True)
-    ]
+    lengths = [result, json.loads((RESULTS / "comparison-falling.json").read_text())]
+    images = [f"{one['plan']['images']:,}" for one in lengths]
     rows = [
         ["", *[f"{steps}, {n}" for steps in ("one step", "four") for n in images], "time", "memory", "further networks"]
     ]

@@ -125,8 +125,10 @@ def picture(size: tuple[int, int], value: int = 0) -> Image.Image:
 
 def test_page_is_valid_and_loads_nothing(tmp_path: Path) -> None:
     picture((40, 40)).save(tmp_path / "grid.png")
-    path = write_report(make_run(tmp_path / "run"), SCORES, [("student & teacher", tmp_path / "grid.png")])
+    grids = [("student & teacher", tmp_path / "grid.png")]
+    path = write_report(make_run(tmp_path / "run"), SCORES, grids, prompts=["a <red> star", "a ring"])
     page = Page(path)
+    assert "a <red> star" in page.text and "a ring" in page.text
     assert path == tmp_path / "run" / "report.html"
     assert page.source.startswith("<!DOCTYPE html>")
     assert {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements} == set()

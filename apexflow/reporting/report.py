@@ -32,13 +32,14 @@ def write_report(
     scores: Mapping[str, Any] | None = None,
     grids: Sequence[tuple[str, Path]] = (),
     title: str | None = None,
+    prompts: Sequence[str] = (),
 ) -> Path:
     """Write `folder/report.html`, whole or not at all; its path.
 
     `folder` is a run's (recipe.json, metrics.jsonl, data.json, cost.json, previews/); what it lacks is left out. `scores` maps
     a name such as "student, one step" to its numbers: overall, tasks {name: number}, strict and any other, standard errors
-    under `key_se`. `grids` are (caption, picture file). Raises UserError where the folder is no run, a file in it or a grid
-    cannot be read, or the page cannot be written.
+    under `key_se`. `grids` are (caption, picture file), all of the same `prompts` in their order. Raises UserError where the
+    folder is no run, a file in it or a grid cannot be read, or the page cannot be written.
     """
     folder = Path(folder)
     recipe, lines = _read_run(folder)
@@ -47,7 +48,7 @@ def write_report(
     body = [
         _header(heading, name, _facts(recipe, lines) + _spent(cost)),
         score_section(scores),
-        _comparison(grids),
+        _comparison(grids, prompts),
         _curves(lines),
         _samples(folder, recipe),
         data_section(_sources(folder), _last(lines, "step"), recipe.get("batch")),
@@ -183,8 +184,11 @@ def _samples(folder: Path, recipe: Mapping[str, Any]) -> str:
 def _captions(folder: Path) -> str:
     """The captions of the newest preview that says them, under their numbers in the grids."""
     said = [line["captions"] for line in pictures.beside_previews(folder) if isinstance(line.get("captions"), list)]
-    listed = "".join(tag("li", text(caption)) for caption in said[-1]) if said else ""
-    return tag("ol", listed, class_="captions") if listed else ""
+    return _listed(said[-1]) if said else ""
+
+
+def _listed(captions: Sequence[str]) -> str:
+    return tag("ol", "".join(tag("li", text(caption)) for caption in captions), class_="captions") if captions else ""
 
 
 def _looks(folder: Path) -> str:
@@ -206,9 +210,10 @@ def _samples_note(preview: Any) -> str:
     return f"{note}: {steps}, {guided}."
 
 
-def _comparison(grids: Sequence[tuple[str, Path]]) -> str:
+def _comparison(grids: Sequence[tuple[str, Path]], prompts: Sequence[str]) -> str:
     figures = "".join(pictures.figure(_grid(caption, Path(path)), caption) for caption, path in grids)
-    return section("Side by side", tag("div", figures, class_="stack") if figures else "")
+    note = "The same prompts and the same noise in every grid, row after row." if prompts else ""
+    return section("Side by side", tag("div", figures, class_="stack") + _listed(prompts) if figures else "", note)
 
 
 def _grid(caption: str, path: Path) -> str:
