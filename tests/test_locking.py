@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from threading import Event
 import pytest
 from command_line import Run, refused, write
 
+from apexflow.demo import demo_recipe
 from apexflow.errors import UserError
 from apexflow.locking import alone_in
 from apexflow.progress import console
@@ -56,7 +58,7 @@ def test_the_second_command_in_a_folder_stops_at_once(
 
 
 def test_a_running_demo_is_not_replaced(run: Run, folder: Path, other: subprocess.Popen) -> None:
-    write(folder / "recipe.json", "{}")
+    write(folder / "recipe.json", json.dumps(demo_recipe(folder, 1.0).to_dict()))
     refused(run("demo", "-o", folder, "--force"), "another apexflow command works in")
     assert (folder / "recipe.json").is_file()
 
