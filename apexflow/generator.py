@@ -30,9 +30,8 @@ from apexflow.randomness import RowRandom
 from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
 
 MAX_BATCH = 32
-AHEAD = (
-    256  # prompts encoded in one turn, where text encoder and network take turns: of 8 MiB each at most, in main memory
-)
+# Prompts that are encoded in one turn, where text encoder and network take turns: of 8 MiB each at most, in main memory.
+AHEAD = 256
 NOT_FINITE = "the weights are damaged or overflow, or guidance or kappa is too large"
 LARGER = 4  # times a side of what a model draws: beyond that it is warned of
 GAP = 2  # pixels between the pictures of a grid

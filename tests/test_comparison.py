@@ -363,7 +363,7 @@ def test_prompts_alone_are_refused_before_anything_is_made(plan: Plan, tmp_path:
     assert not plan.output.exists()
 
 
-def test_settings_that_only_a_run_takes_are_not_the_mend_of_a_comparison(plan: Plan) -> None:
+def test_a_refusal_says_that_settings_come_from_a_recipe_and_leaves_a_folder_that_takes_another(plan: Plan) -> None:
     small = replace(plan, recipe=replace(plan.recipe, batch=1), methods=("apex",))
     with pytest.raises(UserError, match=r"method apex cannot be .*batch 1 is too small.* --recipe"):
         run_comparison(small)

@@ -45,14 +45,14 @@ def told(results: dict[str, Any]) -> str:
         "features to true pictures; less is better) and diversity (distance between pictures of a prompt) are at the fewest "
         f"evaluations.{_floor(results)} {'Memory' if results['first'] is None else 'Time and memory'} of a training step "
         f"relative to {BASIS}'s; diverged: of the results of the sweep and of every run at each budget."
-        f"{_own_settings(plan['recipe'])}"
+        f"{_own_settings(plan['recipe'], rows)}"
     )
 
 
-def _own_settings(recipe: dict[str, Any]) -> str:
-    """What the recipe sets of its own method; all others have their defaults."""
+def _own_settings(recipe: dict[str, Any], rows: dict[str, Any]) -> str:
+    """What the recipe sets of its own method, if that has a row; all others have their defaults."""
     given = ", ".join(f"{key}: {value}" for key, value in recipe["objective"].items())
-    return f" {recipe['method']} has the recipe's {given}." if given else ""
+    return f" {recipe['method']} has the recipe's {given}." if given and recipe["method"] in rows else ""
 
 
 def _floor(results: dict[str, Any]) -> str:
