@@ -55,15 +55,14 @@ WHOLE = Tuning(checkpointing=False)
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, how it is tuned, and what of its recipe APEX is told."""
+    """A checkpoint, and how it is tuned."""
 
     model: str
     tuning: Tuning = LORA
     optimizer: Optimizer = field(default_factory=Optimizer)
-    apex: dict[str, Any] = field(default_factory=dict)
 
 
-QWEN = Case("Qwen/Qwen-Image", apex={"guided_above": 0.5})
+QWEN = Case("Qwen/Qwen-Image")
 SANA = Case("Efficient-Large-Model/Sana_1600M_512px_diffusers", WHOLE)
 CASES = {
     "sana-0.6b": Case("Efficient-Large-Model/Sana_600M_512px_diffusers", WHOLE),
@@ -206,7 +205,6 @@ def recipe_of(case: str, method: str, batch: int, size: int, device: str = "cpu"
     return Recipe(
         output="unused",
         method=method,
-        objective=given.apex if method == "apex" else {},
         model=given.model,
         data=Data(size=size),
         tuning=given.tuning,

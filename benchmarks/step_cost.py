@@ -29,8 +29,8 @@ from apexflow.training.spent import peak_gib
 from apexflow.training.step import training_step
 
 
-def rows_a_row(run: Run) -> dict[str, float]:
-    """Rows through the network in one step, over the rows of the batch: with a graph, and without."""
+def rows_a_row(run: Run, steps: int) -> dict[str, float]:
+    """Rows through the network over those of the batches, with a graph and without, in some steps: which are guided is chance."""
     rows = {"with_gradient": 0, "without_gradient": 0}
     velocity = run.backbone.velocity
 
@@ -40,16 +40,17 @@ def rows_a_row(run: Run) -> dict[str, float]:
         return velocity(network, x_t, t, c)
 
     run.backbone.velocity = counted
-    training_step(run)
+    for _ in range(steps):
+        training_step(run)
     del run.backbone.velocity
-    return {name: count / run.recipe.batch for name, count in rows.items()}
+    return {name: count / (steps * run.recipe.batch) for name, count in rows.items()}
 
 
-def work_ratio(passes: dict[str, dict[str, float]], kind: str, batch: int) -> float:
+def work_ratio(passes: dict[str, dict[str, float]], kind: str) -> float:
     """The passes of an APEX step over those of a flow-matching step, with checkpointing; backward counted as `cost` has it."""
 
     def work(counted: dict[str, float]) -> float:
-        graph, without = (round(batch * counted[name]) for name in ("with_gradient", "without_gradient"))
+        graph, without = (round(1000 * counted[name]) for name in ("with_gradient", "without_gradient"))
         return cost([Pass("any", graph, True), Pass("any", without, False)], checkpointing=True, frozen=kind == "lora")
 
     return work(passes["apex"]) / work(passes["flow_matching"])
@@ -103,7 +104,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             runs = {method: begin(method, kind, given.model, given.batch, folder) for method in METHODS}
-            passes = {name: rows_a_row(run) for name, run in runs.items()}
+            passes = {name: rows_a_row(run, given.steps) for name, run in runs.items()}
             seconds = step_seconds(runs, given.steps)
             del runs
             peaks = {method: memory(method, kind, given.model, given.batch, folder) for method in METHODS}
@@ -115,7 +116,7 @@ def main() -> None:
             "memory_ratio": peaks["apex"] / peaks["flow_matching"],
         }
         print(f"{kind}: an APEX step takes {result[kind]['time_ratio']:.2f} times a flow-matching step")
-        ratio = work_ratio(passes, kind, given.batch)
+        ratio = work_ratio(passes, kind)
         print(f"  by passes, with checkpointing: {ratio:.2f} times; rows through the network a row: {passes}")
         print(f"  peak memory over the idle process: {peaks} MiB, ratio {result[kind]['memory_ratio']:.2f}")
     if given.output:

@@ -101,7 +101,7 @@ def step_cost(result: dict[str, Any]) -> str:
         row = result[kind]
         passes = row["passes"]["apex"]
         counted = f"{passes['with_gradient']:.2f} / {passes['without_gradient']:.2f}"
-        by_passes = f"{work_ratio(row['passes'], kind, result['batch']):.3f} times"
+        by_passes = f"{work_ratio(row['passes'], kind):.3f} times"
         rest = [f"{row['time_ratio']:.2f} times", counted, f"{row['memory_ratio']:.2f} times"]
         rows.append([kind, by_passes, *rest])
     return table(rows)

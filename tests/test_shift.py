@@ -9,7 +9,7 @@ import pytest
 
 from apexflow.errors import UserError
 from apexflow.objectives import guided, objectives
-from apexflow.training.config import Recipe
+from apexflow.training.config import Recipe, Tuning
 from apexflow.training.suited import suited_objective
 
 
@@ -48,6 +48,14 @@ def test_the_teacher_is_guided_as_it_is_drawn_or_as_the_recipe_says() -> None:
     assert suited_objective(Recipe(output="x"), family()).guidance == 4.0
     assert suited_objective(Recipe(output="x"), family(guidance=1.0), family()).guidance == 4.0  # the named teacher's
     assert suited_objective(Recipe(output="x", objective={"guidance": 1.5}), family()).guidance == 1.5
+
+
+def test_a_lora_s_teacher_is_guided_in_the_noisier_half_or_as_the_recipe_says() -> None:
+    lora = Tuning(kind="lora")
+    assert suited_objective(Recipe(output="x"), family()).guided_above == 0.0
+    assert suited_objective(Recipe(output="x", tuning=lora), family()).guided_above == 0.5
+    everywhere = Recipe(output="x", tuning=lora, objective={"guided_above": 0.0})
+    assert suited_objective(everywhere, family()).guided_above == 0.0
 
 
 @pytest.mark.parametrize("method", objectives())

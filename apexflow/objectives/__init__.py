@@ -181,8 +181,8 @@ class Objective(ABC):
         """ValueError where a global batch of `total` rows leaves none for a part of the loss, which would then never be taken."""
         return
 
-    def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> Objective:
-        """The same with the fields that a recipe has not `given` set to what suits the model.
+    def for_model(self, shift: tuple[float, float], scale: float, lora: bool, given: Mapping[str, Any]) -> Objective:
+        """The same with the fields that a recipe has not `given` set to what suits the model, tuned whole or as a `lora`.
 
         shift: (a, b) of its family. scale: the guidance at which its teacher is drawn. Where that is 1, guidance is in the
         teacher's weights already (FLUX.1, FLUX.2 [klein] distilled, SANA-Sprint, Z-Image-Turbo, LCM-SDXL), and none is added.

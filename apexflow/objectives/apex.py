@@ -140,7 +140,8 @@ class APEX(Objective):
     guidance: scale of classifier-free guidance in the teacher's answers (1: none, the paper). A run takes the one at which
         its teacher is drawn, if the recipe says nothing.
     guided_above: guidance from this time on alone (Kynkaanniemi et al. 2024, in a limited interval); below, the teacher is asked
-        once. 0: everywhere. A step costs less by as much, and the student is about the same (`docs/log.md`).
+        once. 0: everywhere. A step costs less by as much, and the student is about the same (`docs/log.md`). A LoRA's run
+        takes 0.5, if the recipe says nothing.
     lambda_law: lambda is "uniform" in [0, lambda_max], "ramp" (uniform up to a bound that grows over the run) or "constant".
     exact_below: below this noise level of Eq. (18) the fake's own velocity z_fake - x_fake stands in for the shifted branch,
         which is its mean over all fakes and so does not see what is wrong with just this one. 0: never (the paper). Above 0
@@ -233,9 +234,12 @@ class APEX(Objective):
                 "rows" + ", lower objective.share" * (total > 1) + ", or say objective.path_rows=all"
             )
 
-    def for_model(self, shift: tuple[float, float], scale: float, given: Mapping[str, Any]) -> APEX:
-        """The same with the model's (a, b), and guided as its teacher is drawn, where a recipe has not `given` them."""
-        suited: dict[str, Any] = {"a": shift[0], "b": shift[1], "guidance": scale}
+    def for_model(self, shift: tuple[float, float], scale: float, lora: bool, given: Mapping[str, Any]) -> APEX:
+        """The same with the model's (a, b), and guided as its teacher is drawn, where a recipe has not `given` them.
+
+        For a `lora` in the noisier half alone: it learns as much, and a step stays below 2.2 of flow matching's.
+        """
+        suited: dict[str, Any] = {"a": shift[0], "b": shift[1], "guidance": scale, "guided_above": 0.5 if lora else 0.0}
         return replace(self, **{name: value for name, value in suited.items() if name not in given})
 
     def __call__(self, networks: Networks, batch: Batch, memory: MutableMapping[str, Tensor]) -> Losses:
