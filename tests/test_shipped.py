@@ -56,3 +56,25 @@ def test_the_same_seed_gives_the_same_picture_whatever_the_batch() -> None:
     different = (torch.frombuffer(bytearray(alone.tobytes()), dtype=torch.uint8).int()
                  - torch.frombuffer(bytearray(together.tobytes()), dtype=torch.uint8).int()).abs()  # fmt: skip
     assert different.max() <= 1  # padding and batch move the last bit at most
+
+
+def test_deeper_answers_as_before_and_learns_in_its_new_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BUILT_IN.parent.parent / "recipes")
+    from deepen import AFTER, deepen
+
+    backbone = load_backbone("mini-teacher")
+    x_t, t, c = (
+        torch.randn(2, 8, 8, 8),
+        torch.tensor([1.0, 0.3]),
+        backbone.encode_prompts(["a red star", "a blue ring"]),
+    )
+    deeper = deepen(backbone.transformer)
+    F = backbone.velocity(deeper, x_t, t, c)
+    torch.testing.assert_close(F, backbone.velocity(backbone.transformer, x_t, t, c), rtol=0, atol=0)
+    F.square().sum().backward()
+    assert len(deeper.transformer_blocks) == len(backbone.transformer.transformer_blocks) + len(AFTER)
+    for place, index in enumerate(AFTER):
+        new = deeper.transformer_blocks[index + 1 + place]
+        assert all(
+            last.weight.grad.norm() > 0 for last in (new.attn1.to_out[0], new.attn2.to_out[0], new.ff.conv_point)
+        )
