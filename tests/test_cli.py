@@ -319,6 +319,16 @@ def test_out_of_memory_says_what_the_plan_says(
     refused(run("generate", "a star", "-o", recipe_file.parent / "o.png"), "out of memory", "fewer or smaller")
 
 
+def test_out_of_memory_is_said_of_a_model_that_cannot_be_planned(
+    run: Run, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("apexflow.training.loop.train", full)
+    refused(run("train", recipe_file, "model=someone/else"), "out of memory", "micro_batch", "'someone/else'")
+
+
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_a_rank_above_every_matrix_is_refused_before_anything_is_built(
     run: Run, recipe_file: Path, tmp_path: Path, command: str

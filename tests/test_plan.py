@@ -278,6 +278,11 @@ def test_presets_have_the_published_sizes() -> None:
         load_shapes("someone/else")
 
 
+def test_the_text_encoder_of_a_preset_is_there_to_be_counted() -> None:
+    backbone = load_shapes("Efficient-Large-Model/Sana_600M_512px_diffusers")
+    assert sum(p.numel() for p in backbone.text_encoder.parameters()) == 2_614_341_888
+
+
 @pytest.mark.parametrize("method", objectives())
 def test_passes_are_counted_for_every_method(method: str) -> None:
     passes = count_passes(Recipe(output="x", method=method).build_objective(), 8)

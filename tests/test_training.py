@@ -13,7 +13,7 @@ import torch
 from little_runs import KINDS, METHODS, assert_same, method_overrides
 from safetensors.torch import load_file
 
-from apexflow.backbones import load_backbone
+from apexflow.backbones import load_backbone, read_settings
 from apexflow.errors import Diverged, UserError
 from apexflow.training import loop
 from apexflow.training.checkpoint import checkpoints
@@ -84,6 +84,8 @@ def test_the_saved_model_answers_as_the_average_did(recipe_file: Path, kind: str
     x, t, c = run.data.latents([0, 1]), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
     loaded = load_backbone(str(folder))
     assert loaded.default_size == 32  # draws what it has learnt to draw
+    if kind == "lora":  # the adapter alone too, whoever hands it over or merges it
+        assert read_settings(folder.parent / "lora") == loaded.settings
     with torch.no_grad():
         expected = run.networks.reference(x, t, c)
         assert (loaded.velocity(loaded.transformer, x, t, c) - expected).abs().max() < 1e-5

@@ -41,7 +41,9 @@ def load_shapes(model: str, dtype: torch.dtype = torch.float32) -> Backbone:
         )
     with tempfile.TemporaryDirectory() as folder:
         write_configs(json.loads(known[model].read_text()), Path(folder))
-        return load_backbone(folder, "meta", dtype)
+        backbone = load_backbone(folder, "meta", dtype)
+        _ = backbone.text_encoder  # read when it is first called for, and by then the folder is gone
+    return backbone
 
 
 def write_configs(preset: dict[str, Any], folder: Path) -> None:

@@ -38,7 +38,9 @@ class Pair:
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether it can be added to a weight of this shape."""
         inner, outer = tuple(self.down.shape), tuple(self.up.shape)
-        return len(outer) >= 2 and outer[1] == inner[0] and outer[0] == shape[0] and inner[1:] == tuple(shape[1:])
+        points = math.prod(outer[2:]) == 1  # a kernel on either side would be no product of two matrices
+        fits = len(outer) >= 2 and outer[1] == inner[0] and outer[0] == shape[0] and inner[1:] == tuple(shape[1:])
+        return fits and points
 
 
 def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:

@@ -93,4 +93,8 @@ def _no_room(recipe: Recipe) -> str:
     from apexflow.training.plan import out_of_memory, settled
 
     gpus = rank_and_world()[1]
-    return out_of_memory(settled(recipe, gpus, memory_of(own_device(recipe.device))), gpus)
+    try:
+        return out_of_memory(settled(recipe, gpus, memory_of(own_device(recipe.device))), gpus)
+    except UserError as error:  # such as a hub id whose configs are not known here: that is not what stopped the run
+        mend = "set tuning.checkpointing=true, lower micro_batch, or tune a LoRA (tuning.kind=lora)"
+        return f"out of memory: {mend}; `apexflow plan` cannot say which is enough ({str(error).partition(': ')[0]})"

@@ -235,9 +235,12 @@ def _count_captions(backbone: Backbone, rows: int, tokens: int) -> int:
     encoder: Any = copy.deepcopy(backbone.text_encoder).requires_grad_(True)
     as_fake([encoder], mode)
     with mode, kept_for_backward([encoder]) as kept, counting(backbone, tokens):
-        ids = torch.zeros(rows, tokens, dtype=torch.int64)
         several = encoder.values() if isinstance(encoder, nn.ModuleDict) else [encoder]
-        alive = [one(input_ids=ids)[0] for one in several]
+        lengths = [
+            min(tokens, getattr(one.config, "max_position_embeddings", tokens)) for one in several
+        ]  # CLIP's is 77
+        ids = [torch.zeros(rows, length, dtype=torch.int64) for length in lengths]
+        alive = [one(input_ids=read)[0] for one, read in zip(several, ids, strict=True)]
         found = kept.bytes
         del alive
     return found

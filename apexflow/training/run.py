@@ -37,6 +37,9 @@ FINISHING = {"steps", "minutes", "preview", "sampling_steps", "sampling_guidance
 FINISHING |= {"device", "parallel", "micro_batch", "bad_steps"}
 # Settings that decide which weights are trained.
 MAKING = {"model", "teacher", "method", "objective", "tuning"}
+OTHERWISE = (
+    "give what it had, or another output for a run of its own"  # of settings that a checkpoint does not go on with
+)
 # What each kind of optimizer keeps of a parameter: its number of steps, and moments of the parameter's shape.
 MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "adamw8bit": ("step", "state1", "state2")}
 # What is made in the folder before the recipe is written there.
@@ -148,13 +151,12 @@ def restore(run: Run, path: Path) -> None:
         except UserError as error:
             # Whoever changed a setting is helped by its name, not by that of a tensor.
             if cause := [one for one in said if one.partition(" ")[0].partition(".")[0] in MAKING]:
-                mend = "give what it had, or another output for a run of its own"
-                raise UserError(f"{path} does not go on with {', '.join(cause)}: {mend}") from error
+                raise UserError(f"{path} does not go on with {', '.join(cause)}: {OTHERWISE}") from error
             raise
         targets = {f"trained/{name}": p.data for name, p in run.trained.items()}
         targets |= {f"average/{name}": tensor for name, tensor in run.roles.average.items()}
         targets |= _optimizer_targets(run, found, str(path))
-        _check_moments(run, state, path)
+        _check_moments(run, state, path, said)
         targets |= _memory_targets(run, found, state["world"])
     with together():
         read_into(path, targets)
@@ -226,8 +228,9 @@ def _optimizer_targets(run: Run, found: dict[str, Tensor], what: str) -> dict[st
     return targets
 
 
-def _check_moments(run: Run, state: Mapping[str, Any], path: Path) -> None:
-    """UserError where a checkpoint lacks what the optimizer's next step would ask for."""
+def _check_moments(run: Run, state: Mapping[str, Any], path: Path, said: Sequence[str]) -> None:
+    """UserError where a checkpoint lacks what the optimizer's next step would ask for: it is damaged, unless another kind of
+    optimizer is among what is `said` otherwise than in it."""
     kind, moments = run.recipe.optimizer.kind, _moments(run)
     # Where no step was finite, and a parameter that no loss has reached, there are none.
     lack = "the optimizer's state" if state["bad"] < state["step"] and not any(held for *_, held in moments) else ""
@@ -235,6 +238,8 @@ def _check_moments(run: Run, state: Mapping[str, Any], path: Path) -> None:
         for key in MOMENTS[kind] if held else ():
             if key not in held or held[key].shape != (() if key == "step" else parameter.shape):
                 lack = lack or f"{key} of {name}, which optimizer.kind={kind} needs"
+    if lack and (cause := [one for one in said if one.startswith("optimizer.kind ")]):
+        raise UserError(f"{path} does not go on with {cause[0]}: {OTHERWISE}")
     if lack:
         raise UserError(f"checkpoint {path} lacks {lack}: delete it to resume from the one before")
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from apexflow.backbones import Backbone, Settings, second_time
-from apexflow.errors import Diverged
+from apexflow.backbones import Backbone, Settings, second_time, write_settings
+from apexflow.errors import Diverged, writing
 from apexflow.export.lora import is_loadable, save_lora
 from apexflow.files import new_folder
 from apexflow.progress import console
@@ -34,7 +34,7 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
         roles.gather_average()
         with together():
             if leads():  # before the merge, which takes room for the whole model and may find none
-                save_adapter(roles, folder / "lora")
+                save_adapter(roles, folder / "lora", settings)
     transformer = roles.final()
     with together():
         if leads():
@@ -82,9 +82,13 @@ def _save_parts(backbone: Backbone, folder: Path, settings: Settings) -> None:
         second_time.save(second, folder)
 
 
-def save_adapter(roles: LoraRoles, folder: Path) -> None:
-    """Write the adapter alone, for stock diffusers and ComfyUI. A family whose stock pipeline loads no LoRA goes without."""
+def save_adapter(roles: LoraRoles, folder: Path, settings: Settings | None = None) -> None:
+    """Write the adapter alone, for stock diffusers and ComfyUI, and beside it how it is drawn, where that is not as its base is.
+    A family whose stock pipeline loads no LoRA goes without."""
     if is_loadable(roles.backbone):
         save_lora(roles, folder)
+        if settings is not None:
+            with writing(folder):
+                write_settings(folder, settings)
     else:
         console.print("no LoRA file, since the family's stock pipeline loads none: use the merged model")

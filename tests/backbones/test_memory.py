@@ -8,6 +8,7 @@ import torch
 from apexflow.backbones import load_backbone
 from apexflow.errors import UserError
 from apexflow.training.config import Recipe, Tuning
+from apexflow.training.memory import _count_captions as count_captions
 from apexflow.training.memory import activations, example_inputs, kept_for_backward
 from apexflow.training.passes import Pass
 from apexflow.training.roles import make_roles
@@ -61,6 +62,13 @@ def test_what_is_computed_again_is_the_largest_checkpointed_part(name, parts, fo
     recipe = Recipe(output="x", tuning=Tuning(checkpointing=True))
     found = activations(backbone, recipe, PASSES[:1], shape, TOKENS)
     assert alive.requires_grad and found.block == pytest.approx(max(held), rel=0.02)
+
+
+def test_captions_longer_than_clip_reads_are_counted(folder_of):
+    """Stable Diffusion 3 has 77 tokens of CLIP before T5's, and each CLIP reads no more than these."""
+    backbone = load_backbone(str(folder_of("sd3")), "meta")
+    short, long = (count_captions(backbone, 2, tokens) for tokens in (77, 100))
+    assert 0 < short < long < 100 / 77 * short
 
 
 def test_a_network_that_reads_numbers_is_named(folder_of):

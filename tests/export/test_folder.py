@@ -219,6 +219,7 @@ def test_a_pair_adds_to_convolutions_of_any_kernel():
     two = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, pair.down), pair.up)
     assert torch.allclose(torch.nn.functional.conv2d(x, delta), 0.5 * two, atol=1e-5)
     assert pair.fits((5, 3, 3, 3)) and not pair.fits((5, 4, 3, 3)) and not pair.fits((4, 3, 3, 3))
+    assert not replace(pair, up=torch.randn(5, 2, 3, 3)).fits((5, 3, 3, 3))
 
 
 # -- What is refused ---------------------------------------------------------------------------------------------------
