@@ -9,7 +9,6 @@ from apexflow.evaluation.geneval.prompt_set import COLORS, NAMES, PROMPTS_SHA256
 from apexflow.evaluation.geneval.scoring import (
     evaluate_image,
     filter_detections,
-    iou,
     kept_indices,
     overall_error,
     relative_position,
@@ -28,7 +27,6 @@ __all__ = [
     "convert_mmdet_state_dict",
     "evaluate_image",
     "filter_detections",
-    "iou",
     "kept_indices",
     "overall_error",
     "postprocess",
