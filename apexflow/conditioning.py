@@ -47,14 +47,9 @@ class Condition:
             pooled = _affine(pooled, a, b)
         return replace(self, embeds=embeds, pooled=pooled)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """A copy on another device or in another dtype (the mask keeps its dtype). On its way to a GPU nothing waits for it."""
-
-        def move(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-            return tensor.to(device=device, dtype=dtype, non_blocking=tensor.device.type == "cpu")
-
-        mask = self.mask if self.mask is None else move(self.mask, None)
-        return replace(self._map(lambda tensor: move(tensor, dtype)), mask=mask)
+    def to(self, device: torch.device | str) -> Condition:
+        """A copy on another device. On its way to a GPU nothing waits for it."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.device.type == "cpu"))
 
     def expand(self, rows: int) -> Condition:
         """A condition of one row (the null condition, say), repeated for `rows` rows."""
@@ -132,8 +127,8 @@ def guided_answer(
 ) -> Tensor:
     """What `ask(x_t, t, c)` answers, guided by `rule`: asked for both conditions in one pass, or in two.
 
-    Rows at a time below `above` are not guided, and not asked for the null condition. Where that is all of them the first is, for
-    nothing: processes that share one sharded network must ask it equally often.
+    Rows at a time below `above` are not guided, and not asked for the null condition. Where that is all of them, the first is
+    asked for it all the same: processes that share one sharded network must ask it equally often.
     """
     high = t >= above if above > 0 else None  # None: all, without a look at the times, for which a GPU is waited for
     asked = slice(None) if high is None else high if bool(high.any()) else slice(1)
