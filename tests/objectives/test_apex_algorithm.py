@@ -8,21 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from closed_forms import (
-    Call,
-    Roles,
-    make_batch,
-    make_roles,
-    micro_batches,
-)
+from closed_forms import Call, Roles, make_batch, make_roles, micro_batches
 from plain import draw, plain_multi_scale
 from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Networks
-from apexflow.objectives.apex import (
-    APEX,
-)
+from apexflow.objectives.apex import APEX
 from apexflow.objectives.times import TimeLaw
 
 # -- Algorithm 1 as a whole --------------------------------------------------------------------------------------------
