@@ -101,7 +101,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
         passes, losses = trace_passes(objective, rows, recipe.batch, shape)
         of_losses = kept.bytes
         del losses
-    again, blocks = checkpointed(recipe.tuning, backbone.transformer), blocks_of(backbone)
+    again = checkpointed(recipe.tuning, backbone.transformer)
     needed = _activations(recipe, backbone, teacher, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0)
     sizes = network_sizes(backbone, recipe, objective.needs, tokens, teacher)
     shared = gpus if recipe.parallel == "fsdp" else 1
@@ -120,7 +120,7 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
         "batch": 2 * rows * (latents + text),
     }
     if shared > 1:
-        parts["one block whole"] = (sizes.trained + sizes.frozen) // max(blocks, 1)
+        parts["one block whole"] = (sizes.trained + sizes.frozen) // max(blocks_of(backbone), 1)
     # Gradients come as the activations go, unless those of the rows before are there. DDP keeps room for them besides.
     held = (sizes.trained + sizes.further) // shared * (rows < own) + sizes.trained * (gpus > 1 and shared == 1)
     backward = parts | {"gradients": held}
