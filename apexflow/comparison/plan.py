@@ -106,7 +106,7 @@ class Plan:
         return range(self.recipe.seed, self.recipe.seed + self.runs)
 
     def of_seed(self, folder: Path, seed: int) -> Path:
-        """Where the first seed has `folder`, the place of another."""
+        """Where a seed keeps what the first seed keeps in `folder`."""
         return folder if seed == self.recipe.seed else folder / f"seed-{seed}"
 
     def entry(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -119,7 +119,7 @@ class Plan:
         return method, found | whole
 
     def nested(self, name: str, steps: Collection[int]) -> bool:
-        """Whether a run to the most of these steps is, on its way, a run to each of the fewer: nothing follows its length."""
+        """Whether the longest of runs of these lengths passes through the shorter ones: nothing in it depends on its length."""
         method, given = self.entry(name)
         timed = parse(objectives()[method], given, name).scheduled
         warmed = len({min(WARMUP, count) for count in steps}) == 1
