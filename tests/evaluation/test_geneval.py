@@ -1,10 +1,9 @@
-"""GenEval's scoring rules, case by case and against a plain scalar reading of them."""
+"""GenEval's prompts and scoring rules, case by case."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
 
 import numpy as np
@@ -147,65 +146,6 @@ def test_every_pair_must_stand_in_the_relation() -> None:
     assert geneval.evaluate_image(kept, position("left of", count=1), never)[0]
     reason = "expected dog left of target, found above target"
     assert geneval.evaluate_image(kept, position("left of", count=2), never) == (False, reason)
-
-
-def scalar_relations(a: np.ndarray, b: np.ndarray) -> set[str]:
-    shrunk, offset = [], []
-    for low in (0, 1):
-        center = [(box[low] + box[low + 2]) / np.float32(2) for box in (a, b)]
-        size = abs(a[low + 2] - a[low]) + abs(b[low + 2] - b[low])
-        offset.append(center[0] - center[1])
-        shrunk.append(np.sign(offset[-1]) * max(abs(offset[-1]) - np.float32(0.1) * size, np.float32(0)))
-    if all(abs(part) < 1e-3 for part in shrunk):
-        return set()
-    norm = np.sqrt(offset[0] ** 2 + offset[1] ** 2)
-    named = zip(shrunk, (("left of", "right of"), ("above", "below")), strict=True)
-    return {names[int(part > 0)] for part, names in named if abs(part / norm) > 0.5}
-
-
-def scalar_verdict(detections: dict[str, np.ndarray], metadata: dict, colors: dict[float, str]) -> bool:
-    least = np.float32(0.9 if metadata["tag"] == "counting" else 0.3)
-    objects = {
-        name: sorted((r for r in rows if r[4] > least), key=lambda r: -r[4]) for name, rows in detections.items()
-    }
-    correct, groups = True, []
-    for clause in metadata["include"]:
-        found = objects.get(clause["class"], [])[: clause["count"]]
-        good = len(found) == clause["count"]
-        if good and "color" in clause:
-            good = all(colors[float(row[0])] == clause["color"] for row in found)
-        if good and "position" in clause:
-            relation, target = clause["position"]
-            good = groups[target] is not None
-            good = good and all(relation in scalar_relations(a, b) for a in found for b in groups[target])
-        groups.append(found if good else None)
-        correct &= good
-    return correct and all(len(objects.get(e["class"], [])) < e["count"] for e in metadata.get("exclude", []))
-
-
-def test_agrees_with_a_scalar_reading_on_random_scenes() -> None:
-    rng, verdicts = np.random.default_rng(0), Counter()
-    random.seed(0)
-    prompts = geneval.prompts()
-    for _ in range(1500):
-        metadata = random.choice(prompts)
-        names = [clause["class"] for clause in metadata["include"]] + ["zebra"]
-        detections = {}
-        for name in dict.fromkeys(names):
-            corner = rng.integers(0, 200, (rng.integers(0, 5), 2))
-            scores = rng.permutation(np.arange(0.2, 1.0, 0.05))[: len(corner)] ** 0.3
-            sides = rng.integers(5, 80, corner.shape)
-            detections[name] = np.concatenate([corner, corner + sides, scores[:, None]], axis=1).astype(np.float32)
-        wanted = [clause.get("color", "red") for clause in metadata["include"]]
-        colors = {float(x): wanted[int(x) % 2 * (len(wanted) - 1)] for x in range(200)}
-        kept = geneval.filter_detections(detections, metadata)
-        correct, reason = geneval.evaluate_image(
-            kept, metadata, lambda _, found, colors=colors: [colors[float(row[0])] for row in found]
-        )
-        assert correct == scalar_verdict(detections, metadata, colors), (metadata, detections, reason)
-        assert correct == (reason == "")
-        verdicts[metadata["tag"], correct] += 1
-    assert all(verdicts[tag, verdict] > 5 for tag in geneval.TASKS for verdict in (True, False)), verdicts
 
 
 def test_colour_prompts_and_crops() -> None:

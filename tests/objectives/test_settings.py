@@ -49,6 +49,15 @@ def test_a_method_may_be_sampled_otherwise_from_a_number_of_steps_on() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "named"),
     [
+        (APEX, {"lambda_max": 1.1}, "lambda_max"),
+        (APEX, {"lambda_max": -0.1}, "lambda_max"),
+        (APEX, {"share": 1.0}, "path_rows"),
+        (APEX, {"share": 0.0}, "endpoint_weight"),
+        (APEX, {"share": 1.5}, "share"),
+        (APEX, {"share": -0.5}, "share"),
+        (APEX, {"guided_above": 1.5}, "guided_above"),
+        (APEX, {"path_weight": -1.0}, "path_weight"),
+        (APEX, {"path_weight": 0.0, "endpoint_weight": 0.0}, "path_weight"),
         (APEX, {"clip": -1.0}, "clip"),
         (APEX, {"c": 0.0}, "c must"),
         (APEX, {"p": -0.1}, "p in"),
