@@ -82,9 +82,9 @@ def replace_rows(c: Condition, where: Tensor, other: Condition) -> Condition:
         return c
     where = where.to(c.embeds.device, non_blocking=True)
     length = max(c.embeds.shape[1], other.embeds.shape[1])
-    embeds, mask = pad_tokens(c.embeds, length), pad_tokens(_mask(c), length)
+    embeds, mask = pad_tokens(c.embeds, length), pad_tokens(mask_of(c), length)
     embeds = torch.where(where[:, None, None], pad_tokens(other.embeds, length).to(embeds), embeds)
-    mask = torch.where(where[:, None], pad_tokens(_mask(other), length).to(mask), mask)
+    mask = torch.where(where[:, None], pad_tokens(mask_of(other), length).to(mask), mask)
     pooled = c.pooled
     if pooled is not None and other.pooled is not None:
         pooled = torch.where(where[:, None], other.pooled.to(pooled), pooled)
@@ -97,7 +97,7 @@ def join(c: Condition, other: Condition) -> Condition:
     embeds = torch.cat([pad_tokens(c.embeds, length), pad_tokens(other.embeds, length).to(c.embeds)])
     mask = pooled = None
     if c.mask is not None or other.mask is not None or c.embeds.shape[1] != other.embeds.shape[1]:
-        mask = torch.cat([pad_tokens(_mask(c), length), pad_tokens(_mask(other), length).to(_mask(c))])
+        mask = torch.cat([pad_tokens(mask_of(c), length), pad_tokens(mask_of(other), length).to(mask_of(c))])
     if c.pooled is not None and other.pooled is not None:
         pooled = torch.cat([c.pooled, other.pooled.to(c.pooled)])
     return Condition(embeds, mask, pooled)
@@ -152,5 +152,6 @@ def pad_tokens(tensor: Tensor, length: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
-def _mask(condition: Condition) -> Tensor:
+def mask_of(condition: Condition) -> Tensor:
+    """Its mask (B, L), all ones where it has none."""
     return condition.embeds.new_ones(condition.embeds.shape[:2]) if condition.mask is None else condition.mask
