@@ -10,7 +10,7 @@ from PIL import Image
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.plan import IMAGES, TEACHER, Plan
 from apexflow.comparison.scores import grid_prompts, strips
-from apexflow.comparison.tables import SWEPT, TITLES, budget_table, kept_budgets, sweep_table, task_table, told
+from apexflow.comparison.tables import SWEPT, TITLES, budget_table, kept_budgets, legend, sweep_table, task_table
 from apexflow.comparison.train import run_folder
 from apexflow.objectives import objectives
 from apexflow.reporting import curves, pictures
@@ -29,7 +29,7 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     command = tag("p", tag("code", text(results["command"])))
     body = [
         tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
-        section("What was compared", command + _papers(plan, rows), told(results)),
+        section("What was compared", command + _papers(plan, rows), legend(results)),
         *(section(TITLES[budget], shown(budget_table(rows, budget, nfe, true))) for budget in kept_budgets(rows)),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
         section("Tasks at one step", shown(task_table(rows))),

@@ -60,10 +60,15 @@ def kept_indices(
     return kept
 
 
+def _floating(values: ArrayLike) -> Array:
+    """As an array of floating numbers: float32, as the detector's own output is, unless they are such already."""
+    array = np.asarray(values) if hasattr(values, "dtype") else np.asarray(values, dtype=np.float32)
+    return array if array.dtype.kind == "f" else array.astype(np.float32)
+
+
 def as_rows(found: ArrayLike) -> Array:
-    """(n, 5) floating array of one class's detections; lists become float32, as the detector's own output is."""
-    rows = np.asarray(found) if hasattr(found, "dtype") else np.asarray(found, dtype=np.float32)
-    rows = rows if rows.dtype.kind == "f" else rows.astype(np.float32)
+    """(n, 5) floating array of one class's detections."""
+    rows = _floating(found)
     if rows.size == 0:
         return rows.reshape(0, 5)
     if rows.ndim != 2 or rows.shape[1] != 5:
@@ -94,9 +99,7 @@ def relative_position(a: ArrayLike, b: ArrayLike) -> set[str]:
 
 def _corners(box: ArrayLike) -> Array:
     """(2, 2) [[x1, y1], [x2, y2]]."""
-    values = np.asarray(box) if hasattr(box, "dtype") else np.asarray(box, dtype=np.float32)
-    values = values if values.dtype.kind == "f" else values.astype(np.float32)
-    return values[:4].reshape(2, 2)
+    return _floating(box)[:4].reshape(2, 2)
 
 
 def evaluate_image(kept: Mapping[str, ArrayLike], metadata: Mapping[str, Any], color_of: ColorOf) -> tuple[bool, str]:
