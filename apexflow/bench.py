@@ -68,7 +68,7 @@ def bench(
 
 
 def sampling_speed(
-    cases: Mapping[str, tuple[Generator, Case]], batch: int = 10, size: int | None = None
+    cases: Mapping[str, tuple[Generator, Case]], batch: int, size: int | None = None
 ) -> dict[str, dict[str, float]]:
     """By name: network evaluations a picture, seconds of one picture alone, pictures a second of `batch` at once, text encoder
     and decoder included, and how many times faster than the first case."""
@@ -91,9 +91,7 @@ def sampling_speed(
     return rows
 
 
-def training_speed(
-    model: str, tuning: str, batch: int, size: int | None = None, device: str = "auto"
-) -> dict[str, Any]:
+def training_speed(model: str, tuning: str, batch: int, size: int | None, device: str) -> dict[str, Any]:
     """Seconds of a training step by flow matching and by APEX with the same rows, and their ratio."""
     with tempfile.TemporaryDirectory() as scratch:
         runs = {method: begin(method, tuning, model, batch, Path(scratch), size, device) for method in METHODS}

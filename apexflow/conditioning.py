@@ -47,14 +47,9 @@ class Condition:
             pooled = _affine(pooled, a, b)
         return replace(self, embeds=embeds, pooled=pooled)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """A copy on another device or in another dtype (the mask keeps its dtype). On its way to a GPU nothing waits for it."""
-
-        def move(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-            return tensor.to(device=device, dtype=dtype, non_blocking=tensor.device.type == "cpu")
-
-        mask = self.mask if self.mask is None else move(self.mask, None)
-        return replace(self._map(lambda tensor: move(tensor, dtype)), mask=mask)
+    def to(self, device: torch.device | str) -> Condition:
+        """A copy on another device. On its way to a GPU nothing waits for it."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.device.type == "cpu"))
 
     def expand(self, rows: int) -> Condition:
         """A condition of one row (the null condition, say), repeated for `rows` rows."""
@@ -87,9 +82,9 @@ def replace_rows(c: Condition, where: Tensor, other: Condition) -> Condition:
         return c
     where = where.to(c.embeds.device, non_blocking=True)
     length = max(c.embeds.shape[1], other.embeds.shape[1])
-    embeds, mask = pad_tokens(c.embeds, length), pad_tokens(_mask(c), length)
+    embeds, mask = pad_tokens(c.embeds, length), pad_tokens(mask_of(c), length)
     embeds = torch.where(where[:, None, None], pad_tokens(other.embeds, length).to(embeds), embeds)
-    mask = torch.where(where[:, None], pad_tokens(_mask(other), length).to(mask), mask)
+    mask = torch.where(where[:, None], pad_tokens(mask_of(other), length).to(mask), mask)
     pooled = c.pooled
     if pooled is not None and other.pooled is not None:
         pooled = torch.where(where[:, None], other.pooled.to(pooled), pooled)
@@ -102,7 +97,7 @@ def join(c: Condition, other: Condition) -> Condition:
     embeds = torch.cat([pad_tokens(c.embeds, length), pad_tokens(other.embeds, length).to(c.embeds)])
     mask = pooled = None
     if c.mask is not None or other.mask is not None or c.embeds.shape[1] != other.embeds.shape[1]:
-        mask = torch.cat([pad_tokens(_mask(c), length), pad_tokens(_mask(other), length).to(_mask(c))])
+        mask = torch.cat([pad_tokens(mask_of(c), length), pad_tokens(mask_of(other), length).to(mask_of(c))])
     if c.pooled is not None and other.pooled is not None:
         pooled = torch.cat([c.pooled, other.pooled.to(c.pooled)])
     return Condition(embeds, mask, pooled)
@@ -132,8 +127,8 @@ def guided_answer(
 ) -> Tensor:
     """What `ask(x_t, t, c)` answers, guided by `rule`: asked for both conditions in one pass, or in two.
 
-    Rows at a time below `above` are not guided, and not asked for the null condition. Where that is all of them the first is, for
-    nothing: processes that share one sharded network must ask it equally often.
+    Rows at a time below `above` are not guided, and not asked for the null condition. Where that is all of them, the first is
+    asked for it all the same: processes that share one sharded network must ask it equally often.
     """
     high = t >= above if above > 0 else None  # None: all, without a look at the times, for which a GPU is waited for
     asked = slice(None) if high is None else high if bool(high.any()) else slice(1)
@@ -157,5 +152,6 @@ def pad_tokens(tensor: Tensor, length: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
-def _mask(condition: Condition) -> Tensor:
+def mask_of(condition: Condition) -> Tensor:
+    """Its mask (B, L), all ones where it has none."""
     return condition.embeds.new_ones(condition.embeds.shape[:2]) if condition.mask is None else condition.mask

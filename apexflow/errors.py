@@ -78,8 +78,8 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def no_path(error: BaseException) -> str | None:
-    """Of a path that cannot be looked at, what to do: its name is too long, as a text in its place is, or it is not ours to read.
-    None of any other error."""
+    """What to do about a path whose name is too long, as a text given in its place is, or that we may not read; None for any
+    other error."""
     if not isinstance(error, OSError) or error.filename is None:
         return None
     if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP):

@@ -199,7 +199,7 @@ class Generator:
         return sample(velocity, z, plan.times, plan.kappa, plan.rho, plan.order, backbone.transport, fresh, jumps)
 
 
-def at_once(size: int) -> int:
+def pictures_at_once(size: int) -> int:
     """How many pictures of `size` pixels a side are drawn in a batch: 32 small ones, 8 of 512 or two of 1024."""
     return max(1, min(MAX_BATCH, MAX_BATCH * 256**2 // size**2))
 

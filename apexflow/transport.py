@@ -99,5 +99,3 @@ VARIANCE_PRESERVING = Transport(
     alpha_hat=lambda t: t * 0 + 1,
     gamma_hat=lambda t: t * 0,
 )
-
-TRANSPORTS = {transport.name: transport for transport in (LINEAR, TRIGONOMETRIC, VARIANCE_PRESERVING)}

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -29,6 +30,22 @@ from apexflow.generator import load
 PICTURES = Path("runs/scores")
 
 
+def scored(name: str, case: Case, pictures: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """The row of one case, over all seeds, with the held-out pairs beside it."""
+    generator, report = load(case.model), {}
+    for suite in ("mini-geneval", "mini-geneval-held-out"):
+        reports = []
+        for seed in range(given.seeds):
+            settings = EvaluationSettings(
+                suite, case.steps, case.guidance, per_prompt=given.per_prompt, seed=seed, limit=given.limit
+            )
+            reports.append(evaluate(generator, settings, pictures / f"{suite}-{seed}", name))
+        report[suite] = over_seeds(reports)
+    held_out = report["mini-geneval-held-out"]
+    extra = {"held_out": held_out["overall"], "held_out_tasks": held_out["tasks"]}
+    return report["mini-geneval"] | extra | {"model": case.model, "seeds": given.seeds} | provenance()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", metavar="NAME=MODEL[:STEPS[:GUIDANCE]]")
@@ -37,7 +54,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    scores = {}
+    scores: dict[str, Any] = {}
     if given.output and given.output.is_file():
         scores = json.loads(given.output.read_text())["scores"]  # cases already scored are kept
     for case in given.cases:
@@ -45,31 +62,8 @@ def main() -> None:
         sampled = Case.read(rest)
         if name in scores:
             continue
-        generator = load(sampled.model)
-        report = {}
         pictures = PICTURES / re.sub(r"\W+", "-", name)
-        for suite in ("mini-geneval", "mini-geneval-held-out"):
-            common = {"suite": suite, "steps": sampled.steps, "guidance": sampled.guidance}
-            reports = [
-                evaluate(
-                    generator,
-                    EvaluationSettings(per_prompt=given.per_prompt, seed=seed, limit=given.limit, **common),
-                    folder=pictures / f"{suite}-{seed}",
-                    name=name,
-                )
-                for seed in range(given.seeds)
-            ]
-            report[suite] = over_seeds(reports)
-        scores[name] = (
-            report["mini-geneval"]
-            | {
-                "held_out": report["mini-geneval-held-out"]["overall"],
-                "held_out_tasks": report["mini-geneval-held-out"]["tasks"],
-                "model": sampled.model,
-                "seeds": given.seeds,
-            }
-            | provenance()
-        )
+        scores[name] = scored(name, sampled, pictures, given)
         if given.output:
             write_json(given.output, {"scores": scores})
         shutil.rmtree(pictures)

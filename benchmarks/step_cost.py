@@ -58,20 +58,9 @@ def work_ratio(passes: dict[str, dict[str, float]], kind: str) -> float:
 
 def memory(method: str, kind: str, model: str, batch: int, folder: Path) -> float:
     """Growth of the peak resident set over three steps, MiB, in a fresh process."""
-    arguments = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        method,
-        kind,
-        "--model",
-        model,
-        "--batch",
-        str(batch),
-        "--folder",
-        str(folder),
-    ]
-    return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.split()[-1])
+    given = ["--memory-of", method, kind, "--model", model, "--batch", str(batch), "--folder", str(folder)]
+    done = subprocess.run([sys.executable, __file__, *given], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
 
 
 def print_memory(method: str, kind: str, model: str, batch: int, folder: Path) -> None:

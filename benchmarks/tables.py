@@ -18,7 +18,7 @@ from typing import Any
 from step_cost import work_ratio
 
 from apexflow.comparison.plan import IMAGES
-from apexflow.comparison.tables import TITLES, budget_table, counted, kept_budgets, rests, table, with_error
+from apexflow.comparison.tables import TITLES, about_errors, budget_table, counted, kept_budgets, table, with_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -159,7 +159,7 @@ def comparison(result: dict[str, Any]) -> str:
         f"{TITLES[budget]}:\n\n{table(budget_table(rows, budget, plan['nfe'], result.get('true_pictures')))}"
         for budget in kept_budgets(rows)
     ]
-    return "\n\n".join([f"{told} {rests(rows)}", *tables])
+    return "\n\n".join([f"{told} {about_errors(rows)}", *tables])
 
 
 def comparison_short(result: dict[str, Any]) -> str:

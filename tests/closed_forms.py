@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,11 @@ from apexflow.objectives import Batch, Field, Further, Networks, Objective
 from apexflow.randomness import RowRandom
 from apexflow.sampler import Velocity
 from apexflow.training.fields import held
-from apexflow.transport import LINEAR, Transport, expand
+from apexflow.transport import LINEAR, TRIGONOMETRIC, VARIANCE_PRESERVING, Transport, expand
+
+EVERY_TRANSPORT = pytest.mark.parametrize(
+    "transport", (LINEAR, TRIGONOMETRIC, VARIANCE_PRESERVING), ids=lambda transport: transport.name
+)
 
 
 def gaussian_velocity(mean: Tensor | float, std: Tensor | float, transport: Transport = LINEAR) -> Velocity:

@@ -130,7 +130,7 @@ def test_a_checkpoint_without_a_part_of_the_optimizer_is_not_resumed(
         start(load_recipe(recipe_file, ["steps=4"]), resume=True)
 
 
-def test_a_run_without_a_finite_step_has_no_moments_and_is_resumed(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_finite_step_has_no_moments_and_is_resumed(recipe_file: Path) -> None:
     run = start(load_recipe(recipe_file), resume=False)
     run.step = run.bad = 1
     save(run)
@@ -170,7 +170,7 @@ def test_a_fused_optimizer_counts_its_steps_beside_the_weights(fused: bool | Non
     assert targets["optimizer/w/exp_avg"].device.type == "meta"
 
 
-def test_moments_in_eight_bits_are_resumed(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_in_eight_bits_are_resumed(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "adam_in_eight_bits", lambda: CountingAdam)
     recipe = load_recipe(recipe_file, ["optimizer.kind=adamw8bit", "steps=4"])
     run = start(recipe, resume=False)

@@ -91,9 +91,7 @@ def test_a_shard_with_one_bad_record_is_used_without_it(run: Run, recipe_file: P
     assert record["rows"] == 39 and record["skipped"] == {str(folder / "a.tar:0"): "corrupt picture"}
 
 
-def test_a_cache_of_other_data_or_a_damaged_cache_is_refused(
-    run: Run, recipe_file: Path, tmp_path: Path, scene_folder: Path
-) -> None:
+def test_a_cache_of_other_data_or_a_damaged_cache_is_refused(run: Run, recipe_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert run("train", recipe_file, "steps=1", f"data.cache={cache}")[0] == 0
     names = [str(i) for i in range(6)]

@@ -18,7 +18,7 @@ from apexflow.comparison.cost import lasting, most_kept, seconds_a_step
 from apexflow.comparison.plan import EVERYONE, VARIANTS, Plan, comparison_recipe
 from apexflow.comparison.results import own_command
 from apexflow.comparison.scores import own_sampler, pooled
-from apexflow.comparison.tables import budget_table, told
+from apexflow.comparison.tables import budget_table, legend
 from apexflow.comparison.train import once
 from apexflow.errors import Stopped, UserError
 from apexflow.objectives import guided, objectives
@@ -152,7 +152,7 @@ def test_settings_of_a_recipe_are_those_of_its_own_method_alone(tmp_path: Path) 
         assert plan.entry(name) == Plan(tmp_path).entry(name)
     results = {"teacher": "t", "first": None, "rows": {"teacher": {}}, "plan": json.loads(json.dumps(plan.identity()))}
     said = "meanflow has the recipe's derivative: difference, guidance: 3.0."
-    assert said not in told(results) and told(results | {"rows": {"meanflow": {}}}).endswith(said)
+    assert said not in legend(results) and legend(results | {"rows": {"meanflow": {}}}).endswith(said)
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def test_own_prompts_are_encoded_as_many_at_once_as_are_drawn(
     asked: list[int] = []
     encode = Sana.encode_prompts
     monkeypatch.setattr(Sana, "encode_prompts", lambda own, prompts: asked.append(len(prompts)) or encode(own, prompts))
-    monkeypatch.setattr(preview, "at_once", lambda size: 2)
+    monkeypatch.setattr(preview, "pictures_at_once", lambda size: 2)
     prompts = ["a red star", "a photo of a blue ring left of a green heart", "a star", "two green hearts", "a ring"]
     run = start(load_recipe(recipe_file, [f"preview.prompts={json.dumps(prompts)}"]), resume=False)
     assert asked[-3:] == [2, 2, 1]
@@ -237,7 +237,7 @@ def test_large_previews_are_drawn_a_few_at_a_time_and_are_the_same(
     expected, asked = loop.preview(run), []
     velocity = run.backbone.velocity
     monkeypatch.setattr(run.backbone, "velocity", lambda *given: asked.append(len(given[1])) or velocity(*given))
-    monkeypatch.setattr(preview, "at_once", lambda size: 2)
+    monkeypatch.setattr(preview, "pictures_at_once", lambda size: 2)
     assert loop.preview(run) == pytest.approx(expected, abs=1e-3)
     assert max(asked) == 2 and sum(asked) == 5 * (2 if guidance != 1 else 1)
 

@@ -88,7 +88,7 @@ def test_an_evaluation_encodes_its_prompts_in_one_turn(
     backbone = load_backbone(str(tiny_model))
     generator = Generator(backbone, InTurn(backbone, CPU))
     moves = turns_of(generator, monkeypatch)
-    monkeypatch.setattr("apexflow.evaluation.drawing.at_once", lambda size: 2)
+    monkeypatch.setattr("apexflow.evaluation.drawing.pictures_at_once", lambda size: 2)
     settings = EvaluationSettings(limit=6, per_prompt=1, steps=1, guidance=2.0)
     report = evaluate(generator, settings, tmp_path / "scores")
     assert report["pictures"] == 6 and len(moves) == 2

@@ -115,7 +115,7 @@ def test_a_shared_run_saves_and_goes_on(parallel: str, recipe_file: Path, tmp_pa
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_commands_take_the_gpu_unasked(run: Run, recipe_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_commands_take_the_gpu_unasked(run: Run, recipe_file: Path, tmp_path: Path) -> None:
     def answered(*arguments: object) -> dict:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.max_memory_allocated()

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from closed_forms import gaussian_endpoint, gaussian_velocity
+from closed_forms import EVERY_TRANSPORT, gaussian_endpoint, gaussian_velocity
 from torch import Tensor
 
 from apexflow.sampler import Velocity, extrapolate, kumaraswamy, refresh, sample, shift_times, time_grid
-from apexflow.transport import LINEAR, TRANSPORTS, TRIGONOMETRIC, Transport
+from apexflow.transport import LINEAR, TRIGONOMETRIC, Transport
 
 MEAN, STD = 1.5, 0.4
 SMOOTH = pytest.mark.parametrize("transport", [LINEAR, TRIGONOMETRIC], ids=lambda transport: transport.name)
@@ -70,12 +70,6 @@ def test_grids_descend_strictly_to_zero(
     assert bool((grid.diff() < 0).all())
 
 
-@pytest.mark.parametrize("gaps", [(0.5, 0.5), (0.5, 0.6)], ids=str)
-def test_gaps_that_leave_no_room_are_refused(gaps: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="gaps"):
-        time_grid(2, gaps)
-
-
 def test_the_warp_is_kumaraswamys_and_keeps_the_ends() -> None:
     u = torch.linspace(0, 1, 9, dtype=torch.float64)
     assert torch.equal(kumaraswamy(u, 1, 1, 1), u)
@@ -96,8 +90,11 @@ def test_grids_need_a_step(steps: int) -> None:
         time_grid(steps)
 
 
-@pytest.mark.parametrize("gaps", [(-0.1, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, -0.1), (math.nan, 0.0)], ids=str)
-def test_gaps_outside_the_unit_interval_are_refused(gaps: tuple[float, float]) -> None:
+OUTSIDE, NO_ROOM = [(-0.1, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, -0.1), (math.nan, 0.0)], [(0.5, 0.5), (0.5, 0.6)]
+
+
+@pytest.mark.parametrize("gaps", OUTSIDE + NO_ROOM, ids=str)
+def test_gaps_outside_the_unit_interval_or_without_room_are_refused(gaps: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="gaps"):
         time_grid(2, gaps)
 
@@ -142,14 +139,14 @@ def test_heun_is_the_better_at_equal_evaluations(transport: Transport) -> None:
     assert heun.square().mean() < euler.square().mean() / 4
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
+@EVERY_TRANSPORT
 def test_many_steps_reach_the_data_distribution(transport: Transport) -> None:
     z = noise()
     pictures = sample(gaussian_velocity(MEAN, STD, transport), z, time_grid(400), transport=transport)
     torch.testing.assert_close(pictures, gaussian_endpoint(z, MEAN, STD, transport), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
+@EVERY_TRANSPORT
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_straight_path_is_exact_in_any_number_of_steps(transport: Transport, order: int, steps: int) -> None:
@@ -168,7 +165,7 @@ def test_a_straight_path_is_exact_in_any_number_of_steps(transport: Transport, o
 # -- Algorithm 2, line by line -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
+@EVERY_TRANSPORT
 def test_one_step_is_the_endpoint(transport: Transport) -> None:
     z, one = noise(), torch.ones(16, dtype=torch.float64)
     expected = transport.endpoint(curved(z, one), z, one)

@@ -90,8 +90,8 @@ class Encoders:
     def encoders_to_save(self) -> dict[str, Any]:
         """By the names of their folders: `Later` for what is as it was read, else the network that stands there now.
 
-        A network that was read is compared with its files, which are read again for that: of what was changed in place, a hash
-        of some of its values might tell nothing, as where one token's embedding was tuned.
+        A network that was read is compared with its files, which are read again for that: a hash of some of its values might
+        miss what was changed in place, such as one token's embedding.
         """
         saved: dict[str, Any] = {}
         for role in ROLES:

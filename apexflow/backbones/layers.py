@@ -9,7 +9,10 @@ from torch import nn
 
 
 def layer_answers(layers: Sequence[nn.Module], ask: Callable[[], Any]) -> tuple[list[Any], Any]:
-    """What each of some layers answers while a network is asked, and its own answer. A sharded one tells none of its states."""
+    """What each of some layers answers while a network is asked, and the network's own answer.
+
+    By hooks, since a sharded network hands over none of its hidden states.
+    """
     seen: dict[nn.Module, Any] = {}
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:

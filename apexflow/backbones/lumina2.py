@@ -12,7 +12,7 @@ from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import decoder_states, is_null
-from apexflow.conditioning import Condition, guide_at_length
+from apexflow.conditioning import Condition, guide_at_length, mask_of
 
 
 class Lumina2(Backbone):
@@ -47,12 +47,11 @@ class Lumina2(Backbone):
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 16, h, w), answered in the dtype of x_t."""
         dtype = compute_dtype(network)
-        mask = c.embeds.new_ones(c.embeds.shape[:2]) if c.mask is None else c.mask
         answer = network(
             hidden_states=x_t.to(dtype),
             timestep=1 - t.float(),
             encoder_hidden_states=c.embeds.to(dtype),
-            encoder_attention_mask=mask.long(),  # summed to lengths inside
+            encoder_attention_mask=mask_of(c).long(),  # summed to lengths inside
             return_dict=False,
         )[0]
         return -answer.to(x_t.dtype)

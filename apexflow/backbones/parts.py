@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apexflow.backbones.folder import (
-    INDEX,
-    components,
-    copy_part,
-    read_object,
-    refuse_pickles,
-    write_index,
-)
+from apexflow.backbones.folder import INDEX, components, copy_part, read_object, refuse_pickles, write_index
 from apexflow.backbones.precision import autoencoder_dtype
 from apexflow.backbones.scheduler import SCHEDULER, load_scheduler
 from apexflow.backbones.settings import Settings, write_settings
@@ -197,7 +190,7 @@ class Later:
 
 
 def load_parts(
-    folder: Path, kinds: Mapping[str, Any], device: torch.device, dtype: torch.dtype, hollow: bool = False
+    folder: Path, kinds: Mapping[str, Any], device: torch.device, dtype: torch.dtype, hollow: bool
 ) -> dict[str, Any]:
     """The named sub-folders (tokenizers, and models with weights) and the scheduler; UserError names a missing one.
 
@@ -265,13 +258,13 @@ def check_whole(folder: Path, kinds: Mapping[str, Any]) -> None:
 
 
 def save_folder(
-    folder: Path, pipeline: str, parts: Mapping[str, Any], settings: Settings, extra: Mapping[str, Any] | None = None
+    folder: Path, pipeline: str, parts: Mapping[str, Any], settings: Settings, extra: Mapping[str, Any]
 ) -> None:
     """Write parts, the index (with `extra` entries) and `apexflow.json`: what the stock `pipeline` loads."""
     import diffusers
 
     quiet()  # of a model that was built, and not loaded, nothing has been silenced yet
-    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **(extra or {})}
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **extra}
     for name in sorted(parts):
         parts[name].save_pretrained(folder / name)
         index[name] = index_entry(getattr(parts[name], "kind", type(parts[name])))

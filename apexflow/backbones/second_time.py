@@ -33,7 +33,7 @@ class SecondTime(nn.Module):
     `adapters` names the states that it keeps, as a LoRA does, and `active` the one that answers (None: no second time).
     """
 
-    def __init__(self, width: int, adapters: Sequence[str] = ("default",)) -> None:
+    def __init__(self, width: int, adapters: Sequence[str]) -> None:
         super().__init__()
         self.embedders = nn.ModuleDict({name: _embedder(width) for name in adapters})
         self.active: str | None = "default"

@@ -11,7 +11,7 @@ NUMBERS = ("overall", "strict", "diversity", "distance")
 
 
 def over_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The results of one budget as one: of those that lasted, `runs` of `trained`; the first, marked, where all diverged.
+    """One result of several runs to one budget, over the `runs` that lasted of those `trained`; the first where all diverged.
 
     Seconds and scores are means; images, steps and the number of pictures are a run's.
     """

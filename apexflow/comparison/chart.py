@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from apexflow.reporting.curves import BOTTOM, LEFT, TOP, value_axis
+from apexflow.reporting.curves import BOTTOM, LEFT, TOP, axis_text, value_axis
 from apexflow.reporting.markup import tag, text
 
 WIDTH, HEIGHT, RIGHT = 560, 236, 400
@@ -23,8 +23,8 @@ def lines_chart(
     y = value_axis([*ends, *(value for values in series.values() for value in values)], may_be_log=False)
     places = [LEFT + (RIGHT - LEFT) * index / max(len(ticks) - 1, 1) for index in range(len(ticks))]
     rules = "".join(tag("path", d=f"M{LEFT} {y.at(value):.1f}H{RIGHT}", class_="rule") for value, _ in y.ticks)
-    heights = "".join(_text(LEFT - 8, y.at(value) + 4, written, "end") for value, written in y.ticks)
-    steps = "".join(_text(place, BOTTOM + 20, tick, "middle") for place, tick in zip(places, ticks, strict=True))
+    heights = "".join(axis_text(LEFT - 8, y.at(value) + 4, written, "end") for value, written in y.ticks)
+    steps = "".join(axis_text(place, BOTTOM + 20, tick, "middle") for place, tick in zip(places, ticks, strict=True))
     names = _spread({name: y.at(values[-1]) for name, values in series.items()})
     colors = {name: f"hsl({360 * index // len(series)} 65% 45%)" for index, name in enumerate(series)}
     lines = "".join(
@@ -63,7 +63,3 @@ def _spread(ends: Mapping[str, float]) -> dict[str, float]:
         spread[name] = max(ends[name], above)
     over = max(spread[order[-1]] - BOTTOM, 0) if order else 0
     return {name: place - over for name, place in spread.items()}
-
-
-def _text(x: float, y: float, written: str, anchor: str) -> str:
-    return tag("text", text(written), x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)

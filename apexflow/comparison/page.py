@@ -10,7 +10,7 @@ from PIL import Image
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.plan import IMAGES, TEACHER, Plan
 from apexflow.comparison.scores import grid_prompts, strips
-from apexflow.comparison.tables import SWEPT, TITLES, budget_table, kept_budgets, sweep_table, task_table, told
+from apexflow.comparison.tables import SWEPT, TITLES, budget_table, kept_budgets, legend, sweep_table, task_table
 from apexflow.comparison.train import run_folder
 from apexflow.objectives import objectives
 from apexflow.reporting import curves, pictures
@@ -24,28 +24,23 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     rows, nfe = results["rows"], list(plan.nfe)
     prompts = grid(plan, rows, "prompts", [str(index + 1) for index in range(len(grid_prompts()))])
     steps = grid(plan, rows, "nfe", [f"NFE {number}" for number in nfe])
+    numbered = "; ".join(f"{index}: {prompt}" for index, prompt in enumerate(grid_prompts(), 1))
     true = results.get("true_pictures")
     command = tag("p", tag("code", text(results["command"])))
     body = [
         tag("header", tag("p", "Comparison") + tag("h1", "One teacher, every method")),
-        section("What was compared", command + _papers(plan, rows), told(results)),
+        section("What was compared", command + _papers(plan, rows), legend(results)),
         *(section(TITLES[budget], shown(budget_table(rows, budget, nfe, true))) for budget in kept_budgets(rows)),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
         section("Tasks at one step", shown(task_table(rows))),
-        section(
-            "The same prompts and noise at one step", _picture(prompts, "prompt"), "; ".join(_numbered(grid_prompts()))
-        ),
+        section("The same prompts and noise at one step", _picture(prompts, "prompt"), numbered),
         section("One prompt at every number of steps", _picture(steps, "number of steps"), grid_prompts()[0]),
         section(
             "Stability: loss and gradient norm",
             tag("div", _training(plan, rows), class_="charts"),
             "The first run of each.",
         ),
-        section(
-            "The sweep of learning rates, and the time of all",
-            shown(sweep_table(rows)),
-            SWEPT,
-        ),
+        section("The sweep of learning rates, and the time of all", shown(sweep_table(rows)), SWEPT),
     ]
     return write(plan.output / "report.html", page("apexflow comparison", "".join(body)))
 
@@ -94,10 +89,6 @@ def _training(plan: Plan, rows: dict[str, Any]) -> str:
                 curve = curves.Curve(f"{name}: {key.replace('_', ' ')}", points)
                 charts.append(curves.figure(curve, (0, lines[-1]["step"])))
     return "".join(charts)
-
-
-def _numbered(prompts: list[str]) -> list[str]:
-    return [f"{index + 1}: {prompt}" for index, prompt in enumerate(prompts)]
 
 
 def _picture(path: Path, column: str) -> str:

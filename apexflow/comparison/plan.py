@@ -39,6 +39,13 @@ TEACHER = "teacher"
 IMAGES, TIME = "images", "time"
 
 
+def comparison_recipe() -> Recipe:
+    """What all methods share when no recipe is given: the shipped teacher on drawn scenes, short runs."""
+    # Rate and warm-up are each run's own: what stands here names the folders of comparisons.
+    data = Data(source="scenes", count=10000, seed=2)
+    return short_recipe("", data=data, optimizer=Optimizer(), checkpoint_every=100)
+
+
 @dataclass(frozen=True)
 class Plan:
     """One comparison. `recipe` says teacher, data, batch, tuning and seed; methods differ in nothing but themselves.
@@ -50,7 +57,7 @@ class Plan:
     """
 
     output: Path
-    recipe: Recipe = field(default_factory=lambda: comparison_recipe())
+    recipe: Recipe = field(default_factory=comparison_recipe)
     methods: tuple[str, ...] = EVERYONE
     images: int = 3000
     runs: int = 1
@@ -106,7 +113,7 @@ class Plan:
         return range(self.recipe.seed, self.recipe.seed + self.runs)
 
     def of_seed(self, folder: Path, seed: int) -> Path:
-        """Where the first seed has `folder`, the place of another."""
+        """Where a seed keeps what the first seed keeps in `folder`."""
         return folder if seed == self.recipe.seed else folder / f"seed-{seed}"
 
     def entry(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -119,7 +126,7 @@ class Plan:
         return method, found | whole
 
     def nested(self, name: str, steps: Collection[int]) -> bool:
-        """Whether a run to the most of these steps is, on its way, a run to each of the fewer: nothing follows its length."""
+        """Whether the longest of runs of these lengths passes through the shorter ones: nothing in it depends on its length."""
         method, given = self.entry(name)
         timed = parse(objectives()[method], given, name).scheduled
         warmed = len({min(WARMUP, count) for count in steps}) == 1
@@ -147,10 +154,3 @@ class Plan:
         plain = asdict(self)
         del plain["output"], plain["methods"], plain["runs"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
-
-
-def comparison_recipe() -> Recipe:
-    """What all methods share when no recipe is given: the shipped teacher on drawn scenes, short runs."""
-    # Rate and warm-up are each run's own: what stands here names the folders of comparisons.
-    data = Data(source="scenes", count=10000, seed=2)
-    return short_recipe("", data=data, optimizer=Optimizer(), checkpoint_every=100)

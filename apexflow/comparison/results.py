@@ -66,7 +66,7 @@ def _claim(plan: Plan) -> None:
     marker = plan.output / "plan.json"
     if marker.is_file():
         before, now = read_json(marker, "the comparison"), _as_json(plan.identity())
-        before = {"timed": True} | before  # as all were
+        before = {"timed": True} | before  # as all were before plans said so
         before["recipe"] = _with_defaults(before["recipe"], _as_json(asdict(Recipe(output=""))))
         differs = [key for key in before | now if before.get(key) != now.get(key)]
         if differs and {path.name for path in plan.output.iterdir()} <= {"plan.json", "costs"}:
@@ -85,7 +85,7 @@ def _claim(plan: Plan) -> None:
 
 
 def _with_defaults(found: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A field of recipes that is younger than a folder had its default in it."""
+    """The recipe of an earlier folder; a field that recipes did not have then gets its default."""
     parts = {
         key: _with_defaults(found[key], value)
         for key, value in defaults.items()

@@ -14,7 +14,7 @@ SWEPT = "Mean scores over the numbers of evaluations; seconds. The sweep's best 
 def markdown(results: dict[str, Any]) -> str:
     """The budgets, the tasks at one step, and what was spent."""
     rows, plan = results["rows"], results["plan"]
-    parts = ["# Comparison", told(results)]
+    parts = ["# Comparison", legend(results)]
     for budget in kept_budgets(rows):
         parts += [f"## {TITLES[budget]}", table(budget_table(rows, budget, plan["nfe"], results.get("true_pictures")))]
     parts += ["## Tasks at one step, equal images", table(task_table(rows))]
@@ -28,7 +28,7 @@ def kept_budgets(rows: dict[str, Any]) -> list[str]:
     return [budget for budget in TITLES if budget in kept]
 
 
-def told(results: dict[str, Any]) -> str:
+def legend(results: dict[str, Any]) -> str:
     """What was done, and what the columns mean."""
     plan, rows = results["plan"], results["rows"]
     alone = [
@@ -39,8 +39,8 @@ def told(results: dict[str, Any]) -> str:
     return (
         f"Teacher {results['teacher']}; {plan['images']:,} images a run at batch {plan['recipe']['batch']}, "
         f"at the best of {counted(rates, 'learning rate')} by the mean score over the evaluations of a run each with the "
-        f"first seed. {_equal_time(results['first'], alone)}{rests(rows)} Scores are mini-GenEval, overall, each method with its "
-        f"own sampler, without guidance but what was trained in: {counted(plan['seeds'], 'seed')} of the noise, "
+        f"first seed. {_equal_time(results['first'], alone)}{about_errors(rows)} Scores are mini-GenEval, overall, each "
+        f"method with its own sampler, without guidance but what was trained in: {counted(plan['seeds'], 'seed')} of the noise, "
         f"{counted(plan['per_prompt'], 'picture')} a prompt{limit}. FD (distance of "
         "features to true pictures; less is better) and diversity (distance between pictures of a prompt) are at the fewest "
         f"evaluations.{_floor(results)} {'Memory' if results['first'] is None else 'Time and memory'} of a training step "
@@ -73,7 +73,7 @@ def _equal_time(first: str | None, alone: list[str]) -> str:
     )
 
 
-def rests(rows: dict[str, Any]) -> str:
+def about_errors(rows: dict[str, Any]) -> str:
     """What means and errors are over."""
     most = max(len(row.get("runs", [])) for row in rows.values())
     over_pictures = "± is the standard error over pictures"

@@ -74,20 +74,8 @@ def outline(shape: str) -> list[tuple[float, float]]:
         return [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]
     if shape == "cross":
         w = 0.34
-        return [
-            (-w, -1),
-            (w, -1),
-            (w, -w),
-            (1, -w),
-            (1, w),
-            (w, w),
-            (w, 1),
-            (-w, 1),
-            (-w, w),
-            (-1, w),
-            (-1, -w),
-            (-w, -w),
-        ]
+        half = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w)]
+        return half + [(-x, -y) for x, y in half]  # the same, turned by 180 degrees
     if shape == "star":
         radii = [1.08 if i % 2 == 0 else 0.45 for i in range(10)]
         return [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5) + 0.05) for i, r in enumerate(radii)]

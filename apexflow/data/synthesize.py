@@ -23,7 +23,7 @@ from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, quoted
 from apexflow.files import drop_partial
-from apexflow.generator import NOT_FINITE, Generator, at_once, check_sampling
+from apexflow.generator import NOT_FINITE, Generator, check_sampling, pictures_at_once
 from apexflow.locking import made_once
 from apexflow.progress import Progress
 
@@ -147,7 +147,7 @@ def _draw(path: Path, generator: Generator, chosen: Sequence[Wish], settings: Sy
     records: list[Record] = []
     size = settings.size or generator.backbone.default_size
     generator.encode_ahead([wish.prompt for wish in chosen])
-    for group in groups(chosen, at_once(size)):
+    for group in groups(chosen, pictures_at_once(size)):
         texts = [wish.prompt for wish in group]
         for prompt in generator.backbone.unknown_words(texts):
             warnings.warn(f"the model knows no word of {quoted(prompt)}: the picture will not follow it", stacklevel=2)

@@ -196,17 +196,16 @@ def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
     from apexflow.evaluation.table import score_table
 
     waiting = [report for report in reports if "pending" in report]
-    result = waiting[0] if waiting else over_seeds(reports)
-    lines = (
-        f"{report['folder']}: "
-        + (f"{report['pending']} pictures are still to be drawn" if report["pending"] else "all drawn")
-        for report in waiting
-    )
-    show(
-        result,
-        as_json,
-        "\n".join(f"{line}; not scored" for line in lines) if waiting else score_table({result["name"]: result}),
-    )
+    if not waiting:
+        result = over_seeds(reports)
+        show(result, as_json, score_table({result["name"]: result}))
+        return
+    lines = []
+    for report in waiting:
+        left = report["pending"]
+        told = f"{left} pictures are still to be drawn" if left else "all drawn"
+        lines.append(f"{report['folder']}: {told}; not scored")
+    show(waiting[0], as_json, "\n".join(lines))
 
 
 def convert_detector(

@@ -14,7 +14,7 @@ from apexflow.data.workers import Share
 from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture
 from apexflow.evaluation.suite import Drawing, EvaluationSettings, Prompt, Suite
 from apexflow.files import write_json, write_text
-from apexflow.generator import AHEAD, MAX_BATCH, Generator, at_once
+from apexflow.generator import AHEAD, MAX_BATCH, Generator, pictures_at_once
 from apexflow.progress import Progress
 
 EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawing
@@ -44,7 +44,7 @@ def draw(
         for window in groups(todo, AHEAD):
             generator.encode_ahead([drawing.text for drawing in window])
             # Drawings that fill a batch; one with more samples than that is drawn in several.
-            for group in groups(window, max(1, at_once(size) // len(window[0].samples))):
+            for group in groups(window, max(1, pictures_at_once(size) // len(window[0].samples))):
                 for drawing, samples in _draw_group(generator, settings, group, size):
                     if not (folder / EVALUATIONS).is_file():
                         write_json(folder / EVALUATIONS, generator.evaluations)

@@ -6,8 +6,6 @@ The numbers of two protocols cannot be compared, nor can those of two image size
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
@@ -75,10 +73,8 @@ class RunningStatistics:
         self._scatter: Array = np.zeros((size, size))
 
     def add(self, features: ArrayLike) -> None:
-        """features: (n, D); n may be 0."""
+        """features: (n, D), at least one row."""
         rows = np.asarray(features, dtype=np.float64)
-        if len(rows) == 0:
-            return
         batch_mean = rows.mean(axis=0)
         centred, shift = rows - batch_mean, batch_mean - self.mean
         total = self.count + len(rows)
@@ -93,17 +89,12 @@ class RunningStatistics:
         return self.mean, self._scatter / (self.count - 1)
 
 
-def clean_resize(image: Image.Image | NDArray[Any], size: int | tuple[int, int]) -> NDArray[np.float32]:
-    """clean-fid's resize: (height, width, 3) float32 in [0, 255], antialiased bicubic, channel by channel, unrounded.
-
-    image: a picture, or (H, W, 3) numbers in [0, 255]; size: one side of a square, or (width, height) as pillow.
-    """
-    target = (size, size) if isinstance(size, int) else size
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image).astype(np.float32)
-    if pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UserError(f"clean_resize got an array of shape {pixels.shape}: give a picture or (H, W, 3)")
+def clean_resize(image: Image.Image, side: int) -> NDArray[np.float32]:
+    """clean-fid's resize: (side, side, 3) float32 in [0, 255], antialiased bicubic, channel by channel, unrounded."""
+    pixels = np.asarray(image.convert("RGB")).astype(np.float32)
     # In float mode pillow neither rounds nor clips between its two passes, which is what "clean" stands for.
-    channels = [Image.fromarray(pixels[..., index]).resize(target, Image.Resampling.BICUBIC) for index in range(3)]
+    size = (side, side)
+    channels = [Image.fromarray(pixels[..., index]).resize(size, Image.Resampling.BICUBIC) for index in range(3)]
     return np.stack([np.asarray(channel) for channel in channels], axis=-1).clip(0, 255)
 
 

@@ -1,6 +1,6 @@
 """A judge over an OpenAI-compatible HTTP API (vLLM, SGLang, llama.cpp, hosted).
 
-`Judge.ask` sends one conversation and retries what may pass (time-outs, closed connections, 408/409/429/5xx, a body
+A `Judge` sends one conversation and retries what may pass (time-outs, closed connections, 408/409/429/5xx, a body
 that is no answer). `replies.py` asks many at a time and keeps what they answer.
 """
 
@@ -72,9 +72,6 @@ class Judge:
             raise UserError(f"judge attempts is {self.attempts}: allow at least one")
 
     def __call__(self, messages: Sequence[Message]) -> str:
-        return self.ask(messages)
-
-    def ask(self, messages: Sequence[Message]) -> str:
         """The text of the reply. Raises JudgeError after the last attempt, or at once for a refusal such as 401."""
         attempt = 1
         while True:

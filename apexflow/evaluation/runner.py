@@ -26,12 +26,10 @@ from apexflow.evaluation.drawing import EVALUATIONS, diversity, draw, pending
 from apexflow.evaluation.files import is_whole
 from apexflow.evaluation.scoring import Scored, score
 from apexflow.evaluation.suite import EvaluationSettings, Found, Prompt, Suite, Tools, prompts_sha256
-from apexflow.evaluation.suites import SUITES, make_suite
+from apexflow.evaluation.suites import make_suite
 from apexflow.files import read_json, write_json
 from apexflow.generator import Generator, check_sampling
 from apexflow.locking import alone_in
-
-__all__ = ["SUITES", "EvaluationSettings", "Share", "Tools", "evaluate", "over_seeds", "score_folder"]
 
 VERSIONS = ("apexflow", "torch", "transformers", "diffusers", "numpy", "pillow")
 

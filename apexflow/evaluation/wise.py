@@ -106,14 +106,12 @@ def aggregate(rows: Iterable[Mapping[str, Any]], protocol: str) -> dict[str, Any
 
     rows: {prompt_id, consistency, realism, aesthetic_quality} (legacy) or {prompt_id, score} (verified).
 
-    Returns overall (None unless every id is there), categories {name: mean or None}, missing and
-    dropped (prompt ids), complete. As officially, a row without numbers (verified: without 0 or 1) is dropped from its
-    mean but its id counts as present, and duplicates are all averaged.
+    Returns overall (None unless every id is there) and categories {name: mean or None}. As officially, a row without numbers
+    (verified: without 0 or 1) is dropped from its mean but its id counts as present, and duplicates are all averaged.
     """
     ranges = _protocol(protocol).categories
     values: dict[str, list[float]] = {name: [] for name in ranges}
     present: set[int] = set()
-    dropped: list[int] = []
     for row in rows:
         identity = _prompt_id(row)
         name = next((name for name in ranges if ranges[name][0] <= identity <= ranges[name][1]), None)
@@ -121,20 +119,11 @@ def aggregate(rows: Iterable[Mapping[str, Any]], protocol: str) -> dict[str, Any
             continue
         present.add(identity)
         value = _image_score(row, protocol)
-        if value is None:
-            dropped.append(identity)
-        else:
+        if value is not None:
             values[name].append(value)
     wanted = {identity for name in ranges for identity in range(ranges[name][0], ranges[name][1] + 1)}
     means = {name: sum(found) / len(found) if found else None for name, found in values.items()}
-    missing = sorted(wanted - present)
-    return {
-        "overall": None if missing else _weighted(means, ranges),
-        "categories": means,
-        "missing": missing,
-        "dropped": dropped,
-        "complete": not missing,
-    }
+    return {"overall": _weighted(means, ranges) if present >= wanted else None, "categories": means}
 
 
 def _weighted(means: Mapping[str, float | None], ranges: Mapping[str, tuple[int, int, float]]) -> float | None:

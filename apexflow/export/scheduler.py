@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -45,7 +45,6 @@ class AnyStepScheduler(SchedulerMixin, ConfigMixin):
     settings out of range.
     """
 
-    _compatibles: ClassVar[list[str]] = []
     order = 1
     init_noise_sigma = 1.0
 

@@ -179,14 +179,9 @@ class APEX(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lambda_max <= 1:
-            raise ValueError(f"lambda_max must lie in [0, 1], got {self.lambda_max}")
-        if not 0 <= self.exact_below <= 1:
-            raise ValueError(f"exact_below must lie in [0, 1], got {self.exact_below}")
-        if not 0 <= self.guided_above <= 1:
-            raise ValueError(f"guided_above must lie in [0, 1], got {self.guided_above}")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share must lie in [0, 1], got {self.share}")
+        for name in ("lambda_max", "exact_below", "guided_above", "share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if (self.clip is not None and self.clip <= 0) or self.c <= 0 or not 0 <= self.p <= 1:
             raise ValueError(f"clip and c must be above 0 and p in [0, 1], got {self.clip}, {self.c} and {self.p}")
         if self.buffer_size < 1 or not math.isfinite(self.guidance):

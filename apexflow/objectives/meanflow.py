@@ -17,7 +17,7 @@ from torch import Tensor
 from apexflow.conditioning import Condition, guide, replace_rows
 from apexflow.objectives import Batch, Losses, Networks, Objective
 from apexflow.objectives.derivative import Kind, derivative, speed
-from apexflow.objectives.teacher import direction, nothing
+from apexflow.objectives.teacher import direction, null_rows
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport, expand
 
@@ -97,7 +97,7 @@ class MeanFlow(Objective):
         if self.guidance == 1 or self.velocity == "teacher" or self.drop == 0:
             return torch.zeros_like(batch.rows, dtype=torch.bool), batch.c
         dropped = batch.random.uniform() < self.drop
-        return dropped, replace_rows(batch.c, dropped, nothing(networks, 1, self.guidance))
+        return dropped, replace_rows(batch.c, dropped, null_rows(networks, 1, self.guidance))
 
     def _times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Both times of every row, the later first: two draws, and equal but for the share (section 4.3)."""

@@ -21,12 +21,12 @@ def teach(
     with torch.no_grad():
         if guidance == 1:
             return networks.teacher(x_t, t, c)
-        null = nothing(networks, len(c), guidance)
+        null = null_rows(networks, len(c), guidance)
         rule, at_once = networks.guide, networks.guided_at_once
         return guided_answer(networks.teacher, x_t, t, c, null, guidance, rule, at_once, above)
 
 
-def nothing(networks: Networks, rows: int, guidance: float) -> Condition:
+def null_rows(networks: Networks, rows: int, guidance: float) -> Condition:
     """The null condition that `guidance` asks for, once a row; ValueError where there is none."""
     if networks.null is None:
         raise ValueError(f"guidance {guidance} needs a null condition: give one, or guidance 1")
@@ -50,7 +50,7 @@ def direction(
     if velocity == "teacher":
         return teach(networks, x_t, t, c, guidance)
     v = networks.transport.target(*ends, t)
-    return v if guidance == 1 else guided(v, x_t, nothing(networks, len(c), guidance))
+    return v if guidance == 1 else guided(v, x_t, null_rows(networks, len(c), guidance))
 
 
 def solve(

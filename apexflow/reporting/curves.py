@@ -184,13 +184,14 @@ def _stroke(run: Points, x: Axis, y: Axis) -> str:
 
 def _grid(x: Axis, y: Axis) -> str:
     lines = [tag("path", d=f"M{LEFT} {y.at(value):.1f}H{RIGHT}", class_="rule") for value, _ in y.ticks]
-    heights = [_text(LEFT - 8, y.at(value) + 4, written, "end") for value, written in y.ticks]
-    steps = [_text(x.at(value), BOTTOM + 20, written, "middle") for value, written in x.ticks]
+    heights = [axis_text(LEFT - 8, y.at(value) + 4, written, "end") for value, written in y.ticks]
+    steps = [axis_text(x.at(value), BOTTOM + 20, written, "middle") for value, written in x.ticks]
     stubs = "".join(f"M{x.at(value):.1f} {BOTTOM}v4" for value, _ in x.ticks)
     return "".join(lines + heights + steps) + tag("path", d=f"M{LEFT} {BOTTOM}H{RIGHT}{stubs}", class_="axis")
 
 
-def _text(x: float, y: float, written: str, anchor: str) -> str:
+def axis_text(x: float, y: float, written: str, anchor: str) -> str:
+    """What is written at a place beside an axis, which is its "start", "middle" or "end"."""
     return tag("text", text(written), x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
 
 

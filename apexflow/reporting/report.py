@@ -44,7 +44,7 @@ def write_report(
     folder = Path(folder)
     recipe, lines = _read_run(folder)
     name, cost = folder.resolve().name, _beside(folder / COST)
-    heading = title or _heading(recipe, name)
+    heading = title or (f"{recipe['method']} on {recipe['model']}" if {"method", "model"} <= recipe.keys() else name)
     body = [
         _header(heading, name, _facts(recipe, lines) + _spent(cost)),
         score_section(scores),
@@ -90,10 +90,6 @@ def _whole(path: Path, read: Callable[[], Any]) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): mend or remove it") from error
-
-
-def _heading(recipe: Mapping[str, Any], name: str) -> str:
-    return f"{recipe['method']} on {recipe['model']}" if {"method", "model"} <= recipe.keys() else name
 
 
 def _header(heading: str, name: str, told: Sequence[Fact]) -> str:

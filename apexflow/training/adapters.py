@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,12 @@ from apexflow.backbones.parts import without_weights
 from apexflow.backbones.storage import plain_weights
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
+from apexflow.export.merge import Pair
 from apexflow.objectives import Field, Networks
 from apexflow.training.config import Tuning
 from apexflow.training.distributed import leads
 from apexflow.training.fields import field_of, held, networks_of, not_recomputed
 from apexflow.training.sharding import Place, gathered, leave, original_class
-
-if TYPE_CHECKING:
-    from apexflow.export.merge import Pair
 
 
 class LoraRoles:
@@ -131,7 +129,8 @@ class LoraRoles:
             module, _, last = name.rpartition(".")
             if last != "weight" or module not in scales:
                 return weight
-            return (weight.float() + self._delta(module, scales[module], weight)).to(weight)
+            down, up = (self.average[f"{module}.lora_{letter}.weight"].to(weight.device) for letter in "AB")
+            return (weight.float() + Pair(down, up, scales[module]).delta(tuple(weight.shape))).to(weight)
 
         with second_time.without(transformer) as second:
             tensors = gathered(plain_weights(transformer), merged)
@@ -144,11 +143,6 @@ class LoraRoles:
             averaged = {n.removeprefix(prefix): t for n, t in self.average.items() if n.startswith(prefix)}
             second_time.attach(plain).embedders["default"].load_state_dict(averaged)
         return plain.eval().requires_grad_(False)
-
-    def _delta(self, name: str, scale: float, weight: Tensor) -> Tensor:
-        """What an adapter adds to a weight: B A for a matrix, and the same over the kernel for a convolution."""
-        A, B = (self.average[f"{name}.lora_{letter}.weight"].to(weight.device) for letter in "AB")
-        return scale * (B.flatten(1) @ A.flatten(1)).view(weight.shape)
 
     @contextmanager
     def shipped(self) -> Iterator[None]:

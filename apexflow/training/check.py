@@ -49,7 +49,7 @@ def check_data(recipe: Recipe, finished: Sequence[CachedSet | None]) -> None:
 
 
 def _records(recipe: Recipe, part: Data, cached: CachedSet | None) -> int | None:
-    """How many records a source has, or as many as a batch; None where some cannot be read, which is told with the reason when
+    """How many records a source has, counted up to a batch; None where a file cannot be read, which is told with the reason when
     the cache is made. UserError as `check_data`."""
     if cached is not None:
         check_pictures(recipe, part, cached.has_pictures)

@@ -39,7 +39,7 @@ from apexflow.training.preview import save_preview
 from apexflow.training.roles import Roles, frozen_dtype, make_roles
 from apexflow.training.run import Run, Trainee, answering, ended, holds_run, restore, save, state_of
 from apexflow.training.saving import save_model
-from apexflow.training.sharding import Place, all_processes, spread
+from apexflow.training.sharding import Place, all_processes, shard_and_read
 from apexflow.training.sources import skipped_lines, source_line, used
 from apexflow.training.spent import forget_peak, peak_gib, spend, spent
 from apexflow.training.step import training_step
@@ -151,7 +151,7 @@ def _placing(kind: str, recipe: Recipe, device: torch.device) -> Place:
     if kind != "fsdp":
         return storing(recipe.tuning.storage, frozen_dtype(recipe), device)
     half, mesh = recipe.precision == "bf16" and recipe.tuning.kind == "full", all_processes(device)
-    return lambda network: spread(network, mesh, half, device)
+    return lambda network: shard_and_read(network, mesh, half, device)
 
 
 def _engine(kind: str, backbone: Backbone, roles: Roles, recipe: Recipe, null: Condition) -> Engine:

@@ -101,10 +101,11 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
         passes, losses = trace_passes(objective, rows, recipe.batch, shape)
         of_losses = kept.bytes
         del losses
-    again, blocks = checkpointed(recipe.tuning, backbone.transformer), blocks_of(backbone)
+    again = checkpointed(recipe.tuning, backbone.transformer)
     needed = _activations(recipe, backbone, teacher, passes, shape, tokens, rows if recipe.tuning.text_encoder else 0)
     sizes = network_sizes(backbone, recipe, objective.needs, tokens, teacher)
     shared = gpus if recipe.parallel == "fsdp" else 1
+    learnt = (sizes.trained + sizes.further) // shared
     width, pooled = backbone.text_width
     latents = 2 * math.prod(shape)
     text = 2 * (tokens * width + (pooled or 0))
@@ -113,16 +114,16 @@ def plan(recipe: Recipe, gpus: int = 1, tokens: int | None = None) -> MemoryPlan
         "frozen weights": sizes.frozen // shared,
         "further networks": sizes.further // shared,
         "average (EMA)": sizes.average // shared,
-        "gradients": (sizes.trained + sizes.further) // shared,
-        "optimizer": (sizes.trained + sizes.further) // shared // 4 * MOMENTS[recipe.optimizer.kind],
+        "gradients": learnt,
+        "optimizer": learnt // 4 * MOMENTS[recipe.optimizer.kind],
         "activations": needed.kept + of_losses,
         "one block again": needed.block,
         "batch": 2 * rows * (latents + text),
     }
     if shared > 1:
-        parts["one block whole"] = (sizes.trained + sizes.frozen) // max(blocks, 1)
+        parts["one block whole"] = (sizes.trained + sizes.frozen) // max(blocks_of(backbone), 1)
     # Gradients come as the activations go, unless those of the rows before are there. DDP keeps room for them besides.
-    held = (sizes.trained + sizes.further) // shared * (rows < own) + sizes.trained * (gpus > 1 and shared == 1)
+    held = learnt * (rows < own) + sizes.trained * (gpus > 1 and shared == 1)
     backward = parts | {"gradients": held}
     # Neither optimizer has intermediates of a size on a GPU: one is fused there, the other takes one weight after the other.
     update = {name: size if name in LASTING else 0 for name, size in parts.items()}

@@ -115,7 +115,7 @@ def cached_data(
         if cached is None:
             with backbone.encoders_on(device):
                 if not is_cache(cache):
-                    read_encoders(backbone)  # damaged ones are told before scenes are drawn
+                    _ = backbone.vae, backbone.text_encoder  # read now: damaged ones are told before scenes are drawn
                 source = captioned_source(part)
                 with alone_in(cache, wait=True):
                     make_cache(source, backbone, model, cache, settings)
@@ -134,11 +134,6 @@ def cache_names(data: Data) -> list[str]:
             name += "-2"
         names.append(name)
     return names
-
-
-def read_encoders(backbone: Backbone) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Both, read now where they are not yet; UserError for one that cannot be read."""
-    return backbone.vae, backbone.text_encoder
 
 
 def _load(recipe: Recipe, folders: Sequence[Path], device: torch.device) -> tuple[str, Backbone, Backbone | None]:

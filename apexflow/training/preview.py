@@ -19,7 +19,7 @@ from apexflow.data.mixture import Cached
 from apexflow.data.shards import groups
 from apexflow.errors import first_line, writing
 from apexflow.files import write_json
-from apexflow.generator import GAP, Generator, at_once, picture_grid
+from apexflow.generator import GAP, Generator, picture_grid, pictures_at_once
 from apexflow.progress import console
 from apexflow.training.config import Preview, Recipe
 from apexflow.training.distributed import leads
@@ -51,7 +51,7 @@ def choose(recipe: Recipe, backbone: Backbone, data: Cached, device: torch.devic
         encode = None
         if cached:
             with backbone.encoders_on(device):
-                encode = _looked_up(captions, _encoded(backbone, captions, at_once(data.size)), data)
+                encode = _looked_up(captions, _encoded(backbone, captions, pictures_at_once(data.size)), data)
         return Shown(captions, 2 * len(captions), encode)
     rows = data.spread(-(-preview.count // 2))
     captions = data.captions(rows)
@@ -89,7 +89,7 @@ def save_preview(
     with roles.shipped():
         decode = partial(decoded, backbone) if leads() else nothing
         # Beside what training holds there is little room: large pictures are drawn a few at a time.
-        generator = Generator(backbone, shown.encode, decode, at_once(size))
+        generator = Generator(backbone, shown.encode, decode, pictures_at_once(size))
         prompts = (shown.captions * 2)[: shown.pictures]
         pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, size, guidance=preview.guidance)
     if not leads():

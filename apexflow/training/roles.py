@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,14 +12,12 @@ from apexflow.backbones import Backbone, second_time
 from apexflow.backbones.precision import is_large
 from apexflow.backbones.storage import storing
 from apexflow.conditioning import Condition
+from apexflow.export.merge import Pair
 from apexflow.objectives import Field, Networks
 from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Recipe, Tuning
 from apexflow.training.fields import field_of, held, networks_of
 from apexflow.training.sharding import Place, fill, hollow, unsharded
-
-if TYPE_CHECKING:
-    from apexflow.export.merge import Pair
 
 
 class FullRoles:

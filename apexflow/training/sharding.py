@@ -32,7 +32,7 @@ def all_processes(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (world(),))
 
 
-def spread(network: nn.Module, mesh: DeviceMesh, half: bool, device: torch.device) -> None:
+def shard_and_read(network: nn.Module, mesh: DeviceMesh, half: bool, device: torch.device) -> None:
     """Shard a network in place. A hollow one then reads its share of the weights: no process holds them whole.
 
     UserError for weights that cannot be read, or are another network's.

@@ -90,7 +90,7 @@ def test_a_cache_with_other_settings_is_refused(
 
 @pytest.mark.parametrize("key", ["source", "cache"])
 def test_training_on_a_finished_cache_equals_training_on_its_source_and_calls_no_encoder(
-    whole: Path, recipe_file: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+    whole: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     direct = start(load_recipe(recipe_file, [f"output={tmp_path / 'direct'}"]), resume=False)
     expected = [training_step(direct) for _ in range(2)]

@@ -1,10 +1,9 @@
-"""GenEval's scoring rules, case by case and against a plain scalar reading of them."""
+"""GenEval's prompts and scoring rules, case by case."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
 
 import numpy as np
@@ -14,8 +13,9 @@ from scipy.stats import beta
 
 from apexflow.errors import UserError
 from apexflow.evaluation import geneval
-from apexflow.evaluation.geneval.prompt_set import NAMES_SHA256, jsonl
+from apexflow.evaluation.geneval.prompt_set import jsonl
 
+NAMES_SHA256 = "608f6a0e5c8ca1c7a92b818430141fe268c85b7930b50f4160f1d65893b5bacd"
 OBJECT = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
 COUNTING = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}
 
@@ -62,23 +62,12 @@ def test_order_ties_and_the_limit_of_sixteen() -> None:
     kept = geneval.filter_detections({"dog": rows}, OBJECT)["dog"]
     np.testing.assert_array_equal(kept[:, 0], np.arange(19, 3, -1))  # tied scores come out reversed
     assert kept.dtype == np.float32 and kept.shape == (16, 5)
-    assert len(geneval.filter_detections({"dog": rows}, OBJECT, max_objects=3)["dog"]) == 3
-    assert geneval.kept_indices({"dog": rows}, OBJECT, max_objects=2) == {"dog": [19, 18]}
+    assert geneval.kept_indices({"dog": rows}, OBJECT) == {"dog": list(range(19, 3, -1))}
 
 
-def test_suppression_only_inside_a_class_and_at_equality() -> None:
-    first, second = [0, 0, 9, 9, 0.9], [0, 0, 9, 4, 0.8]  # 100 and 50 pixels by the +1 convention: IoU 0.5
-    found = {"dog": np.float32([first, second]), "cat": np.float32([second])}
-    assert geneval.iou(first, second) == 0.5
+def test_overlapping_boxes_are_all_kept() -> None:
+    found = {"dog": np.float32([[0, 0, 9, 9, 0.9], [0, 0, 9, 9, 0.8]])}
     assert len(geneval.filter_detections(found, OBJECT)["dog"]) == 2
-    assert len(geneval.filter_detections(found, OBJECT, max_overlap=0.5)["dog"]) == 1
-    assert len(geneval.filter_detections(found, OBJECT, max_overlap=0.51)["dog"]) == 2
-    assert len(geneval.filter_detections(found, OBJECT, max_overlap=0.1)["cat"]) == 1
-
-
-def test_iou_of_nothing_is_zero() -> None:
-    assert geneval.iou([0, 0, -1, -1], [5, 5, 4, 4]) == 0
-    assert geneval.iou([0, 0, 0, 0], [0, 0, 0, 0]) == 1  # one pixel by the +1 convention
 
 
 def test_lists_empties_and_mistakes() -> None:
@@ -88,8 +77,6 @@ def test_lists_empties_and_mistakes() -> None:
         geneval.filter_detections({"dog": [[0, 0, 1, 1]]}, OBJECT)
     with pytest.raises(TypeError):
         geneval.filter_detections({}, OBJECT, treshold=0.5)
-    with pytest.raises(TypeError):
-        geneval.evaluate_image({}, OBJECT, never, confidence=0.5)
 
 
 def test_count_reasons() -> None:
@@ -128,9 +115,9 @@ def test_relations_alone_together_and_none() -> None:
     assert geneval.relative_position([60, 60, 70, 70], origin) == {"right of", "below"}
     assert geneval.relative_position([1, 1, 11, 11], origin) == set()  # inside the dead zone of 0.1 sizes
     assert geneval.relative_position(origin, origin) == set()
-    # Shrunk from 4 to 2 and divided by 4: exactly 0.5 is not enough, and one float further is.
+    # Shrunk from 4 to 2 and divided by 4: exactly 0.5 is not enough, and a little more is.
     assert geneval.relative_position([4, 0, 14, 10], origin) == set()
-    assert geneval.relative_position([4, 0, 14, 10], origin, position_threshold=0.09) == {"right of"}
+    assert geneval.relative_position([4.01, 0, 14.01, 10], origin) == {"right of"}
 
 
 def test_position_reasons() -> None:
@@ -159,65 +146,6 @@ def test_every_pair_must_stand_in_the_relation() -> None:
     assert geneval.evaluate_image(kept, position("left of", count=1), never)[0]
     reason = "expected dog left of target, found above target"
     assert geneval.evaluate_image(kept, position("left of", count=2), never) == (False, reason)
-
-
-def scalar_relations(a: np.ndarray, b: np.ndarray) -> set[str]:
-    shrunk, offset = [], []
-    for low in (0, 1):
-        center = [(box[low] + box[low + 2]) / np.float32(2) for box in (a, b)]
-        size = abs(a[low + 2] - a[low]) + abs(b[low + 2] - b[low])
-        offset.append(center[0] - center[1])
-        shrunk.append(np.sign(offset[-1]) * max(abs(offset[-1]) - np.float32(0.1) * size, np.float32(0)))
-    if all(abs(part) < 1e-3 for part in shrunk):
-        return set()
-    norm = np.sqrt(offset[0] ** 2 + offset[1] ** 2)
-    named = zip(shrunk, (("left of", "right of"), ("above", "below")), strict=True)
-    return {names[int(part > 0)] for part, names in named if abs(part / norm) > 0.5}
-
-
-def scalar_verdict(detections: dict[str, np.ndarray], metadata: dict, colors: dict[float, str]) -> bool:
-    least = np.float32(0.9 if metadata["tag"] == "counting" else 0.3)
-    objects = {
-        name: sorted((r for r in rows if r[4] > least), key=lambda r: -r[4]) for name, rows in detections.items()
-    }
-    correct, groups = True, []
-    for clause in metadata["include"]:
-        found = objects.get(clause["class"], [])[: clause["count"]]
-        good = len(found) == clause["count"]
-        if good and "color" in clause:
-            good = all(colors[float(row[0])] == clause["color"] for row in found)
-        if good and "position" in clause:
-            relation, target = clause["position"]
-            good = groups[target] is not None
-            good = good and all(relation in scalar_relations(a, b) for a in found for b in groups[target])
-        groups.append(found if good else None)
-        correct &= good
-    return correct and all(len(objects.get(e["class"], [])) < e["count"] for e in metadata.get("exclude", []))
-
-
-def test_agrees_with_a_scalar_reading_on_random_scenes() -> None:
-    rng, verdicts = np.random.default_rng(0), Counter()
-    random.seed(0)
-    prompts = geneval.prompts()
-    for _ in range(1500):
-        metadata = random.choice(prompts)
-        names = [clause["class"] for clause in metadata["include"]] + ["zebra"]
-        detections = {}
-        for name in dict.fromkeys(names):
-            corner = rng.integers(0, 200, (rng.integers(0, 5), 2))
-            scores = rng.permutation(np.arange(0.2, 1.0, 0.05))[: len(corner)] ** 0.3
-            sides = rng.integers(5, 80, corner.shape)
-            detections[name] = np.concatenate([corner, corner + sides, scores[:, None]], axis=1).astype(np.float32)
-        wanted = [clause.get("color", "red") for clause in metadata["include"]]
-        colors = {float(x): wanted[int(x) % 2 * (len(wanted) - 1)] for x in range(200)}
-        kept = geneval.filter_detections(detections, metadata)
-        correct, reason = geneval.evaluate_image(
-            kept, metadata, lambda _, found, colors=colors: [colors[float(row[0])] for row in found]
-        )
-        assert correct == scalar_verdict(detections, metadata, colors), (metadata, detections, reason)
-        assert correct == (reason == "")
-        verdicts[metadata["tag"], correct] += 1
-    assert all(verdicts[tag, verdict] > 5 for tag in geneval.TASKS for verdict in (True, False)), verdicts
 
 
 def test_colour_prompts_and_crops() -> None:

@@ -106,7 +106,7 @@ def live() -> dict[str, torch.Size]:
 def test_every_live_weight_of_the_full_model_is_covered(live: dict[str, torch.Size]) -> None:
     tensors = {name: torch.empty(shape, device="meta") for name, shape in checkpoint().items()}
     assert sum(not name.endswith("relative_position_index") for name in tensors) == 625
-    converted = convert_mmdet_state_dict({"state_dict": tensors, "meta": {}})
+    converted = convert_mmdet_state_dict(tensors)
     assert len(converted) == 757
     assert {name: value.shape for name, value in converted.items()} == {
         name: shape for name, shape in live.items() if not name.endswith(UNUSED)
@@ -190,16 +190,6 @@ def test_postprocess_agrees_with_a_plain_reading(grid: tuple, image: tuple, orig
             assert np.array_equal(binary[name][row], mask.numpy())
     empty = detections[geneval.NAMES[7]]
     assert (empty[~binary[geneval.NAMES[7]].any(axis=(1, 2))] == 0).all() and len(empty)
-
-
-def test_padding_by_default_is_read_from_the_mask_stride() -> None:
-    classes, masks = torch.randn(3, 5), torch.randn(3, 16, 24)
-    padded = geneval.postprocess(classes, masks, (50, 90), (50, 90), (64, 96))
-    assert geneval.postprocess(classes, masks, (50, 90), (50, 90))[0]["car"].tolist() == padded[0]["car"].tolist()
-    whole = geneval.postprocess(classes, masks, (32, 48), (50, 90), (32, 48))
-    assert geneval.postprocess(classes, masks, (32, 48), (50, 90))[0]["car"].tolist() == whole[0]["car"].tolist()
-    with pytest.raises(UserError, match="133 classes"):
-        geneval.postprocess(torch.randn(3, 134), masks, (64, 96), (64, 96))
 
 
 def test_resize_is_two_tap_bilinear() -> None:

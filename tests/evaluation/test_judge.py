@@ -42,32 +42,32 @@ PASSING = [status(429), status(500), status(503), hang_up, half_a_body, stall, r
 @pytest.mark.parametrize("failure", PASSING)
 def test_passing_failures_are_retried_then_reported(server: Server, failure: Step) -> None:
     server.script = [failure, failure]
-    assert judge(server).ask(MESSAGES) == "2"
+    assert judge(server)(MESSAGES) == "2"
     server.script = [failure] * 3
     with pytest.raises(JudgeError, match="3 attempts"):
-        judge(server).ask(MESSAGES)
+        judge(server)(MESSAGES)
     assert len(server.asked) == 6
 
 
 def test_the_server_may_ask_for_time(server: Server) -> None:
     server.script = [status(429, Retry_After="0.3")]
     start = time.perf_counter()
-    assert judge(server).ask(MESSAGES) == "2"
+    assert judge(server)(MESSAGES) == "2"
     assert time.perf_counter() - start >= 0.3
     server.script = [status(429, Retry_After="3600")]
-    assert judge(server, longest_wait=0.01).ask(MESSAGES) == "2"
+    assert judge(server, longest_wait=0.01)(MESSAGES) == "2"
 
 
 def test_refusals_are_final(server: Server) -> None:
     server.script = [status(401)]
     with pytest.raises(JudgeError, match=r"401.*told so"):
-        judge(server).ask(MESSAGES)
+        judge(server)(MESSAGES)
     assert len(server.asked) == 1
 
 
 def test_nobody_there(server: Server) -> None:
     with pytest.raises(JudgeError, match="no answer"):
-        judge(server, base_url="http://127.0.0.1:9/v1").ask(MESSAGES)
+        judge(server, base_url="http://127.0.0.1:9/v1")(MESSAGES)
     for wrong in ({"base_url": "localhost:8000"}, {"base_url": "file:///etc"}, {"attempts": 0}):
         with pytest.raises(UserError):
             judge(server, **wrong)
@@ -172,7 +172,7 @@ def test_strip_thinking(reply: str, rest: str) -> None:
 
 def test_a_body_that_nests_too_deep_is_rubbish(server: Server) -> None:
     server.script = [raw(b"[" * 100_000)]
-    assert judge(server).ask([]) == "2"
+    assert judge(server)([]) == "2"
 
 
 @pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:many/v1", "http://a..b/v1", "http://host:0/v1"])

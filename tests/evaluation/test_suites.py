@@ -22,8 +22,9 @@ from apexflow.errors import UserError
 from apexflow.evaluation import wise
 from apexflow.evaluation.geneval import ColorClassifier
 from apexflow.evaluation.local_judge import LocalJudge, Mplug
-from apexflow.evaluation.runner import SUITES, Tools, evaluate, over_seeds, score_folder
+from apexflow.evaluation.runner import Tools, evaluate, over_seeds, score_folder
 from apexflow.evaluation.suite import Picture
+from apexflow.evaluation.suites import SUITES
 from apexflow.evaluation.suites.geneval import GenEval
 from apexflow.evaluation.table import score_table
 from apexflow.generator import Generator

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import Run, refused, write
+from little_runs import assert_same
 from safetensors.torch import load_file
 
 from apexflow.backbones import load_backbone, second_time
@@ -44,11 +45,6 @@ def ended(tiny_model: Path, scene_folder: Path, tmp_path_factory: pytest.TempPat
         return made[kind, method, text_encoder]
 
     return run
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

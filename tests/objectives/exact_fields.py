@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from closed_forms import GaussianField, gaussian_velocity, held, make_condition
 from torch import Tensor, nn
@@ -14,11 +13,10 @@ from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Field, Networks
 from apexflow.objectives.scm import angle, angular
 from apexflow.objectives.times import TimeLaw
-from apexflow.transport import LINEAR, TRANSPORTS, Transport, expand
+from apexflow.transport import LINEAR, Transport, expand
 
 MEAN, STD = 1.0, 0.5
 UNIFORM = TimeLaw("uniform")
-EVERY_TRANSPORT = pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
 
 
 class OneStep(nn.Module):

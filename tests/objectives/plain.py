@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
-
-from apexflow.transport import TRANSPORTS
-
-ALL = pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
-
 
 # Path loss of Eq. 12-13 with theta-minus = theta, along the sample's own path, as plain least squares without clip.
 PLAIN = {"reference": "student", "path_velocity": "sample", "clip": None, "p": 0.0}

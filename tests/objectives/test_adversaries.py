@@ -223,20 +223,3 @@ def test_micro_batches_change_nothing_at_the_judges_turn(size: int) -> None:
     expected = objective(whole.networks(), batch(), {}).further["judge"]
     parts = [objective(pieces.networks(), piece, {}).further["judge"] for piece in micro_batches(batch, size)]
     torch.testing.assert_close(sum(parts), expected)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "named"),
-    [
-        (DMD2, {"steps": 0}, "steps"),
-        (DMD2, {"student_every": 0}, "student_every"),
-        (DMD2, {"gan": -1.0}, "gan"),
-        (SanaSprint, {"weight": -1.0}, "weight"),
-        (SanaSprint, {"share": 2.0}, "share"),
-        (SanaSprint, {"depths": (1.5,)}, "depths"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused(method: Any, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        method(**options)

@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from closed_forms import GaussianField, gaussian_velocity, make_batch, make_roles, mixture_velocity, quadrature
-from exact_fields import EVERY_TRANSPORT, MEAN, STD, AnyStep, Instant, Smooth, corners, gradient, networks
+from closed_forms import (
+    EVERY_TRANSPORT,
+    GaussianField,
+    gaussian_velocity,
+    make_batch,
+    make_roles,
+    mixture_velocity,
+    quadrature,
+)
+from exact_fields import MEAN, STD, AnyStep, Instant, Smooth, corners, gradient, networks
 from mixtures import Repeating
 from torch import Tensor, nn
 

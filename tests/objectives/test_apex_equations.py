@@ -8,13 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from closed_forms import (
-    gaussian_velocity,
-    make_batch,
-    mixture_velocity,
-    quadrature,
-)
-from plain import ALL, draw, plain_multi_scale, ten_times
+from closed_forms import EVERY_TRANSPORT, gaussian_velocity, make_batch, mixture_velocity, quadrature
+from plain import draw, plain_multi_scale, ten_times
 from torch import Tensor
 
 import apexflow
@@ -58,7 +53,7 @@ def test_the_clip_of_one_is_the_default() -> None:
     assert (secant_target(*parts, *times) - parts[0]).abs().max() == pytest.approx(2)
 
 
-@ALL
+@EVERY_TRANSPORT
 def test_secant_target_is_the_ratio_of_endpoints_and_coefficients(transport: Transport) -> None:
     F_t, F_lt, x_t, x_lt = (draw(10, 3, seed=seed) for seed in range(4))
     t, lt = ten_times(0.3, 1), ten_times(0.1, 0.7)
@@ -71,7 +66,7 @@ def test_secant_target_is_the_ratio_of_endpoints_and_coefficients(transport: Tra
         torch.testing.assert_close(target[row], expected)
 
 
-@ALL
+@EVERY_TRANSPORT
 def test_at_lambda_zero_the_secant_is_the_regression_error(transport: Transport) -> None:
     x, z, F_t, F_0 = (draw(10, 3, seed=seed) for seed in range(4))
     t = ten_times(0.1, 1)
@@ -80,7 +75,7 @@ def test_at_lambda_zero_the_secant_is_the_regression_error(transport: Transport)
     torch.testing.assert_close(F_t - target, 2 * (F_t - transport.target(x, z, t)))
 
 
-@ALL
+@EVERY_TRANSPORT
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.9, 0.99])
 def test_a_straight_field_has_no_secant_at_any_lambda(transport: Transport, lam: float) -> None:
     x, z, t = draw(10, 3), draw(10, 3, seed=1), ten_times(0.1, 1)
@@ -97,7 +92,7 @@ def test_a_linear_move_is_an_euler_step() -> None:
     torch.testing.assert_close(LINEAR.move(F, x_t, t, s), x_t - (t - s)[:, None] * F)
 
 
-@ALL
+@EVERY_TRANSPORT
 @pytest.mark.parametrize("means", [(0.7,), (-1.5, 1.0)], ids=["gaussian", "mixture"])
 def test_an_exact_velocity_is_a_fixed_point_at_lambda_zero(transport: Transport, means: tuple[float, ...]) -> None:
     x, z, weights = quadrature(means, 0.6, nodes=48)
@@ -203,14 +198,14 @@ def test_norms_are_taken_in_float32_and_vanish_with_a_finite_gradient() -> None:
 # -- Eq. 17-19: the endpoint terms -------------------------------------------------------------------------------------
 
 
-@ALL
+@EVERY_TRANSPORT
 def test_adversarial_error_is_against_the_fakes_own_velocity(transport: Transport) -> None:
     F, x, z, t = draw(10, 3), draw(10, 3, seed=1), draw(10, 3, seed=2), ten_times(0.1, 1)
     torch.testing.assert_close(adversarial_error(F, x, z, t, transport), F - transport.target(x, z, t))
     assert torch.equal(adversarial_error(F, x, z, t), F - (z - x))
 
 
-@ALL
+@EVERY_TRANSPORT
 def test_the_exact_fake_velocity_minimises_the_adversarial_error(transport: Transport) -> None:
     x, z, weights = quadrature((-1.0, 1.5), 0.5, nodes=48)
     t = torch.tensor([0.6], dtype=torch.float64)

@@ -6,21 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from closed_forms import (
-    GaussianField,
-    Roles,
-    make_batch,
-    make_condition,
-    make_roles,
-)
-from plain import ALL, PLAIN, draw
+from closed_forms import EVERY_TRANSPORT, GaussianField, Roles, make_batch, make_condition, make_roles
+from plain import PLAIN, draw
 from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Networks, Objective
-from apexflow.objectives.apex import (
-    APEX,
-)
+from apexflow.objectives.apex import APEX
 from apexflow.objectives.flow_matching import FlowMatching
 from apexflow.objectives.times import TimeLaw
 from apexflow.transport import Transport
@@ -32,7 +24,7 @@ def gradients(objective: Objective, roles: Roles, batch: Batch, networks: Networ
     return [parameter.grad.clone() for parameter in roles.student.parameters() if parameter.grad is not None]
 
 
-@ALL
+@EVERY_TRANSPORT
 @pytest.mark.parametrize("law", [TimeLaw(), TimeLaw("uniform"), TimeLaw(shift=3.0)], ids=["normal", "uniform", "shift"])
 def test_at_lambda_zero_the_path_gradient_is_twice_flow_matchings(transport: Transport, law: TimeLaw) -> None:
     # Error F - F_target = 2 (F - v) with F_target held: d ||error||^2 = 2 * 2 (F - v) dF, flow matching's 2 (F - v) dF.

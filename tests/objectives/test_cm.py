@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from closed_forms import GaussianField, make_batch, make_condition, make_roles
-from exact_fields import (
-    MEAN,
-    STD,
-    networks,
-)
+from exact_fields import MEAN, STD, networks
 
 from apexflow.objectives.cm import CM, noise_levels, time_levels
 from apexflow.objectives.distances import mean_huber, pseudo_huber

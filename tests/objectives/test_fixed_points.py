@@ -6,20 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from closed_forms import GaussianField
-from exact_fields import (
-    EVERY_TRANSPORT,
-    MEAN,
-    STD,
-    TIMES,
-    UNIFORM,
-    OneStep,
-    Phased,
-    Straight,
-    corners,
-    gradient,
-    networks,
-)
+from closed_forms import EVERY_TRANSPORT, GaussianField
+from exact_fields import MEAN, STD, TIMES, UNIFORM, OneStep, Phased, Straight, corners, gradient, networks
 
 from apexflow.objectives.cm import CM
 from apexflow.objectives.lcm import LCM

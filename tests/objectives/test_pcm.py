@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from closed_forms import make_batch, make_roles
-from exact_fields import (
-    EVERY_TRANSPORT,
-)
+from closed_forms import EVERY_TRANSPORT, make_batch, make_roles
 
 from apexflow.objectives.lcm import LCM
 from apexflow.objectives.pcm import PCM, renoise

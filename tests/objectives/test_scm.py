@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from closed_forms import GaussianField, gaussian_velocity
+from closed_forms import EVERY_TRANSPORT, GaussianField, gaussian_velocity
 from exact_fields import (
-    EVERY_TRANSPORT,
     MEAN,
     STD,
     TIMES,

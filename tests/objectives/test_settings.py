@@ -9,10 +9,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 import pytest
 import torch
 from closed_forms import gaussian_velocity, make_batch, make_roles
-from exact_fields import (
-    MEAN,
-    STD,
-)
+from exact_fields import MEAN, STD
 
 from apexflow.objectives import objectives
 from apexflow.objectives.apex import APEX
@@ -52,6 +49,15 @@ def test_a_method_may_be_sampled_otherwise_from_a_number_of_steps_on() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "named"),
     [
+        (APEX, {"lambda_max": 1.1}, "lambda_max"),
+        (APEX, {"lambda_max": -0.1}, "lambda_max"),
+        (APEX, {"share": 1.0}, "path_rows"),
+        (APEX, {"share": 0.0}, "endpoint_weight"),
+        (APEX, {"share": 1.5}, "share"),
+        (APEX, {"share": -0.5}, "share"),
+        (APEX, {"guided_above": 1.5}, "guided_above"),
+        (APEX, {"path_weight": -1.0}, "path_weight"),
+        (APEX, {"path_weight": 0.0, "endpoint_weight": 0.0}, "path_weight"),
         (APEX, {"clip": -1.0}, "clip"),
         (APEX, {"c": 0.0}, "c must"),
         (APEX, {"p": -0.1}, "p in"),
@@ -96,6 +102,12 @@ def test_a_method_may_be_sampled_otherwise_from_a_number_of_steps_on() -> None:
         (RCGM, {"short": 0.0}, "short"),
         (TwinFlow, {"rectify": -0.1}, "rectify"),
         (TwinFlow, {"clip": 0.0}, "clip"),
+        (DMD2, {"steps": 0}, "steps"),
+        (DMD2, {"student_every": 0}, "student_every"),
+        (DMD2, {"gan": -1.0}, "gan"),
+        (SanaSprint, {"weight": -1.0}, "weight"),
+        (SanaSprint, {"share": 2.0}, "share"),
+        (SanaSprint, {"depths": (1.5,)}, "depths"),
     ],
     ids=str,
 )

@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from closed_forms import GaussianField, make_batch, make_condition, make_roles
-from exact_fields import (
-    EVERY_TRANSPORT,
-    STD,
-    TIMES,
-    UNIFORM,
-    Given,
-    Smooth,
-    corners,
-    gradient,
-    networks,
-)
+from closed_forms import EVERY_TRANSPORT, GaussianField, make_batch, make_condition, make_roles
+from exact_fields import STD, TIMES, UNIFORM, Given, Smooth, corners, gradient, networks
 from torch import Tensor
 
 from apexflow.objectives.flow_matching import FlowMatching

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from apexflow.evaluation.geneval.color import ColorClassifier, color_crop, color_prompts
-from apexflow.evaluation.geneval.convert import convert_mmdet_state_dict, save_detector
-from apexflow.evaluation.geneval.detector import Mask2FormerDetector, postprocess, preprocess
-from apexflow.evaluation.geneval.prompt_set import COLORS, NAMES, PROMPTS_SHA256, TASKS, prompts
+from apexflow.evaluation.geneval.convert import save_detector
+from apexflow.evaluation.geneval.detector import Mask2FormerDetector, postprocess
+from apexflow.evaluation.geneval.prompt_set import COLORS, NAMES, PROMPTS_SHA256, prompts
 from apexflow.evaluation.geneval.scoring import (
     evaluate_image,
     filter_detections,
-    iou,
     kept_indices,
     overall_error,
     relative_position,
@@ -20,19 +19,15 @@ __all__ = [
     "COLORS",
     "NAMES",
     "PROMPTS_SHA256",
-    "TASKS",
     "ColorClassifier",
     "Mask2FormerDetector",
     "color_crop",
     "color_prompts",
-    "convert_mmdet_state_dict",
     "evaluate_image",
     "filter_detections",
-    "iou",
     "kept_indices",
     "overall_error",
     "postprocess",
-    "preprocess",
     "prompts",
     "relative_position",
     "save_detector",

@@ -27,15 +27,13 @@ UNUSED = ("encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias", "crite
 
 
 def convert_mmdet_state_dict(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """mmdet 2.x Mask2Former (Swin, instance) tensors under the names of transformers 5.
+    """mmdet 2.x Mask2Former (Swin, instance) tensors, or some of them, under the names of transformers 5.
 
-    state_dict: the checkpoint's tensors, or the checkpoint itself ({"state_dict": ..., "meta": ...}); part of one is
-    fine. Fused q, k, v are split in three (the decoder's cross attention stays fused), PatchMerging channels are
+    Fused q, k, v are split in three (the decoder's cross attention stays fused), PatchMerging channels are
     reordered, relative_position_index is dropped. Raises UserError on a name that no rule knows.
     """
-    tensors = state_dict.get("state_dict", state_dict)
     converted: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in state_dict.items():
         if not key.endswith("relative_position_index"):  # a constant, which transformers computes itself
             converted.update(_convert(key, tensor))
     return converted

@@ -26,7 +26,6 @@ Detections = dict[str, NDArray[np.float32]]
 Masks = dict[str, NDArray[np.bool_]]
 
 MAX_DETECTIONS = 100
-MASK_STRIDE = 4
 SIZE_DIVISOR = 32
 SHORT_SIDE, LONG_SIDE = 800, 1333
 MEAN = (123.675, 116.28, 103.53)
@@ -120,48 +119,31 @@ def postprocess(
     mask_logits: torch.Tensor,
     image_size: Size,
     original_size: Size,
-    padded_size: Size | None = None,
+    padded_size: Size,
 ) -> tuple[Detections, Masks]:
     """Raw detections by the official rules, every class present, in the detector's order.
 
-    class_logits: (Q, C + 1), the last being "no object"; mask_logits: (Q, h, w). image_size: the resized picture in the
-    network input; original_size: the picture itself; padded_size: the network input, by default 4 h x 4 w (the stride
-    of the mask logits) where that is image_size with less than 32 pixels of padding, else image_size.
+    class_logits: (Q, 81), the last being "no object"; mask_logits: (Q, h, w). image_size: the resized picture in the
+    network input; original_size: the picture itself; padded_size: the network input.
 
     Returns ({name: (n, 5) float32 [x1, y1, x2, y2, score]}, {name: (n, H, W) bool}). A detection is one of the 100 best
     pairs of query and class, so a query can stand for several classes. An empty mask has a zero box and score.
     """
-    names = _names(class_logits)
-    padded_size = padded_size or _padded_size(mask_logits, image_size)
-    probabilities = class_logits.float().softmax(dim=-1)[:, :-1]  # (Q, C)
+    probabilities = class_logits.float().softmax(dim=-1)[:, :-1]  # (Q, 80)
     count = min(MAX_DETECTIONS, probabilities.numel())
     best, index = probabilities.flatten().topk(count, sorted=False)
-    queries, labels = index // len(names), index % len(names)
+    queries, labels = index // len(NAMES), index % len(NAMES)
 
     used, position = queries.unique(return_inverse=True)
     chunks = [_read_masks(part, image_size, original_size, padded_size) for part in mask_logits[used].split(_CHUNK)]
     masks, boxes, scores = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     rows = torch.cat([boxes[position], (best * scores[position])[:, None]], dim=1).cpu().numpy()
     every_mask, order, label = masks.cpu().numpy(), position.cpu().numpy(), labels.cpu().numpy()
-    of_class = {name: np.flatnonzero(label == number) for number, name in enumerate(names)}
+    of_class = {name: np.flatnonzero(label == number) for number, name in enumerate(NAMES)}
     return (
         {name: rows[chosen] for name, chosen in of_class.items()},
         {name: every_mask[order[chosen]] for name, chosen in of_class.items()},
     )
-
-
-def _names(class_logits: torch.Tensor) -> tuple[str, ...]:
-    """Labels by index; fewer classes than GenEval's take the first names, more cannot be named."""
-    classes = class_logits.shape[-1] - 1
-    if not 1 <= classes <= len(NAMES):
-        raise UserError(f"the detector tells {classes} classes apart: GenEval needs the {len(NAMES)} of COCO instances")
-    return NAMES[:classes]
-
-
-def _padded_size(mask_logits: torch.Tensor, image_size: Size) -> Size:
-    height, width = (side * MASK_STRIDE for side in mask_logits.shape[-2:])
-    padding = (height - image_size[0], width - image_size[1])
-    return (height, width) if all(0 <= side < SIZE_DIVISOR for side in padding) else image_size
 
 
 def _read_masks(

@@ -1,7 +1,8 @@
 """GenEval's scoring rules, without a detector: boxes in, verdicts and means out.
 
 Source: GenEval (djghosh13/geneval af4902f, MIT), evaluation/evaluate_images.py and summary_scores.py, restated. A box
-is [x1, y1, x2, y2] in pixels, x2 and y2 exclusive; a detection is a box and its score. Options have their official names.
+is [x1, y1, x2, y2] in pixels, x2 and y2 exclusive; a detection is a box and its score. The official options have their
+defaults; that for overlap, max_overlap, is 1, which drops nothing.
 """
 
 from __future__ import annotations
@@ -23,20 +24,19 @@ ColorOf = Callable[[str, Array], Sequence[str]]
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
-MAX_OVERLAP = 1.0
 POSITION_THRESHOLD = 0.1
 
 
 def filter_detections(
-    detections: Mapping[str, ArrayLike], metadata: Mapping[str, Any], **options: Any
+    detections: Mapping[str, ArrayLike], metadata: Mapping[str, Any], **thresholds: float
 ) -> dict[str, Array]:
-    """The detections that count for this prompt, best first (GenEval evaluate_images.py, rules 2 to 5).
+    """The detections that count for this prompt, best first.
 
-    detections: {class name: (n, 5) [x1, y1, x2, y2, score]} in the detector's order. options: as `kept_indices` takes them.
-    Returns {class name: (k, 5)} with 1 <= k <= max_objects; a class with nothing left is absent.
+    detections: {class name: (n, 5) [x1, y1, x2, y2, score]} in the detector's order. thresholds: as `kept_indices` takes them.
+    Returns {class name: (k, 5)} with 1 <= k <= MAX_OBJECTS; a class with nothing left is absent.
     """
     rows = {name: as_rows(found) for name, found in detections.items()}
-    return {name: rows[name][index] for name, index in kept_indices(rows, metadata, **options).items()}
+    return {name: rows[name][index] for name, index in kept_indices(rows, metadata, **thresholds).items()}
 
 
 def kept_indices(
@@ -45,29 +45,30 @@ def kept_indices(
     *,
     threshold: float = THRESHOLD,
     counting_threshold: float = COUNTING_THRESHOLD,
-    max_objects: int = MAX_OBJECTS,
-    max_overlap: float = MAX_OVERLAP,
 ) -> dict[str, list[int]]:
     """Row numbers of what `filter_detections` keeps, in its order: the way from a kept box to its mask."""
-    # The tag chooses the threshold, not the presence of an exclude clause (rule 2).
+    # The tag chooses the threshold, not the presence of an exclude clause.
     least = float(counting_threshold if metadata.get("tag") == "counting" else threshold)
     kept = {}
     for name, found in detections.items():
         rows = as_rows(found)
         scores = rows[:, 4]
         ranked = np.argsort(scores)[::-1]  # the official call: in float32, tied scores come out reversed
-        order: list[int] = ranked[scores[ranked] > least][: int(max_objects)].tolist()
-        if max_overlap != 1:
-            order = _suppress(rows, order, float(max_overlap))
+        order: list[int] = ranked[scores[ranked] > least][:MAX_OBJECTS].tolist()
         if order:
             kept[name] = order
     return kept
 
 
+def _floating(values: ArrayLike) -> Array:
+    """As an array of floating numbers: float32, as the detector's own output is, unless they are such already."""
+    array = np.asarray(values) if hasattr(values, "dtype") else np.asarray(values, dtype=np.float32)
+    return array if array.dtype.kind == "f" else array.astype(np.float32)
+
+
 def as_rows(found: ArrayLike) -> Array:
-    """(n, 5) floating array of one class's detections; lists become float32, as the detector's own output is."""
-    rows = np.asarray(found) if hasattr(found, "dtype") else np.asarray(found, dtype=np.float32)
-    rows = rows if rows.dtype.kind == "f" else rows.astype(np.float32)
+    """(n, 5) floating array of one class's detections."""
+    rows = _floating(found)
     if rows.size == 0:
         return rows.reshape(0, 5)
     if rows.ndim != 2 or rows.shape[1] != 5:
@@ -75,30 +76,7 @@ def as_rows(found: ArrayLike) -> Array:
     return rows
 
 
-def _suppress(rows: Array, order: list[int], max_overlap: float) -> list[int]:
-    """Greedy suppression inside one class: keep the best, drop what overlaps it by max_overlap or more (rule 4)."""
-    survivors = []
-    while order:
-        best, *rest = order
-        survivors.append(best)
-        order = [other for other in rest if iou(rows[best], rows[other]) < max_overlap]
-    return survivors
-
-
-def iou(a: ArrayLike, b: ArrayLike) -> float:
-    """Intersection over union of two boxes by the "+1 pixel" area convention; 0 for an empty union (rule 4)."""
-    ax1, ay1, ax2, ay2 = (float(value) for value in np.asarray(a)[:4])
-    bx1, by1, bx2, by2 = (float(value) for value in np.asarray(b)[:4])
-    shared = _area(max(ax1, bx1), max(ay1, by1), min(ax2, bx2), min(ay2, by2))
-    union = _area(ax1, ay1, ax2, ay2) + _area(bx1, by1, bx2, by2) - shared
-    return shared / union if union else 0.0
-
-
-def _area(x1: float, y1: float, x2: float, y2: float) -> float:
-    return max(x2 - x1 + 1, 0.0) * max(y2 - y1 + 1, 0.0)
-
-
-def relative_position(a: ArrayLike, b: ArrayLike, position_threshold: float = POSITION_THRESHOLD) -> set[str]:
+def relative_position(a: ArrayLike, b: ArrayLike) -> set[str]:
     """Where box a stands with respect to box b: a subset of {left of, right of, above, below}.
 
     A diagonal offset can give two relations, strongly overlapping boxes none. Computed in the boxes' own precision,
@@ -107,7 +85,7 @@ def relative_position(a: ArrayLike, b: ArrayLike, position_threshold: float = PO
     box_a, box_b = _corners(a), _corners(b)
     offset = box_a.mean(axis=0) - box_b.mean(axis=0)  # (2,) x, y
     sizes = np.abs(box_a[1] - box_a[0]) + np.abs(box_b[1] - box_b[0])
-    shrunk = np.maximum(np.abs(offset) - float(position_threshold) * sizes, 0) * np.sign(offset)
+    shrunk = np.maximum(np.abs(offset) - POSITION_THRESHOLD * sizes, 0) * np.sign(offset)
     if np.all(np.abs(shrunk) < 1e-3):
         return set()
     # Divided by the norm of the offset before shrinking: boxes that nearly touch can miss the 0.5 on both axes.
@@ -121,19 +99,11 @@ def relative_position(a: ArrayLike, b: ArrayLike, position_threshold: float = PO
 
 def _corners(box: ArrayLike) -> Array:
     """(2, 2) [[x1, y1], [x2, y2]]."""
-    values = np.asarray(box) if hasattr(box, "dtype") else np.asarray(box, dtype=np.float32)
-    values = values if values.dtype.kind == "f" else values.astype(np.float32)
-    return values[:4].reshape(2, 2)
+    return _floating(box)[:4].reshape(2, 2)
 
 
-def evaluate_image(
-    kept: Mapping[str, ArrayLike],
-    metadata: Mapping[str, Any],
-    color_of: ColorOf,
-    *,
-    position_threshold: float = POSITION_THRESHOLD,
-) -> tuple[bool, str]:
-    """Whether an image shows what its prompt asks for, and every reason why not, one a line (rules 6 to 8).
+def evaluate_image(kept: Mapping[str, ArrayLike], metadata: Mapping[str, Any], color_of: ColorOf) -> tuple[bool, str]:
+    """Whether an image shows what its prompt asks for, and every reason why not, one a line.
 
     kept: what `filter_detections` returned. color_of(class_name, boxes (k, 5)) -> k colour names; it is called only for
     the first `count` objects of a clause that names a colour.
@@ -143,7 +113,7 @@ def evaluate_image(
     groups: list[Array | None] = []  # per include clause: its objects, or None when it was not matched
     for clause in metadata.get("include", []):
         found = objects.get(clause["class"], np.empty((0, 5), np.float32))[: clause["count"]]
-        reason = _include_failure(clause, found, groups, color_of, position_threshold)
+        reason = _include_failure(clause, found, groups, color_of)
         groups.append(found if reason is None else None)
         reasons += [] if reason is None else [reason]
     for clause in metadata.get("exclude", []):
@@ -154,11 +124,7 @@ def evaluate_image(
 
 
 def _include_failure(
-    clause: Mapping[str, Any],
-    found: Array,
-    groups: Sequence[Array | None],
-    color_of: ColorOf,
-    position_threshold: float,
+    clause: Mapping[str, Any], found: Array, groups: Sequence[Array | None], color_of: ColorOf
 ) -> str | None:
     """The one reason why an include clause fails, or None. Count comes first, then colour, then position."""
     name, count = clause["class"], clause["count"]
@@ -172,19 +138,17 @@ def _include_failure(
             return f"expected {wanted} {name}>={count}, found {right} {wanted}; and {present}"
     if "position" in clause:
         relation, target = clause["position"]
-        return _position_failure(name, relation, found, groups[target], position_threshold)
+        return _position_failure(name, relation, found, groups[target])
     return None
 
 
-def _position_failure(
-    name: str, relation: str, found: Array, targets: Array | None, position_threshold: float
-) -> str | None:
+def _position_failure(name: str, relation: str, found: Array, targets: Array | None) -> str | None:
     """Every found object must stand in `relation` to every target; the first pair that does not is the reason."""
     if targets is None:
         return f"no target for {name} to be {relation}"
     for box in found:
         for target in targets:
-            relations = relative_position(box, target, position_threshold)
+            relations = relative_position(box, target)
             if relation not in relations:
                 # Joined in set order, as the official script does: with two relations the order carries no meaning.
                 return f"expected {name} {relation} target, found {' and '.join(relations)} target"
