@@ -1,7 +1,7 @@
 """Put a trained miniature into the package: weights in bfloat16, with a model card.
 
 python recipes/ship.py mini-teacher runs/mini-teacher/model
-python recipes/ship.py mini-student runs/mini-apex-both/model runs/mini-apex-again/model
+python recipes/ship.py mini-student runs/mini-apex-deep/model runs/mini-apex-deep-2/model
 
 Of several models the mean of the weights is taken, and the rest from the last one.
 """
@@ -46,7 +46,7 @@ def mean_of(models: Sequence[Path]) -> Backbone:
 def card(backbone: Backbone, name: str, recipes: Sequence[str]) -> str:
     """A model card: what it is, how it was made, and the place of its scores."""
     made = backbone.settings.card
-    parts = lineage(made["recipe"])
+    parts = {one: steps for each in recipes for one, steps in lineage(recipe_of(each)).items()}
     listed = "\n".join(f"- `recipes/{one}.yaml`, {count:,}" for one, count in parts.items())
     several = f"The weights are the mean of those of {' and '.join(recipes)}.\n" if len(recipes) > 1 else ""
     recipe, minutes = yaml.safe_dump(made["recipe"], sort_keys=False), made["seconds"] / 60
@@ -58,7 +58,7 @@ def card(backbone: Backbone, name: str, recipes: Sequence[str]) -> str:
 A miniature SANA ({weights / 1e6:.1f}M parameters with autoencoder and text encoder, bfloat16) that draws 64-pixel scenes of flat
 shapes from captions. It exists to prove and to test apexflow, and knows nothing else. Apache-2.0.
 
-Made in {sum(parts.values()):,} steps, by these recipes one after the other; the head of each says how long it took:
+Made in {sum(parts.values()):,} steps, by these recipes; each names the model that it goes on from, and its head how long it took:
 
 {listed}
 
@@ -77,9 +77,17 @@ Recipe, with its seed:
 
 def lineage(recipe: Mapping[str, Any]) -> dict[str, int]:
     """Steps of a recipe, and of those before it from whose models it goes on, first to last."""
-    earlier = ROOT / "recipes" / f"{Path(recipe['model']).parent.name}.yaml"
-    before = lineage(yaml.safe_load(earlier.read_text())) if earlier.is_file() else {}
+    earlier = Path(recipe["model"]).parent.name
+    before = lineage(recipe_of(earlier)) if recipe_file(earlier).is_file() else {}
     return before | {Path(recipe["output"]).name: recipe["steps"]}
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    return yaml.safe_load(recipe_file(name).read_text())
+
+
+def recipe_file(name: str) -> Path:
+    return ROOT / "recipes" / f"{name}.yaml"
 
 
 def main() -> None:
