@@ -19,6 +19,7 @@ from apexflow.backbones.storage import FourBit
 from apexflow.data.scenes import vocabulary
 from apexflow.errors import UserError
 from apexflow.export.lora import FILE
+from apexflow.export.merge import Pair
 from apexflow.objectives import objectives
 from apexflow.training.config import Recipe, Tuning, load_recipe
 from apexflow.training.journal import read_metrics
@@ -186,7 +187,7 @@ def test_an_adapter_is_saved_though_its_merge_fails(recipe_file: Path, monkeypat
     def no_room(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(run.roles, "_delta", no_room)
+    monkeypatch.setattr(Pair, "delta", no_room)
     with pytest.raises(torch.OutOfMemoryError):
         finish(run)
     assert (run.folder / "lora" / FILE).is_file() and not (run.folder / "model").exists()
