@@ -236,9 +236,8 @@ def _count_captions(backbone: Backbone, rows: int, tokens: int) -> int:
     as_fake([encoder], mode)
     with mode, kept_for_backward([encoder]) as kept, counting(backbone, tokens):
         several = encoder.values() if isinstance(encoder, nn.ModuleDict) else [encoder]
-        lengths = [
-            min(tokens, getattr(one.config, "max_position_embeddings", tokens)) for one in several
-        ]  # CLIP's is 77
+        # CLIP reads 77 tokens, whatever its companion takes.
+        lengths = [min(tokens, getattr(one.config, "max_position_embeddings", tokens)) for one in several]
         ids = [torch.zeros(rows, length, dtype=torch.int64) for length in lengths]
         alive = [one(input_ids=read)[0] for one, read in zip(several, ids, strict=True)]
         found = kept.bytes

@@ -37,9 +37,8 @@ FINISHING = {"steps", "minutes", "preview", "sampling_steps", "sampling_guidance
 FINISHING |= {"device", "parallel", "micro_batch", "bad_steps"}
 # Settings that decide which weights are trained.
 MAKING = {"model", "teacher", "method", "objective", "tuning"}
-OTHERWISE = (
-    "give what it had, or another output for a run of its own"  # of settings that a checkpoint does not go on with
-)
+# What to do about settings that a checkpoint does not go on with.
+OTHERWISE = "give what it had, or another output for a run of its own"
 # What each kind of optimizer keeps of a parameter: its number of steps, and moments of the parameter's shape.
 MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "adamw8bit": ("step", "state1", "state2")}
 # What is made in the folder before the recipe is written there.
