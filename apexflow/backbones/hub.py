@@ -19,7 +19,7 @@ def download(hub_id: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=[INDEX]))
         if not (folder / INDEX).is_file():
-            raise UserError(f"{hub_id!r} is no diffusers checkpoint: the hub has no {INDEX} of it")
+            raise UserError(f"{hub_id!r} is no diffusers checkpoint: the hub has no {INDEX} of it{_instead(hub_id)}")
         parts = [f"{name}/{ending}" for name in components(folder) for ending in READ]
         return Path(snapshot_download(hub_id, allow_patterns=[INDEX, *OWN, *parts], ignore_patterns=list(TWINS)))
     except UserError:
@@ -27,6 +27,19 @@ def download(hub_id: str) -> Path:
     except Exception as error:  # the hub raises many kinds
         told = f"{hub_id!r} is no folder here, and cannot be fetched from the hub"
         raise UserError(f"{told}: {why_not(hub_id, error, 'model')}") from error
+
+
+def _instead(hub_id: str) -> str:
+    """How a repository that holds loose weights, as most LoRAs are published, becomes a model; empty where it holds none."""
+    from huggingface_hub import list_repo_files
+
+    loose = [name for name in list_repo_files(hub_id) if "/" not in name and name.endswith(".safetensors")]
+    if not loose:
+        return ""
+    return (
+        f". If {loose[0]} there is a LoRA, `hf download {hub_id} {loose[0]} --local-dir .` fetches it and "
+        f"`apexflow export {loose[0]} --base MODEL --merge -o FOLDER` makes a model of it and of the one that it was trained on"
+    )
 
 
 def why_not(page: str, error: Exception, what: str) -> str:

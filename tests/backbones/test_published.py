@@ -247,9 +247,20 @@ def test_why_a_model_cannot_be_fetched_is_told(error, words, hub, monkeypatch):
         resolve("owner/name")
 
 
-def test_a_hub_repository_without_an_index_is_called_so(cluttered, hub):
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["README.md", "unet/model.safetensors"], "the hub has no model_index.json of it$"),
+        (
+            ["README.md", "eight.safetensors"],
+            "`apexflow export eight.safetensors --base MODEL --merge -o FOLDER` makes",
+        ),
+    ],
+)
+def test_a_hub_repository_without_an_index_is_called_so(files, words, cluttered, hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: files)
     (cluttered / "model_index.json").unlink()
-    with pytest.raises(UserError, match="'owner/name' is no diffusers checkpoint"):
+    with pytest.raises(UserError, match=f"'owner/name' is no diffusers checkpoint: .*{words}"):
         resolve("owner/name")
 
 
