@@ -139,7 +139,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Hand a student to stock diffusers and ComfyUI: a LoRA file or a model folder, with a scheduler."""
+    """Hand a student to stock diffusers: a LoRA file (of Qwen-Image and FLUX.1 for ComfyUI too) or a folder, with a scheduler."""
     from apexflow.export import export as hand_over
     from apexflow.training.recall import export_checkpoint, is_checkpoint
 

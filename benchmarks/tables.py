@@ -1,9 +1,10 @@
-"""Write the tables of README.md, docs/ and the model cards from the JSON files under results/: no number is typed by hand.
+"""Write the tables of README.md, docs/ and the model cards: no number is typed by hand.
 
     python benchmarks/tables.py            # rewrite the marked sections
-    python benchmarks/tables.py --check    # exit 1 if a section differs from its JSON
+    python benchmarks/tables.py --check    # exit 1 if a section differs from its source
 
-A section stands between `<!-- NAME -->` and `<!-- /NAME -->`; a section whose JSON is not there yet says so.
+A section stands between `<!-- NAME -->` and `<!-- /NAME -->`. It comes from a JSON file under results/, and says so where that is
+not there yet, or lists what the code knows (`reference.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from reference import LISTS
 from step_cost import work_ratio
 
 from apexflow.comparison.plan import IMAGES
@@ -24,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 CARDS = ("mini-teacher", "mini-student")
 DOCUMENTS = (
-    *("README.md", "docs/comparison.md", "docs/evaluation.md", "docs/paper.md", "docs/speed.md", "docs/training.md"),
+    *("README.md", "docs/comparison.md", "docs/evaluation.md", "docs/models.md", "docs/paper.md", "docs/recipe.md"),
+    *("docs/speed.md", "docs/training.md"),
     *(f"apexflow/assets/{name}/README.md" for name in CARDS),
 )
 
@@ -213,6 +216,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def render(name: str) -> str:
+    if name in LISTS:
+        return LISTS[name]()
     file, write = SECTIONS[name]
     path = RESULTS / file
     if not path.is_file():
@@ -228,7 +233,7 @@ def fill(text: str) -> str:
         name = match[1]
         return f"<!-- {name} -->\n{render(name)}\n<!-- /{name} -->"
 
-    names = "|".join(map(re.escape, SECTIONS))
+    names = "|".join(map(re.escape, [*SECTIONS, *LISTS]))
     return re.sub(rf"<!-- ({names}) -->\n.*?<!-- /\1 -->", section, text, flags=re.DOTALL)
 
 
@@ -243,7 +248,7 @@ def main() -> None:
             if "--check" not in sys.argv:
                 path.write_text(after)
     if stale and "--check" in sys.argv:
-        sys.exit(f"tables differ from results/: {', '.join(stale)}; run python benchmarks/tables.py")
+        sys.exit(f"tables differ from their source: {', '.join(stale)}; run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

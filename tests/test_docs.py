@@ -76,6 +76,19 @@ def test_every_name_that_the_documents_import_exists() -> None:
     assert found >= 4
 
 
+def test_the_way_through_python_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a recipe to an export, as docs/training.md shows it."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    [block] = [one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "train(recipe)" in one]
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["folder"] == Path("runs/few/model") and names["folder"].is_dir()
+    assert not names["report"]["complete"] and names["report"]["pictures"] == 2
+    assert (tmp_path / "star.png").is_file() and (tmp_path / "my-student" / "model_index.json").is_file()
+
+
 def commands() -> list[list[str]]:
     """The arguments of every `apexflow` that stands in a block of commands."""
     found = []

@@ -129,8 +129,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class APEX(Objective):
-    """Algorithm 1. The fields in the first block are the paper's; the rest are readings of what it leaves open.
+    """Algorithm 1. The fields up to `c` are the paper's; the rest are readings of what it leaves open.
 
+    path_weight: lambda_p, the weight of the path objective (Eq. 13); 0: there is none.
+    endpoint_weight: lambda_e, the weight of the endpoint objective (Eq. 17 and 19); 0: there is none.
+    a: the shift of the condition is A c + b with A = a I (Eq. 16). A run takes that of the model's family, if the recipe says
+        nothing.
+    b: the same number added to all of it. A run takes that of the model's family likewise.
+    clip: of the secant in Eq. (12), elementwise; null: no clip.
+    p: the power of the adaptive loss below Eq. (14), in [0, 1]; 0: plain squares.
+    c: the constant of the adaptive loss, above 0.
     pairing: "rows" re-noises the student's fresh one-step picture of the same row, and moves that row's prediction at t = 1;
         "printed" takes pictures from a buffer of recent generations, unrelated to the rows, as Algorithm 1 prints it.
     real: who answers for real data in Eq. (18): "teacher" (frozen), "reference" (EMA, Algorithm 1) or "student" (Eq. 18).
@@ -143,10 +151,16 @@ class APEX(Objective):
         once. 0: everywhere. A step costs less by as much, and the student is about the same (`docs/log.md`). A LoRA's run
         takes 0.5, if the recipe says nothing.
     lambda_law: lambda is "uniform" in [0, lambda_max], "ramp" (uniform up to a bound that grows over the run) or "constant".
+    lambda_max: the bound of lambda, in [0, 1], or what it is where it is constant.
+    reduction: whether the squared norm inside of Eq. (14) is a "sum" over the elements (as printed) or their "mean".
+    beta: the weight beta(t) of Eq. (13): 1, or "cosine", which fades out the clean end.
     exact_below: below this noise level of Eq. (18) the fake's own velocity z_fake - x_fake stands in for the shifted branch,
-        which is its mean over all fakes and so does not see what is wrong with just this one. 0: never (the paper). Above 0
-        it seeks modes: in long runs better pictures, less diverse.
+        which is its mean over all fakes and so does not see what is wrong with just this one. In [0, 1]; 0: never (the paper).
+        Above 0 it seeks modes: in long runs better pictures, less diverse.
     share: part of the rows that stand at t = 1 and are generated from; the others draw t from `times`.
+    times: the law of the times of those others. fake_times: the law of the times at which the student's own pictures are
+        noised (Eq. 15).
+    buffer_size: how many recent pictures the buffer of the printed pairing keeps.
     """
 
     path_weight: float = 1.0

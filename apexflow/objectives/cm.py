@@ -45,11 +45,12 @@ class CM(Objective):
     mode: the earlier point comes from the teacher's ODE ("distillation") or from the same data and noise ("training").
     target: theta-minus is the student without gradient (iCT) or the EMA "reference" (CM).
     intervals: of the grid, from the first to the last, doubling in equal parts of the run (iCT: 10 to 1280). CM's own
-        distillation keeps them (18 on CIFAR-10: `(18, 18)`).
+        distillation keeps them (18 on CIFAR-10: `[18, 18]`).
+    rho: the grid's noise levels are even in sigma^(1 / rho).
     times: where the later point lies, before it is moved to the end of its interval. iCT's ln sigma ~ N(-1.1, 2^2).
-    huber: c of `pseudo_huber`, per square root of the dimension; None: squared error.
+    huber: c of `pseudo_huber`, per square root of the dimension; null: squared error.
     weighting: "inverse" is 1 / (sigma_n+1 - sigma_n) (iCT), "none" is 1 (CM).
-    order, guidance: of the teacher's solver, in distillation.
+    order: of the teacher's solver, in distillation: 1 (DDIM) or 2 (Heun). guidance: of the teacher; 1: none.
     """
 
     mode: Literal["distillation", "training"] = "distillation"

@@ -32,9 +32,12 @@ class CTM(Objective):
     """Soft consistency between a jump from t to s and one that the teacher leads to u < t first, both taken on to data.
 
     intervals: of the grid of noise levels (18 on CIFAR-10). pieces: steps of the teacher's solver (order 2) from t to u.
-    target: theta-minus is the EMA "reference" (the paper) or the student itself. huber: of `pseudo_huber`.
-    matching: weight of denoising score matching, here flow matching at s = t; `times` is its law. guidance: of the teacher,
-        whose guided answer then is what matching has for its target, so that it agrees with the jumps.
+    target: theta-minus is the EMA "reference" (the paper) or the student itself.
+    huber: c of `pseudo_huber`, per square root of the dimension; null: squared error.
+    matching: weight of denoising score matching, here flow matching at s = t.
+    guidance: of the teacher, whose guided answer then is what matching has for its target, so that it agrees with the jumps;
+        1: none.
+    times: the law of the times of matching.
     """
 
     intervals: int = 18

@@ -31,8 +31,10 @@ class DMD2(Objective):
 
     steps: what the student is made for. With several, it is asked where its own sampler brings it (backward simulation).
     student_every: of how many steps the student takes one; critic and judge take all (TTUR, 5).
-    guidance: of the teacher's score (SDXL: 8). gan, judge_gan: weights of the GAN loss for the student and for the judge
-        (SDXL: 0.005 and 0.01); without the first, there is no judge. times: of the noise that pictures are compared at.
+    guidance: of the teacher's score (SDXL: 8).
+    gan: weight of the GAN loss for the student (SDXL: 0.005); 0: there is no judge.
+    judge_gan: weight of the GAN loss for the judge (SDXL: 0.01).
+    times: the law of the noise that pictures are compared at.
     """
 
     steps: int = 1

@@ -15,7 +15,10 @@ from apexflow.objectives.times import TimeLaw
 
 @dataclass(frozen=True)
 class FlowMatching(Objective):
-    """Eq. (2): mean squared error against `z - x` (or the target of another transport) at times drawn from `times`."""
+    """Eq. (2): mean squared error against `z - x` (or the target of another transport).
+
+    times: the law of the times at which it is asked.
+    """
 
     times: TimeLaw = field(default_factory=TimeLaw)
 

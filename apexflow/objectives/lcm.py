@@ -33,9 +33,11 @@ class LCM(Objective):
     """Eq. (16): the student at t_n+k against theta-minus at the point of t_n, k before, that the guided teacher leads to.
 
     guidance: scale of the teacher, 1 + omega of Eq. (12); the paper reports omega = 8 (Table 1).
-    skip, points: k and N. target: theta-minus is the EMA "reference" (the paper) or the student itself.
-    sigma_data, scaling: of c_skip and c_out. huber: c of `mean_huber`. shift: of the times, as in `TimeLaw`;
-        1 leaves them even in t.
+    skip: k, how many points of the grid the teacher leads at a time. points: N, how many points the grid has.
+    target: theta-minus is the EMA "reference" (the paper) or the student itself.
+    sigma_data: of c_skip and c_out. scaling: of the time in c_skip and c_out.
+    huber: c of the pseudo-Huber distance of each element.
+    shift: of the times, as in a law of times; 1 leaves them even in t.
     """
 
     guidance: float = 9.0

@@ -34,6 +34,9 @@ class MeanFlow(Objective):
     kappa: share of the network's own conditional answer in the guided field of the samples: `omega v + kappa u(z_t, t, t | c)
         + (1 - omega - kappa) u(z_t, t, t | null)` with omega = (1 - kappa) w, so that the scale stays w. One pass more.
     derivative: "jvp" (the paper) or central "difference" with half step `epsilon`, where operators lack the former.
+    epsilon: half the step in t of the difference.
+    p: the power of the adaptive weight; 0: plain squares. c: the constant of the adaptive weight, above 0.
+    times: the law of both times; the later one is t.
     """
 
     share: float = 0.25

@@ -29,13 +29,17 @@ from apexflow.transport import Transport, expand
 class PCM(Objective):
     """Eq. (5): the student at t_n+k against theta-minus at t_n, both moved to the edge s_m of their phase.
 
-    phases: M; the paper finds 4 enough. guidance: w of Eq. (6) in the teacher's solver, 1 for none (the paper's "Ours*");
-        the released training of SD 1.5 draws w - 1 between 4 and 5, and so is the default. skip, points: k and N, as there
-        (the text has k = 1).
-    target: theta-minus is the EMA "reference" (the paper) or the student itself. huber: as in LCM.
-    shift: of the times, as in LCM; None: that of the grid on which the model is sampled.
+    phases: M; the paper finds 4 enough.
+    guidance: w of Eq. (6) in the teacher's solver, 1 for none (the paper's "Ours*"); the released training of SD 1.5 draws
+        w - 1 between 4 and 5, and so is the default.
+    skip: k, how many points of the grid the teacher leads at a time, as in that training (the text has 1).
+    points: N, how many points the grid has, as there.
+    target: theta-minus is the EMA "reference" (the paper) or the student itself.
+    huber: c of the pseudo-Huber distance of each element.
+    shift: of the times, as in a law of times; null: that of the grid on which the model is sampled.
     adversarial: lambda, the weight of Eq. (9) beside Eq. (5), 0.1 in the paper; 0: no judge, and every turn is the
-        student's. depths: which blocks the judge looks at, as shares.
+        student's.
+    depths: which blocks the judge looks at, as shares.
     """
 
     phases: int = 4

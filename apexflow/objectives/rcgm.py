@@ -49,12 +49,15 @@ def length_weight(t: Tensor, s: Tensor) -> Tensor:
 class RCGM(Objective):
     """`F - clip((t - s) F / h - (jumps of theta-minus from t - h to s) / h - v)` is the target of F(x_t, t, c, s).
 
-    order: N, how many jumps lead from t - h to s. stride: h. clip: of the correction, elementwise. c: of `short_tailed`.
+    order: N, how many jumps lead from t - h to s. stride: h, in (0, 0.5).
+    clip: of the correction, elementwise; null: no clip.
     target: theta-minus is the EMA "reference" (theirs, from second order on) or the student itself (where memory lacks).
     velocity: v is the sample's own, or the teacher's field. guidance: scale that is trained in: from samples, in the end, by
         `v + (1 - 1 / guidance) (F(c) - F(null))` at s = t by theta-minus; of the teacher its guided answer.
+    c: of the loss `short_tailed`: squares for errors below it, lengths above.
     jumps: what rows learn: "thirds" jump from noise to data, between any two times, and over a stretch of at most `short` of
         their t (the authors' practice), or all jump between "any" two times (their theory).
+    short: the longest of the short stretches, as a share of t.
     """
 
     order: int = 2

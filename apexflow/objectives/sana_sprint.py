@@ -31,10 +31,12 @@ def released_scm() -> SCM:
 class SanaSprint(Objective):
     """L = L_sCM + weight * L_adv at the student's turn, the judge's hinge loss at its own.
 
-    scm: sCM's fields. weight: lambda (0.5). share: part of the rows whose picture for the judge is made of pure noise, at
-    t = 1 (50 %); the others' times are sCM's. depths: which blocks the judge looks at, 2, 8, 14 and 19 of 20.
-    judge_times: law of the noise that it sees, 0.5 tan(theta) ~ exp N(-0.6, 1). mismatched: pictures of the data with the
-        prompt of the row that follows are fakes to the judge too, and half of them, as in the released settings.
+    scm: sCM's fields. weight: lambda (0.5).
+    share: part of the rows whose picture for the judge is made of pure noise, at t = 1 (50 %); the others' times are sCM's.
+    depths: which blocks the judge looks at, as shares: 2, 8, 14 and 19 of 20.
+    judge_times: law of the noise that the judge sees, 0.5 tan(theta) ~ exp N(-0.6, 1).
+    mismatched: pictures of the data with the prompt of the row that follows are fakes to the judge too, and half of them, as in
+        the released settings.
     """
 
     scm: SCM = field(default_factory=released_scm)

@@ -53,8 +53,9 @@ class SCM(Objective):
         operators need forward-mode derivatives, which fused attention lacks).
     epsilon: half the step in t of the difference.
     warmup: share of the run over which the unstable part of the tangent is faded in (0: at once).
-    c: of the tangent normalisation g / (|g| + c); None: raw tangents.
+    c: of the tangent normalisation g / (|g| + c); null: raw tangents.
     reduction: |g| as root of the "mean" square, so that c means the same at any resolution, or of the "sum" (as printed).
+    guidance: of the teacher, in distillation; 1: none. times: the law of the times at which it is asked.
     """
 
     mode: Literal["distillation", "training"] = "distillation"

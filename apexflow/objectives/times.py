@@ -13,9 +13,11 @@ from apexflow.sampler import shift_times
 
 @dataclass(frozen=True)
 class TimeLaw:
-    """`kind` is "uniform" or "logit_normal" (mean and spread of the logit); `shift` > 1 then moves times towards noise.
+    """A law of times between data (0) and noise (1).
 
-    The shift is that of the backbone's scheduler: `t' = s t / (1 + (s - 1) t)`.
+    kind: "uniform" in [0, 1], or "logit_normal", a normal law of log(t / (1 - t)).
+    mean: of that normal law; above 0 is nearer to noise. spread: of that normal law, above 0.
+    shift: above 1 moves the drawn times towards noise, as the backbone's scheduler does: `t' = s t / (1 + (s - 1) t)`.
     """
 
     kind: str = "logit_normal"

@@ -27,7 +27,8 @@ FAKE = SHORT + 1
 class TwinFlow(Objective):
     """L_base of RCGM on three kinds of rows, L_adv on fakes, and `rectify` times L_rectify on the jumps to data.
 
-    base: RCGM's fields, of which `jumps` has no use here. clip: of the difference of the twins' velocities.
+    base: RCGM's fields, of which `jumps` has no use here. rectify: the weight of L_rectify.
+    clip: of the difference of the twins' velocities, elementwise; null: no clip.
     """
 
     base: RCGM = field(default_factory=RCGM)

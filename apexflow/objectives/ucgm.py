@@ -27,13 +27,16 @@ from apexflow.transport import expand
 class UCGM(Objective):
     """Algorithm 1. Defaults are Table 5's for few steps (XL/2 on ImageNet-256).
 
-    lam: lambda, the consistency ratio. zeta: the enhancement ratio; 0: targets are the sample's own.
+    lam: lambda, the consistency ratio: 0 is flow matching, 1 consistency. zeta: the enhancement ratio; 0: targets are the
+        sample's own.
     enhance: "teacher" moves data and noise towards the frozen teacher's estimates (appendix C.1.3); "self" by the student's
         difference between the condition and, from the EMA, none (line 6).
     guidance: scale that enhancing by the teacher trains in up to `threshold`. The teacher's own is less where zeta is above
         1, as the targets move past its answer.
     threshold: s, the time above which targets are averaged with the estimates.
-    theta: of the Beta law of t. epsilon, clip: of the central difference at lambda = 1, and of the derivative.
+    theta: both numbers of the Beta law of t, above 0.
+    epsilon: half the step in t of the central difference at lambda = 1. clip: of the derivative; null: no clip.
+    weighting: of the squared error by cos(t) (the paper), or "none".
     """
 
     lam: float = 1.0

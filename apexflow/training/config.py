@@ -67,10 +67,12 @@ class Data:
     source: "scenes" (drawn, `count` from `seed`), a path to a set of any kind, a set of the hub, or a finished cache; or a list
         of such. When it is not given: the finished cache that `cache` names, else scenes.
     shares: the parts of the rows that come from each of several sources; by default in proportion to their sizes.
+    count: how many scenes are drawn. seed: of these scenes.
     cache: the folder that keeps latents and embeddings, those of several sources in folders of their own; by default inside
         the output.
-    size: side in pixels (by default the model's own, or that of the finished caches). buckets: keep aspect ratios. captions:
-        the fields that hold them.
+    size: side in pixels (by default the model's own, or that of the finished caches).
+    buckets: keep aspect ratios; otherwise pictures are cropped to the middle square.
+    captions: the fields that hold the captions; by default those that docs/data.md lists.
     skip_limit: the share of unusable records or files that is borne.
     """
 
@@ -111,20 +113,36 @@ class Data:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is trained: all of the transformer ("full") or a LoRA, and the text encoder beside it where that is asked for."""
+    """What is trained, and what the rest of the network is kept in.
+
+    kind: all of the transformer ("full") or a LoRA.
+    rank: that of the LoRA. alpha: the LoRA is scaled by alpha / rank; when not given, by 1.
+    start: a LoRA that the student starts as: its file or folder; the teacher stays the base.
+    text_encoder: whether the text encoder is trained too; with full tuning alone.
+    storage: of a LoRA's frozen base: 8 or 4 bits a weight; not with `parallel: fsdp`.
+    checkpointing: compute activations again in backward; when not given, from half a billion parameters on.
+    """
 
     kind: Literal["full", "lora"] = "full"
     rank: Count = 32
-    alpha: Count | None = None  # the rank when not given
-    start: Name | None = None  # a LoRA that the student starts as: its file or folder; the teacher stays the base
+    alpha: Count | None = None
+    start: Name | None = None
     text_encoder: bool = False
-    storage: Literal["fp8", "nf4"] | None = None  # of a LoRA's frozen base: 8 or 4 bits a weight
-    checkpointing: bool | None = None  # compute activations again in backward; None: from half a billion parameters on
+    storage: Literal["fp8", "nf4"] | None = None
+    checkpointing: bool | None = None
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with warm-up and a schedule, and gradient clipping by norm; "adamw8bit" keeps its moments in 8 bits."""
+    """AdamW with warm-up and a schedule, and gradient clipping by norm.
+
+    kind: "adamw8bit" keeps the moments in 8 bits; it needs bitsandbytes, and does not go with `parallel: fsdp`.
+    learning_rate: of the student, at its highest; further networks have theirs in proportion.
+    betas: the decay of AdamW's two moments. weight_decay: as AdamW has it, apart from the gradient.
+    warmup: steps over which the rate rises in a line to `learning_rate`.
+    schedule: of the rate: the same to the end, or down to a fiftieth along half a cosine.
+    clip_norm: the norm to which the gradient of each network that is trained is cut.
+    """
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"
     learning_rate: Positive = 1e-4
@@ -137,8 +155,13 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Preview:
-    """Sample grids while training, at the step count that ships: `count` pictures of the data's captions, or two of each of
-    `prompts`."""
+    """Sample grids while training, at the step count that ships.
+
+    every: steps between two grids; the last step has one too.
+    steps: network evaluations a picture (twice that with guidance other than 1). guidance: of the pictures; 1: none.
+    count: how many pictures of the data's captions are drawn, two of each.
+    prompts: your own captions in place of the data's, two pictures of each.
+    """
 
     every: Count = 200
     steps: SamplingSteps = 1
@@ -149,19 +172,45 @@ class Preview:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that makes a run. `objective` holds the fields of the method's own dataclass."""
+    """Everything that makes a run.
+
+    output: the folder of the run: curves, grids, checkpoints, the model and the report.
+    method: which objective is trained, by its name in the table of methods.
+    objective: the fields of the method's own dataclass; what is not given keeps its default there.
+    model: what the student starts as: a diffusers folder, a hub id, a built-in name, the folder of a finished run; or
+        "miniature", which builds a small one anew.
+    teacher: the frozen model to learn from, where it is not `model` itself; with full tuning alone.
+    data, tuning, optimizer, preview: a section of its own.
+    steps: how many steps are taken. minutes: stop earlier, at a whole step, after this long.
+    batch: rows of a step over all processes, which share them equally.
+    micro_batch: rows that a process takes at once; by default all of its own.
+    caption_dropout: the share of the rows that are trained without their caption.
+    ema_decay: of the average of the weights, which previews draw with and which is saved.
+    seed: what the random numbers of the run depend on.
+    precision: "bf16" computes under autocast; what is trained stays in float32.
+    device: "auto" is a CUDA GPU where there is one, else the CPU; or "cpu", "cuda" or "cuda:1".
+    parallel: under torchrun, whole weights in each process (ddp) or shares of them (fsdp); auto shards what would not fit a GPU.
+    checkpoint_every: steps between two checkpoints. keep: how many checkpoints stay.
+    bad_steps: non-finite steps in a row before the run stops; half of a shorter run.
+    autoencoder_steps: how long the autoencoder is fitted, where `model` is "miniature".
+    text_encoder_steps: how long the text encoder is taught to read, where `model` is "miniature".
+    sampling_steps: what the saved model says of its steps; by default as its previews, after flow matching as the model before.
+    sampling_guidance: what the saved model says of its guidance; by default likewise.
+    suite: a benchmark that needs no files ("mini-geneval"), by which the model is scored at the end for the report, one picture a
+        prompt.
+    """
 
     output: Name
     method: str = "apex"
     objective: dict[str, Any] = field(default_factory=dict)
     model: Name = "mini-teacher"
-    teacher: Name | None = None  # the frozen model to learn from, where it is not `model` itself (tuning.kind=full)
+    teacher: Name | None = None
     data: Data = field(default_factory=Data)
     tuning: Tuning = field(default_factory=Tuning)
     optimizer: Optimizer = field(default_factory=Optimizer)
     preview: Preview = field(default_factory=Preview)
     steps: Count = 1000
-    minutes: NotNegative | None = None  # stop early, at a whole step, after this long
+    minutes: NotNegative | None = None
     batch: Rows = 32
     micro_batch: Rows | None = None
     caption_dropout: Share = 0.0
@@ -169,17 +218,14 @@ class Recipe:
     seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # under torchrun; auto shards what would not fit a GPU
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     checkpoint_every: Count = 500
     keep: Count = 2
-    bad_steps: Count = 20  # non-finite steps in a row before the run stops; half of a shorter run
-    # Only when `model` is "miniature": how long its autoencoder is fitted, and its text encoder taught to read.
+    bad_steps: Count = 20
     autoencoder_steps: Count = 2000
     text_encoder_steps: Count = 500
-    # What the saved model says of how to sample it: by default as its previews; after flow matching, as the model before.
     sampling_steps: SamplingSteps | None = None
     sampling_guidance: float | None = None
-    # Scored at the end, one picture a prompt, for the report.
     suite: Annotated[str, AfterValidator(_needs_no_files)] | None = None
 
     def __post_init__(self) -> None:
