@@ -141,16 +141,19 @@ def export(
 ) -> None:
     """Hand a student to stock diffusers: a LoRA file (of Qwen-Image and FLUX.1 for ComfyUI too) or a folder, with a scheduler."""
     from apexflow.export import export as hand_over
+    from apexflow.locking import alone_in
     from apexflow.training.recall import export_checkpoint, is_checkpoint
 
     if scheduler not in (None, "stock", "any-step", "original"):
         raise UserError(f"unknown scheduler {scheduler!r}: take stock, any-step or original")
-    if is_checkpoint(Path(source)):
-        if base is not None:
-            raise UserError(f"{source} is a checkpoint, whose run knows its base: leave out --base")
-        result = export_checkpoint(Path(source), output, scheduler, merge, rank)
-    else:
-        result = hand_over(source, output, scheduler, merge, base, rank)  # type: ignore[arg-type]
+    of_run = is_checkpoint(Path(source))
+    if of_run and base is not None:
+        raise UserError(f"{source} is a checkpoint, whose run knows its base: leave out --base")
+    with alone_in(output):
+        if of_run:
+            result = export_checkpoint(Path(source), output, scheduler, merge, rank)
+        else:
+            result = hand_over(source, output, scheduler, merge, base, rank)  # type: ignore[arg-type]
     told = [f"{result['kind']}: {result['output']}", result.get("told"), f"how to use it: {output / 'README.md'}"]
     show(result, as_json, "\n".join(filter(None, told)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,11 @@ class Stopped(Exception):
 def quoted(text: str) -> str:
     """A text of the user's as a message shows it: in quotes, and no more than its first MOST_QUOTED characters."""
     return repr(text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}…")
+
+
+def in_a_shell(name: object) -> str:
+    """A path or name as it stands in a command that a message gives, to be pasted: most have nothing that a shell would read."""
+    return shlex.quote(str(name))
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -50,17 +51,21 @@ def test_a_folder_that_is_no_model_is_named(
 @pytest.mark.parametrize(
     ("left", "named", "words"),
     [
-        ("checkpoints/step-0000002/state.json", ".", ("is no model", "apexflow export", "step-0000002 -o")),
-        ("checkpoints/step-0000002/state.json", "checkpoints/step-0000002", ("is no model", "step-0000002 -o")),
+        ("checkpoints/step-0000002/state.json", ".", ("is no model", "apexflow export", "-o MODEL")),
+        ("checkpoints/step-0000002/state.json", "checkpoints/step-0000002", ("is no model", "step-0000002")),
         ("lora/pytorch_lora_weights.safetensors", "lora", ("is a LoRA", "apexflow export", "--base MODEL --merge")),
     ],
 )
 def test_what_lies_in_a_run_and_is_no_model_is_told_with_the_way_to_one(
     run: Run, tmp_path: Path, left: str, named: str, words: tuple[str, ...]
 ) -> None:
-    (tmp_path / left).parent.mkdir(parents=True)
-    write(tmp_path / left, "{}")
-    refused(generate(run, tmp_path / named), *words)
+    home = tmp_path / "my 'run' #2"
+    (home / left).parent.mkdir(parents=True)
+    write(home / left, "{}")
+    told = generate(run, home / named)
+    refused(told, *words)
+    command = shlex.split(told[2].split("`")[1])  # as it is pasted
+    assert command[:2] == ["apexflow", "export"] and (home / left).is_relative_to(command[2])
 
 
 def test_a_finished_run_is_taken_for_its_model(run: Run, tiny_model: Path, tmp_path: Path) -> None:

@@ -123,6 +123,14 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "name"),
+    [("my set #2", "my set #2"), ("#2", "#2"), ("ä#1 #2", "ä#1 #2"), ("'a #1'", "a #1"), ('"a" #1', "a"), (" a ", "a")],
+)
+def test_an_override_has_no_comment_that_a_path_would_lose(tmp_path: Path, text: str, name: str) -> None:
+    assert load_recipe(write(tmp_path / "r.yaml", "output: x\n"), [f"data.source={text}"]).data.source == name
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("steps=true", ("steps", "number")),

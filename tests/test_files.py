@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from full_disk import file_size_limit
 from safetensors import SafetensorError
 
+from apexflow.backbones.folder import INDEX, read_index
+from apexflow.backbones.weights import weight_shapes
+from apexflow.data import cache
 from apexflow.errors import UserError
 from apexflow.files import new_folder, read_json, replacing
+from apexflow.training.checkpoint import COUNTERS, read_state
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
@@ -34,6 +42,36 @@ def test_what_a_command_has_left_and_somebody_changed_is_told(tmp_path: Path, te
     path.write_text(text)
     with pytest.raises(UserError, match=r"cannot read the plan at .*plan.json: "):
         read_json(path, "the plan")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("state.json", read_state),
+        ("shard.safetensors", read_state),
+        (cache.INDEX, cache.read_index),
+        ("shard.safetensors", lambda folder: cache._opened(folder / "shard.safetensors")),
+        (INDEX, read_index),
+        ("model.safetensors", weight_shapes),
+    ],
+)
+def test_a_file_that_we_may_not_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Callable[[Path], object]
+) -> None:
+    """As another user has left it: whoever is told so deletes it, or fetches it again."""
+    open_any = Path.open
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_any(path, *arguments, **named)
+
+    state = dict.fromkeys(COUNTERS, 0) | {"world": 1, "recipe": {}, "sizes": {"shard.safetensors": 0}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    (tmp_path / name).touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=rf"^cannot use .*{name}' \(Permission denied\): check the path"):
+        read(tmp_path)
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:

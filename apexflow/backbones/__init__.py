@@ -10,7 +10,7 @@ from apexflow.backbones import hub, second_time
 from apexflow.backbones.family import Backbone
 from apexflow.backbones.folder import CHECKPOINTS, INDEX, PICKLES, is_run, model_of, read_index
 from apexflow.backbones.settings import Settings, read_settings, write_settings
-from apexflow.errors import UserError, check_built_in
+from apexflow.errors import UserError, check_built_in, in_a_shell
 
 __all__ = [
     "BUILT_IN",
@@ -102,13 +102,14 @@ def _no_model(folder: Path) -> str:
     what = "a run that is not finished" if is_run(folder) else "no model"
     saved = folder if (folder / "state.json").is_file() else max((folder / CHECKPOINTS).glob("step-*"), default=None)
     if saved is not None:
-        return f"{folder} is {what}: `apexflow export {saved} -o MODEL` makes one of what was trained (of a LoRA with --merge)"
+        command = f"apexflow export {in_a_shell(saved)} -o MODEL"
+        return f"{folder} is {what}: `{command}` makes one of what was trained (of a LoRA with --merge)"
     if is_run(folder):
         return f"{folder} is {what}, and has no checkpoint yet: go on with `apexflow train` and --resume"
     if loras := sorted(folder.glob("*lora*.safetensors")):
+        command = f"apexflow export {in_a_shell(loras[0])} --base MODEL --merge -o FOLDER"
         return (
-            f"{folder} is a LoRA, no whole model: `apexflow export {loras[0]} --base MODEL --merge -o FOLDER` makes one of it "
-            "and of the model that it was trained on"
+            f"{folder} is a LoRA, no whole model: `{command}` makes one of it and of the model that it was trained on"
         )
     return f"{folder} is no diffusers checkpoint: {INDEX} is missing"
 
@@ -128,7 +129,7 @@ def load_backbone(
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
         raise UserError(
             f"{folder} is {what}; give the folder of a diffusers checkpoint, or if it is a LoRA, make one of it with "
-            f"`apexflow export {folder.with_suffix('.safetensors')} --base MODEL --merge -o FOLDER`"
+            f"`apexflow export {in_a_shell(folder.with_suffix('.safetensors'))} --base MODEL --merge -o FOLDER`"
         )
     if not (folder / INDEX).is_file():
         raise UserError(_no_model(folder))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from apexflow.errors import UserError
+from apexflow.errors import UserError, no_path
 
 INDEX = "model_index.json"
 RECIPE, CHECKPOINTS = "recipe.json", "checkpoints"  # in the folder of a run
@@ -55,7 +55,8 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: it is not valid JSON; restore it from the original checkpoint") from error
+        damaged = f"cannot read {path}: it is not valid JSON; restore it from the original checkpoint"
+        raise UserError(no_path(error) or damaged) from error
     if not isinstance(content, dict):
         raise UserError(f"cannot read {path}: it is no JSON object; restore it from the original checkpoint")
     return content

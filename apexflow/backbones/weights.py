@@ -10,7 +10,7 @@ from typing import TypeVar
 from safetensors import safe_open
 
 from apexflow.backbones.folder import is_there, weight_paths
-from apexflow.errors import UserError, first_line
+from apexflow.errors import UserError, first_line, no_path
 
 READERS = "diffusers or transformers"
 T = TypeVar("T")
@@ -55,7 +55,10 @@ def _types(file: Path) -> set[str]:
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(file, "pt") as opened:
+    with (
+        file.open("rb"),
+        safe_open(file, "pt") as opened,
+    ):  # which takes a file that we may not read for one that is not there
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 no mapping
 
 
@@ -66,4 +69,4 @@ def guarded(path: Path, read: Callable[[], T]) -> T:
     except Exception as error:  # libraries raise many kinds for a damaged file; all mean the same to the user
         reason = first_line(error)[:160]
         mend = "apexflow runs none" if "custom code" in reason else "restore it from the original checkpoint"
-        raise UserError(f"cannot read {path}: {reason}; {mend}") from error
+        raise UserError(no_path(error) or f"cannot read {path}: {reason}; {mend}") from error

@@ -20,7 +20,7 @@ from apexflow.backbones.text import rows_of
 from apexflow.conditioning import Condition
 from apexflow.data.files import Fields, read_record
 from apexflow.data.order import batch_rows
-from apexflow.errors import UserError
+from apexflow.errors import UserError, no_path
 
 INDEX = "cache.json"
 NULL = "null.safetensors"
@@ -271,13 +271,19 @@ def _mend(path: Path) -> str:
 
 def _opened(path: Path) -> Any:
     try:
-        return safe_open(path, "pt")
+        with path.open("rb"):  # safetensors takes a file that we may not read for one that is not there
+            return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cache {path.parent} is damaged ({path.name}: {error}): {_mend(path)}") from error
+        raise UserError(_fault(path, error)) from error
 
 
 def _read_json(path: Path, fields: Fields) -> dict[str, Any]:
     try:
         return read_record(path, fields)
     except (OSError, ValueError) as error:
-        raise UserError(f"cache {path.parent} is damaged ({path.name}: {error}): {_mend(path)}") from error
+        raise UserError(_fault(path, error)) from error
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """Why a file of a cache cannot be used, and what to do: what we may not read is not damaged."""
+    return no_path(error) or f"cache {path.parent} is damaged ({path.name}: {error}): {_mend(path)}"

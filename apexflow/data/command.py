@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apexflow.errors import UserError, going_on, printable
+from apexflow.errors import UserError, going_on, in_a_shell, printable
 from apexflow.options import Device, Guidance, Json, Model, Seed, Size, Steps, Storage, show
 from apexflow.torchrun import speaks
 
@@ -105,7 +105,7 @@ def synthesize(
         return
     more = "" if result["complete"] else "; this process has done its part, others are still to come"
     text = f"{output}: {result['pictures']} pictures, skipped {len(result['skipped'])}{more}"
-    show(result, as_json, f"{text}{listed(result['skipped'])}\ntrain on it with data.source={output}")
+    show(result, as_json, f"{text}{listed(result['skipped'])}\ntrain on it with data.source={in_a_shell(output)}")
 
 
 def _kept(folder: Path, shards: str, size: str) -> str:
@@ -118,7 +118,7 @@ def _cache_text(result: dict[str, Any]) -> str:
         return f"{result['cache']}: this process has done its part; the cache is finished when all have"
     skipped = {**result["broken"], **result["skipped"]}
     text = f"{result['cache']}: {result['rows']} rows; skipped {len(skipped)} of {result['seen']}"
-    return f"{text}{listed(skipped)}\ntrain on it with data.source={result['cache']}"
+    return f"{text}{listed(skipped)}\ntrain on it with data.source={in_a_shell(result['cache'])}"
 
 
 def listed(skipped: Mapping[str, str]) -> str:

@@ -105,7 +105,8 @@ def export(
         options = call_options(backbone, found.settings, chosen == "stock")
         kind = "lora" if factors or (found.lora and not merge) else "model"
         usage = _usage(found, kind, chosen, options, output)
-        (partial / "README.md").write_text(usage + (f"\n{factors.told}\n" if factors else ""))
+        text = usage + (f"\n{factors.told}\n" if factors else "")
+        (partial / "README.md").write_text(text, "utf-8", "backslashreplace")  # names of folders need not be UTF-8
     result = {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
     return result | ({"kept": factors.kept, "outside": factors.outside, "told": factors.told} if factors else {})
 

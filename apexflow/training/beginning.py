@@ -7,7 +7,7 @@ from pathlib import Path
 
 from apexflow.backbones import Backbone
 from apexflow.backbones.lora_targets import target_modules
-from apexflow.errors import UserError
+from apexflow.errors import UserError, in_a_shell
 from apexflow.export.lora import FILE
 from apexflow.export.merge import Pair, read_lora
 from apexflow.training.config import Recipe
@@ -34,7 +34,8 @@ def read_start(recipe: Recipe, backbone: Backbone) -> dict[str, Pair]:
 def check_start(file: Path, pairs: Mapping[str, Pair], recipe: Recipe, backbone: Backbone) -> None:
     """UserError unless each module that is trained has a pair of its shape and of the recipe's rank, and no other has one."""
     targets = target_modules(backbone)
-    merge = f"merge it first (`apexflow export {file} --base {recipe.model} --merge -o FOLDER`) and name that model"
+    command = f"apexflow export {in_a_shell(file)} --base {in_a_shell(recipe.model)} --merge -o FOLDER"
+    merge = f"merge it first (`{command}`) and name that model"
     own = {name for name, _ in backbone.transformer.named_modules()}
     if foreign := sorted(pairs.keys() - own):  # which could not be merged either
         raise UserError(f"tuning.start: {file} is a LoRA for another model: {recipe.model} has no {foreign[0]}")

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from apexflow.data.files import Fields, read_record
-from apexflow.errors import UserError, first_line
+from apexflow.errors import UserError, first_line, no_path
 from apexflow.training.distributed import control_group, leads, together, world
 
 NAME = "step-{:07d}"
@@ -101,8 +101,11 @@ def read_state(path: Path, name: str | None = None) -> dict[str, Any]:
         state = read_record(path / "state.json", STATE)
         _check_state(state, name)
         for file, size in state.pop("sizes").items():
-            if (path / file).stat().st_size != size:
-                raise OSError(f"{file} has another size than it was saved with")
+            with (path / file).open(
+                "rb"
+            ) as opened:  # safetensors takes a file that we may not read for one that is not there
+                if os.fstat(opened.fileno()).st_size != size:
+                    raise OSError(f"{file} has another size than it was saved with")
         return state
 
 
@@ -156,7 +159,8 @@ def _reading(path: Path) -> Iterator[None]:
             yield
         except FAILURES as error:
             raise UserError(
-                f"checkpoint {path} is damaged ({_reason(error)}): delete it to resume from the one before"
+                no_path(error)
+                or f"checkpoint {path} is damaged ({_reason(error)}): delete it to resume from the one before"
             ) from error
 
 

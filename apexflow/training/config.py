@@ -309,13 +309,15 @@ def _override(raw: dict, override: str) -> None:
 
 
 def _value(text: str, override: str) -> Any:
-    """What is given to a key; text where it is no YAML, as a path may be."""
+    """What is given to a key; text where it is no YAML, as a path may be, or would lose what YAML takes for a comment."""
     try:
-        return read_yaml(text)
+        read = read_yaml(text)
     except NO_YAML:
         return text
     except yaml.YAMLError as error:
         raise UserError(f"override {quoted(override)} cannot be read{fault(error)}") from error
+    beyond = text.strip().removeprefix(read or "") if isinstance(read, str | None) else ""
+    return text if beyond.lstrip().startswith("#") else read
 
 
 def parse(kind: type[Parsed], raw: dict[str, Any], where: str) -> Parsed:

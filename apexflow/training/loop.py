@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from apexflow.backbones.storage import storing
 from apexflow.conditioning import Condition
 from apexflow.data.mixture import Cached
 from apexflow.devices import device_name
-from apexflow.errors import Stopped, UserError, is_out_of_memory, is_taken, printable, writing
+from apexflow.errors import Stopped, UserError, in_a_shell, is_out_of_memory, is_taken, printable, writing
 from apexflow.evaluation.runner import EvaluationSettings, evaluate
 from apexflow.files import write_json
 from apexflow.generator import load
@@ -242,7 +241,7 @@ def score(run: Run, suite: str, model: Path) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        mend = f"score it apart, with `apexflow evaluate --model {shlex.quote(str(model))} --suite {suite}`"
+        mend = f"score it apart, with `apexflow evaluate --model {in_a_shell(model)} --suite {suite}`"
         raise UserError(f"out of memory in scoring; the run is whole, and its model is {model}: {mend}") from error
     write_json(run.folder / "scores.json", scores)
     write_report(run.folder, scores)

@@ -109,6 +109,25 @@ def test_geneval_takes_the_users_prompts(generator: Generator, tmp_path: Path) -
     assert "many words" in (tmp_path / "e" / "pictures" / "00000" / "metadata.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("suite", "data", "file", "text"),
+    [
+        ("dpg", ".", "prompts/0.txt", "a röd\u2028star"),
+        ("geneval", "own.jsonl", "own.jsonl", '\n{"tag": "colors", "include": [], "prompt": "a röd\u2028star"}'),
+    ],
+)
+def test_the_users_prompts_as_other_editors_write_them(
+    suite: str, data: str, file: str, text: str, tmp_path: Path
+) -> None:
+    """With a mark at the beginning, which would stand in the prompt, and a line break that ends no line of JSON."""
+    written, tools = little.dpg_folder(tmp_path) / file, Tools(data=tmp_path / data)
+    written.write_bytes(f"\ufeff{text}\r\n".encode())
+    assert "a röd\u2028star" in [found["prompt"] for found in SUITES[suite](tools).prompts()]
+    written.write_bytes(text.replace("\u2028", " ").encode("latin-1"))
+    with pytest.raises(UserError, match=rf"cannot read the .* at {written}.*not UTF-8 text"):
+        SUITES[suite](tools).prompts()
+
+
 def test_dpg(generator: Generator, judge_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     data = little.dpg_folder(tmp_path / "data")

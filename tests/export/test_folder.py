@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -153,6 +154,12 @@ def test_the_readme_of_a_model_called_as_a_shipped_one_names_the_copy(folder_of,
     monkeypatch.chdir(tmp_path)
     export(str(student(folder_of, "sana", tmp_path)), Path("mini-student"))
     assert "from_pretrained('mini-student'" in (tmp_path / "mini-student" / "README.md").read_text()
+
+
+def test_the_readme_of_a_folder_whose_name_is_not_utf8(tmp_path):
+    output = tmp_path / os.fsdecode(b"l\xe4uft")
+    export("mini-student", output)
+    assert (output / "README.md").read_text("utf-8").startswith("# l\\udce4uft\n")
 
 
 @pytest.mark.parametrize("lora", [True, False])

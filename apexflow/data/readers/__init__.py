@@ -10,7 +10,7 @@ from pathlib import Path
 
 from apexflow.data.captioned import Sample
 from apexflow.data.pictures import PICTURES
-from apexflow.errors import UserError
+from apexflow.errors import UserError, in_a_shell
 
 TEXT = "utf-8-sig"  # some editors begin a file of UTF-8 with a mark
 
@@ -99,7 +99,7 @@ def recognise(path: Path) -> Source:
     if not path.exists():
         raise UserError(f"data {str(path)!r} not found: give the path of a set of captioned pictures ({known})")
     if (path / "cache.json").is_file():
-        raise UserError(f"{path} is a finished cache, not pictures: train on it with data.source={path}")
+        raise UserError(f"{path} is a finished cache, not pictures: train on it with data.source={in_a_shell(path)}")
     found = [Source(path, kind, files) for kind in kinds().values() if (files := kind.claims(path))]
     if not found:
         if path.is_dir() and (bare := named(path, *PICTURES)):

@@ -12,6 +12,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from apexflow.data.readers import text_of
 from apexflow.errors import UserError
 from apexflow.evaluation import dpg
 from apexflow.evaluation.files import Unreadable, open_picture
@@ -66,7 +67,7 @@ class DpgBench(OneFileEach):
         prompts = []
         for item in self.items:
             file = self.csv.parent / "prompts" / f"{item}.txt"
-            text = file.read_text("utf-8").strip() if file.is_file() else texts[item]
+            text = _read_text(file) if file.is_file() else texts[item]
             if not text:
                 raise UserError(f"the DPG item {item} has no prompt: put ELLA's prompts folder beside {self.csv}")
             prompts.append({"item_id": item, "prompt": text})
@@ -115,6 +116,13 @@ class DpgBench(OneFileEach):
         text = question if self.official_answers else f"{question} Answer with yes or no only."
         image = {"type": "image_url", "image_url": {"url": address(crop)}}
         return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return text_of(file.read_bytes()).strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the DPG prompt at {file} ({error}): restore it, or save it as UTF-8") from None
 
 
 def _cut(picture: Picture, count: int) -> list[Any]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from apexflow.data.fingerprint import fingerprint
+from apexflow.data.readers import lines_of, text_of
 from apexflow.errors import UserError
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.files import Unreadable, open_picture, read_ahead
@@ -75,14 +76,15 @@ class GenEval(GenEvalFolders):
 
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the GenEval prompts at {path}: {error}") from None
-    for number, row in enumerate(rows):
-        fault = prompt_set.fault(row)
-        if fault:
-            raise UserError(f"{path} line {number + 1} is no GenEval prompt: {fault}")
+    rows = []
+    for number, line in lines_of(path):
+        try:
+            row = json.loads(text_of(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"cannot read the GenEval prompts at {path}, line {number}: {error}") from None
+        if fault := prompt_set.fault(row):
+            raise UserError(f"{path} line {number} is no GenEval prompt: {fault}")
+        rows.append(row)
     return rows
 
 
