@@ -55,10 +55,8 @@ def _types(file: Path) -> set[str]:
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    with (
-        file.open("rb"),
-        safe_open(file, "pt") as opened,
-    ):  # which takes a file that we may not read for one that is not there
+    # Opened here first: safetensors says of a file that we may not read that it is not there.
+    with file.open("rb"), safe_open(file, "pt") as opened:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 no mapping
 
 

@@ -101,9 +101,8 @@ def read_state(path: Path, name: str | None = None) -> dict[str, Any]:
         state = read_record(path / "state.json", STATE)
         _check_state(state, name)
         for file, size in state.pop("sizes").items():
-            with (path / file).open(
-                "rb"
-            ) as opened:  # safetensors takes a file that we may not read for one that is not there
+            # Opened here first: safetensors says of a file that we may not read that it is not there.
+            with (path / file).open("rb") as opened:
                 if os.fstat(opened.fileno()).st_size != size:
                     raise OSError(f"{file} has another size than it was saved with")
         return state
