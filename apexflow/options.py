@@ -39,6 +39,14 @@ Overrides = Annotated[
 ]
 
 
+def read_numbers(text: str, option: str, kind: type) -> list[Any]:
+    """Each once: a number that is written twice is no second rate, and no second column."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise UserError(f"{option} must be numbers with commas between them, got {text!r}") from None
+
+
 def read_sides(text: str | None) -> int | tuple[int, int] | None:
     """What `--size` says: one side, or (height, width), which is the order in Python, of what is written the other way round.
 
