@@ -133,7 +133,7 @@ class Generator:
         backbone = self.backbone
         guidance = backbone.settings.guidance if guidance is None else guidance
         check_sampling(guidance, kappa, rho, order, second_time_of(backbone.transformer) is not None)
-        asked = _square(backbone.default_size if size is None else size)
+        asked = sides(backbone.default_size if size is None else size)
         return Sampling(self.times(steps, asked), backbone.latent_shape(asked), guidance, kappa, rho, order)
 
     @torch.no_grad()
@@ -199,9 +199,9 @@ class Generator:
         return sample(velocity, z, plan.times, plan.kappa, plan.rho, plan.order, backbone.transport, fresh, jumps)
 
 
-def pictures_at_once(size: int) -> int:
-    """How many pictures of `size` pixels a side are drawn in a batch: 32 small ones, 8 of 512 or two of 1024."""
-    return max(1, min(MAX_BATCH, MAX_BATCH * 256**2 // size**2))
+def pictures_at_once(size: int | tuple[int, int]) -> int:
+    """How many pictures of `size` (a side, or height and width) are drawn in a batch: 32 small ones, 8 of 512 or two of 1024."""
+    return max(1, min(MAX_BATCH, MAX_BATCH * 256**2 // math.prod(sides(size))))
 
 
 def noise(seeds: Sequence[tuple[int, int]], shape: Sequence[int]) -> Tensor:
@@ -252,19 +252,19 @@ def _check_text(prompt: str) -> None:
         raise UserError(f"prompt {quoted(prompt)} holds bytes that are no text: write it in UTF-8")
 
 
-def _square(size: int | tuple[int, int]) -> tuple[int, int]:
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of what may be one side."""
-    sides = size if isinstance(size, tuple | list) else (size, size)
-    if len(sides) != 2:
+    both = size if isinstance(size, tuple | list) else (size, size)
+    if len(both) != 2:
         raise UserError(f"size is {size}: give one side, or height and width")
-    return whole(sides[0], "size"), whole(sides[1], "size")
+    return whole(both[0], "size"), whole(both[1], "size")
 
 
 def _warn_of_size(size: int | tuple[int, int], own: int) -> None:
     """Warn of a size (one side, or height and width) that is far above a model's own, in pixels a side."""
-    height, width = _square(size)
+    height, width = sides(size)
     if max(height, width) > LARGER * own:
-        told = f"the model draws at {own}, and {height}x{width} is asked: it takes long, and no such picture was learnt"
+        told = f"the model draws at {own}, and {width}x{height} is asked: it takes long, and no such picture was learnt"
         warnings.warn(told, stacklevel=3)
 
 

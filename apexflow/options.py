@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from apexflow.errors import printable
+from apexflow.errors import UserError, printable, quoted
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[
@@ -17,7 +18,12 @@ Model = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. Default: what the model was made for.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
-Size = Annotated[int | None, typer.Option(min=1, max=8192, help="Side in pixels. Default: the model's own.")]
+MOST_SIDE = 8192
+Size = Annotated[int | None, typer.Option(min=1, max=MOST_SIDE, help="Side in pixels. Default: the model's own.")]
+Sides = Annotated[
+    str | None,
+    typer.Option(metavar="SIDE|WIDTHxHEIGHT", help="In pixels, such as 64 or 768x512. Default: the model's own."),
+]
 MOST_SEED = 2**63 - 1  # larger ones would be those of smaller ones again
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Same seed, same pictures.")]
 Kappa = Annotated[float, typer.Option(help="Extrapolation ratio of the any-step sampler (Eq. 21).")]
@@ -31,6 +37,29 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="For example steps=100 optimizer.learning_rate=1e-4."),
 ]
+
+
+def read_numbers(text: str, option: str, kind: type) -> list[Any]:
+    """Each once: a number that is written twice is no second rate, and no second column."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise UserError(f"{option} must be numbers with commas between them, got {text!r}") from None
+
+
+def read_sides(text: str | None) -> int | tuple[int, int] | None:
+    """What `--size` says: one side, or (height, width), which is the order in Python, of what is written the other way round.
+
+    UserError for anything else.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.IGNORECASE)
+    width, height = (int(side or found[1]) for side in found.groups()) if found else (0, 0)
+    if not (1 <= width <= MOST_SIDE and 1 <= height <= MOST_SIDE):
+        wanted = f"one side or WIDTHxHEIGHT, such as 64 or 768x512, from 1 to {MOST_SIDE} pixels a side"
+        raise UserError(f"--size is {quoted(text)}: give {wanted}")
+    return width if width == height else (height, width)
 
 
 def show(result: Mapping[str, Any], as_json: bool, text: str) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from PIL import Image
 
 import apexflow
 from apexflow.cli import app
+from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.command import listed
 from apexflow.demo import demo_recipe, holds_demo
 from apexflow.evaluation.suites import SUITES
-from apexflow.options import show
+from apexflow.options import read_sides, show
 from apexflow.training.config import short_recipe
 
 
@@ -42,6 +44,47 @@ def test_odd_prompts_still_give_a_picture(run: Run, tiny_model: Path, tmp_path: 
     code, _, errors = run("generate", prompt, "--model", tiny_model, "--steps", 1, "-o", tmp_path / "o.png")
     assert code == 0 and Image.open(tmp_path / "o.png").size == (64, 64)
     assert ("warning" in errors) == warns
+
+
+@pytest.mark.parametrize("name", ["drawn", "drawn.png/"])
+def test_a_folder_gets_a_picture_of_each_that_reads_back_as_a_set(
+    run: Run, tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    folder, prompts = tmp_path / name, ["a red star", "a blue ring"]
+    common = ("generate", *prompts, "--model", tiny_model, "--steps", 1, "--count", 2)
+    code, out, _ = run(*common, "-o", f"{tmp_path}/{name}", "--json")
+    files = [folder / f"{number:04d}.png" for number in range(4)]
+    assert code == 0 and json.loads(out)["files"] == [str(file) for file in files]
+    captions = [record.caption for record in read_captioned(folder, Skipped())]
+    assert captions == [prompt for prompt in prompts for _ in range(2)]
+    assert run(*common, "-o", tmp_path / "grid.png")[0] == 0
+    grid = Image.open(tmp_path / "grid.png")
+    for number, file in enumerate(files):
+        corner = (66 * (number % 2), 66 * (number // 2))
+        assert grid.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == Image.open(file).tobytes()
+    before = files[0].read_bytes()
+    again = ("generate", "a star", "--model", tiny_model, "--steps", 1, "--seed", 9, "-o", f"{tmp_path}/{name}")
+    refused(run(*again), "exists", "--force")
+    assert files[0].read_bytes() == before
+    assert run(*again, "--force")[0] == 0 and files[0].read_bytes() != before
+    assert len(list(read_captioned(folder, Skipped()))) == 1
+
+
+def test_a_size_is_one_side_or_width_and_height(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = copytree(tiny_model, tmp_path / "m")
+    config = model / "transformer" / "config.json"
+    write(config, json.dumps(json.loads(config.read_text()) | {"interpolation_scale": None}))  # no square of positions
+    for size, sides in (("64", (64, 64)), ("64x96", (64, 96)), ("96X64", (96, 64))):
+        assert generate(run, model, "--size", size, "-o", tmp_path / "o.png")[0] == 0
+        assert Image.open(tmp_path / "o.png").size == sides
+    refused(generate(run, model, "--size", "96x65", "-o", tmp_path / "o.png"), "size 96x65", "multiples")
+    assert read_sides("64x64") == read_sides("64") == 64 and read_sides("768x512") == (512, 768)
+
+
+@pytest.mark.parametrize("size", ["x", "64x", "x64", "64x64x64", "64,64", "0x64", "64x8193", "-64", "6" * 5000, "٦٤x"])
+def test_a_size_that_is_none_is_told(run: Run, size: str) -> None:
+    for command in (("generate", "a star"), ("synthesize", "prompts.txt", "-o", "never")):
+        refused(run(*command, "--model", "none", "--size", size), f"--size is '{size[:80]}", "WIDTHxHEIGHT", "8192")
 
 
 def test_scenes_evaluate_and_train_speak_json(run: Run, tiny_model: Path, recipe_file: Path, tmp_path: Path) -> None:
@@ -173,7 +216,8 @@ def test_other_outputs_that_cannot_be(run: Run, recipe_file: Path, tmp_path: Pat
     refused(run("data", "scenes", file / "below"), "cannot write", "file")
     refused(run("data", "scenes", tmp_path / "s", "--seed", -1), "--seed")
     refused(run("train", recipe_file, "steps=1", f"output={file}"), "cannot write", "file")
-    refused(run("generate", "a star", "-o", tmp_path / "picture"), "picture", ".png")
+    refused(run("generate", "a star", "-o", tmp_path / "picture.gif"), "picture.gif", ".png", "folder")
+    refused(run("generate", "a star", "-o", file), "cannot write", "file")
     refused(run("demo", "-o", file), "cannot write", "file")
     refused(run("compare", "apex", "-o", file), "cannot write", "file")
     refused(run("demo", "-o", tmp_path / "d", "--minutes", -1), "--minutes")

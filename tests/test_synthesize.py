@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from threading import Event
 
 import numpy as np
@@ -167,6 +168,19 @@ def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model:
         draw(prompts, tmp_path / "none", tiny_model, steps=0)
     with pytest.raises(UserError, match="multiples of"):
         draw(prompts, tmp_path / "none", tiny_model, size=50)
+
+
+def test_a_set_of_oblong_pictures_goes_on(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
+    model = copytree(tiny_model, tmp_path / "m")
+    config = model / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"interpolation_scale": None}))
+    draw(prompts, tmp_path / "set", model, size=(64, 96))
+    (tmp_path / "set" / "pictures-000001.tar").unlink()
+    assert draw(prompts, tmp_path / "set", model, size=(64, 96))["complete"]
+    images = [record.image for record in read_captioned(tmp_path / "set", Skipped())]
+    assert [image and image.size for image in images] == [(96, 64)] * 8
+    with pytest.raises(UserError, match=r"drawn otherwise \(size \[64, 96\]"):
+        draw(prompts, tmp_path / "set", model, size=(96, 64))
 
 
 def test_a_full_disk_keeps_the_shards_before(

@@ -188,7 +188,7 @@ class Backbone(Encoders, ABC):
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """(C, h, w) for pictures of `size` (height, width) in pixels; UserError for one that the model cannot take."""
-        multiple, wrong = self.factor * self.patch, f"size {size[0]}x{size[1]} does not fit this model: "
+        multiple, wrong = self.factor * self.patch, f"size {size[1]}x{size[0]} does not fit this model: "
         if min(size) <= 0 or any(side % multiple for side in size):
             raise UserError(f"{wrong}both sides must be multiples of {multiple}")
         most = self.max_tokens_a_side

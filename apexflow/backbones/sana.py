@@ -105,7 +105,7 @@ class Sana(Backbone):
         """(C, h, w) for pictures of `size` (height, width) in pixels; UserError for one that the model cannot take."""
         shape = super().latent_shape(size)
         if self.config.interpolation_scale is not None and max(size) != min(size):
-            raise UserError(f"size {size[0]}x{size[1]} does not fit this model: its position embedding is square")
+            raise UserError(f"size {size[1]}x{size[0]} does not fit this model: its position embedding is square")
         return shape
 
     def stock_options(self, settings: Settings) -> dict[str, Any]:

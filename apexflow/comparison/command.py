@@ -11,6 +11,7 @@ from apexflow.comparison.results import run_comparison
 from apexflow.comparison.tables import budget_table
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, going_on
+from apexflow.options import read_numbers
 from apexflow.training.config import load_recipe
 
 
@@ -29,8 +30,8 @@ def compare_command(
         output=output,
         recipe=shared,
         methods=tuple(dict.fromkeys(methods)) or EVERYONE,
-        nfe=tuple(int(number) for number in _numbers(nfe, "--nfe", int)),
-        rates=tuple(_numbers(rates, "--rates", float)),
+        nfe=tuple(int(number) for number in read_numbers(nfe, "--nfe", int)),
+        rates=tuple(read_numbers(rates, "--rates", float)),
         **given,
     )
     with going_on(lambda: f"what is finished is kept in {output}: the same command goes on"):
@@ -39,11 +40,3 @@ def compare_command(
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return results, "\n".join([*lines, f"report: {results['report']}"])
-
-
-def _numbers(text: str, option: str, kind: type) -> list[Any]:
-    """Each once: a number that is written twice is no second rate, and no second column."""
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        raise UserError(f"{option} must be numbers with commas between them, got {text!r}") from None

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on, in_a_shell, printable
-from apexflow.options import Device, Guidance, Json, Model, Seed, Size, Steps, Storage, show
+from apexflow.options import Device, Guidance, Json, Model, Seed, Sides, Size, Steps, Storage, read_sides, show
 from apexflow.torchrun import speaks
 
 SkipLimit = Annotated[
@@ -80,7 +80,7 @@ def synthesize(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
-    size: Size = None,
+    size: Sides = None,
     caption: Annotated[
         list[str] | None,
         typer.Option(help="Field or column with prompts; may be given again, one is then drawn for each picture."),
@@ -98,7 +98,7 @@ def synthesize(
     from apexflow.data.jobs import synthesize_command
     from apexflow.data.synthesize import SHARD, Synthesis
 
-    settings = Synthesis(steps, guidance, seed, size, tuple(caption or ()), skip_limit)
+    settings = Synthesis(steps, guidance, seed, read_sides(size), tuple(caption or ()), skip_limit)
     with going_on(partial(_kept, output, "*.tar", f"{SHARD} pictures")):
         result = synthesize_command(located(prompts), output, model, settings, device, storage)
     if result is None:

@@ -23,7 +23,7 @@ from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, quoted
 from apexflow.files import drop_partial
-from apexflow.generator import NOT_FINITE, Generator, check_sampling, pictures_at_once
+from apexflow.generator import NOT_FINITE, Generator, check_sampling, pictures_at_once, sides
 from apexflow.locking import made_once
 from apexflow.progress import Progress
 
@@ -41,7 +41,7 @@ class Synthesis:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
-    size: int | None = None
+    size: int | tuple[int, int] | None = None  # one side, or height and width
     captions: tuple[str, ...] = ()
     skip_limit: float = 0.05
 
@@ -84,7 +84,7 @@ def synthesize(
     origin = recognise(prompts)
     size = settings.size or generator.backbone.default_size
     settings = replace(settings, steps=len(generator.times(settings.steps)) - 1, size=size)
-    generator.backbone.latent_shape((size, size))
+    generator.backbone.latent_shape(sides(size))
     wanted = made_by(origin, generator, settings)
     check_sampling(wanted["guidance"], kappa=0.0, rho=0.0, order=1)
     skipped = look_through(origin, settings)
@@ -173,7 +173,7 @@ def made_by(origin: Source, generator: Generator, settings: Synthesis) -> dict[s
     guidance = own if settings.guidance is None else settings.guidance
     model = fingerprint(generator.backbone.transformer)
     said = {key: value for key, value in asdict(settings).items() if key != "skip_limit"}  # which no picture depends on
-    said["captions"] = list(settings.captions)
+    said |= {key: list(value) for key, value in said.items() if isinstance(value, tuple)}  # as a file says it
     said |= {"prompts": origin.identity(), "model": model, "guidance": guidance}
     return said | {"storage": stored_kind(generator.backbone.transformer)}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,16 +24,18 @@ from apexflow.options import (
     Rho,
     Seed,
     Size,
-    Steps,
     Storage,
+    read_numbers,
     show,
 )
 
 if TYPE_CHECKING:
+    from apexflow.backbones import Backbone
     from apexflow.data.workers import Share
     from apexflow.evaluation.suite import EvaluationSettings, Tools
 
 SCORE = "Scoring"
+FAR = 2  # times the side of a scene: a model of larger pictures was not made for them
 OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order", "storage")
 
 
@@ -49,7 +53,13 @@ def evaluate(
     ] = None,
     per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt. Default: the suite's own.")] = None,
     model: Model = "mini-student",
-    steps: Steps = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Steps of the sampler; several, as 1,2,4,8, are scored side by side. Default: the model's own.",
+        ),
+    ] = None,
     guidance: Guidance = None,
     size: Size = None,
     seed: Seed = 0,
@@ -111,28 +121,47 @@ def evaluate(
         raise UserError(
             f"--seeds {seeds} goes from --seed {seed} beyond the last one, {MOST_SEED}: give less of either"
         )
+    homes = _homes(output, read_numbers(steps, "--steps", int) if steps is not None else [None])
     if output is not None and images is None:
-        _check_drawn_into(output)
+        _check_drawn_into(output, homes.values())
     share = Share.from_environment()
     console.quiet = not share.leads
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
-    settings = EvaluationSettings(suite, steps, guidance, kappa, rho, order, per_prompt, seed, limit, size)
-    with going_on(partial(_kept, output)), _alone_in(output, share, None if images else range(seed, seed + seeds)):
+    settings = EvaluationSettings(suite, None, guidance, kappa, rho, order, per_prompt, seed, limit, size)
+    planned = _planned(settings, homes, seeds)
+    folders = [output] if images else [folder for _, folder in planned]
+    with going_on(partial(_kept, output)), _alone_in(folders, share):
         if images is not None:
             from apexflow.evaluation.runner import score_folder
 
             reports = [score_folder(images, settings, output, str(images), tools)] if share.leads else []
         else:
-            reports = _draw_and_score(model, storage, settings, seeds, output, tools, score, share)
+            named = _is_given(ctx, "suite")
+            reports = _draw_and_score(model, storage, planned, tools, score, share, named)
     if share.leads:
-        _show(reports, as_json)
+        _show(reports, seeds, as_json)
+
+
+def _homes(output: Path | None, numbers: Sequence[int | None]) -> dict[int | None, Path | None]:
+    """By the number of steps, where its seeds lie: in the folder itself, or of several numbers each in one of its own."""
+    return {steps: output and (output if len(numbers) == 1 else output / f"steps-{steps}") for steps in numbers}
+
+
+def _planned(
+    settings: EvaluationSettings, homes: Mapping[int | None, Path | None], seeds: int
+) -> list[tuple[EvaluationSettings, Path | None]]:
+    """What is drawn with each number of steps and each seed, and the folder of it."""
+    return [
+        (replace(settings, steps=steps, seed=seed), home and home / f"seed-{seed}")
+        for steps, home in homes.items()
+        for seed in range(settings.seed, settings.seed + seeds)
+    ]
 
 
 @contextmanager
-def _alone_in(output: Path | None, share: Share, seeds: range | None) -> Iterator[None]:
-    """Within, no other command draws these seeds into a folder, or scores pictures of others there; UserError if one does."""
-    folders = [output] if seeds is None else [_of_seed(output, seed) for seed in seeds]
+def _alone_in(folders: Sequence[Path | None], share: Share) -> Iterator[None]:
+    """Within, no other command draws into these folders, or scores pictures of others there; UserError if one does."""
     with ExitStack() as held:
         for folder in folders:
             if folder is not None:
@@ -140,16 +169,14 @@ def _alone_in(output: Path | None, share: Share, seeds: range | None) -> Iterato
         yield
 
 
-def _check_drawn_into(output: Path) -> None:
-    """UserError for a folder that holds something else than drawn seeds: a data set, for one, would be none any more."""
-    with writing(output):
-        visible = [entry.name for entry in output.iterdir() if entry.name[0] != "."] if output.is_dir() else []
-    if visible and not any(name.startswith("seed-") for name in visible):
-        raise UserError(f"output {output} exists and holds no seed that evaluate drew: choose another folder")
-
-
-def _of_seed(output: Path | None, seed: int) -> Path | None:
-    return output and output / f"seed-{seed}"
+def _check_drawn_into(output: Path, homes: Collection[Path | None]) -> None:
+    """UserError for a folder that holds something else than what was drawn: a data set, for one, would be none any more."""
+    for folder in filter(None, (output, *homes)):
+        kind = "seed" if folder in homes else "steps"
+        with writing(folder):
+            visible = [entry.name for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
+        if visible and not any(name.startswith(f"{kind}-") for name in visible):
+            raise UserError(f"output {folder} exists and holds no {kind} that evaluate drew: choose another folder")
 
 
 def _kept(output: Path | None) -> str:
@@ -159,10 +186,15 @@ def _kept(output: Path | None) -> str:
     return f"what was drawn, answered and scored is kept in {output}: the same command goes on"
 
 
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _refuse_for_images(ctx: typer.Context) -> None:
     """UserError for an option of the drawing where nothing is drawn."""
-    sources = {name: ctx.get_parameter_source(name) for name in OF_DRAWING}
-    given = [f"--{name}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given = [f"--{name}" for name in OF_DRAWING if _is_given(ctx, name)]
     given += [] if ctx.params["score"] else ["--no-score"]
     if given:
         raise UserError(f"{' and '.join(given)} cannot apply to --images, which draws nothing: leave it out")
@@ -171,41 +203,56 @@ def _refuse_for_images(ctx: typer.Context) -> None:
 def _draw_and_score(
     model: str,
     storage: str | None,
-    settings: EvaluationSettings,
-    seeds: int,
-    output: Path | None,
+    planned: Sequence[tuple[EvaluationSettings, Path | None]],
     tools: Tools,
     score: bool,
     share: Share,
+    suite_named: bool,
 ) -> list[dict[str, Any]]:
-    from dataclasses import replace
-
     from apexflow.evaluation.runner import evaluate
     from apexflow.generator import load
 
     generator = load(model, tools.device, storage=storage)  # type: ignore[arg-type]
-    reports = []
-    for number in range(settings.seed, settings.seed + seeds):
-        this = replace(settings, seed=number)
-        reports.append(evaluate(generator, this, _of_seed(output, number), model, tools, share, score))
-    return reports
+    if not suite_named:
+        _warn_of_scenes(model, generator.backbone)
+    for settings, _ in planned:
+        generator.times(settings.steps)  # what cannot be is told before the first of several is drawn
+    return [evaluate(generator, this, folder, model, tools, share, score) for this, folder in planned]
 
 
-def _show(reports: list[dict[str, Any]], as_json: bool) -> None:
+def _warn_of_scenes(model: str, backbone: Backbone) -> None:
+    """Warn of the suite that is taken unless another is named, where its score would mean nothing after long drawing."""
+    from apexflow.data.scenes import SIZE
+
+    if backbone.default_size > FAR * SIZE:
+        told = f"mini-geneval knows the miniature's scenes alone, and {model} draws at {backbone.default_size} pixels"
+        warnings.warn(f"{told}: for a score that means something name a suite, such as --suite geneval", stacklevel=2)
+
+
+def _show(reports: list[dict[str, Any]], seeds: int, as_json: bool) -> None:
+    """One result of all seeds; where there are several, by the number of steps, a table and a list of them."""
+    from apexflow.data.shards import groups
     from apexflow.evaluation.runner import over_seeds
     from apexflow.evaluation.table import score_table
 
     waiting = [report for report in reports if "pending" in report]
+    by_steps = list(groups(reports, seeds))
     if not waiting:
-        result = over_seeds(reports)
-        show(result, as_json, score_table({result["name"]: result}))
+        results = [over_seeds(group) for group in by_steps]
+        names = [result["name"] + f", steps {result.get('steps')}" * (len(results) > 1) for result in results]
+        show(_listed(results), as_json, score_table(dict(zip(names, results, strict=True))))
         return
     lines = []
     for report in waiting:
         left = report["pending"]
         told = f"{left} pictures are still to be drawn" if left else "all drawn"
         lines.append(f"{report['folder']}: {told}; not scored")
-    show(waiting[0], as_json, "\n".join(lines))
+    show(_listed(waiting if len(by_steps) > 1 else waiting[:1]), as_json, "\n".join(lines))
+
+
+def _listed(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result as it is, several under one name: what a command prints is always one object."""
+    return results[0] if len(results) == 1 else {"results": results}
 
 
 def convert_detector(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -49,6 +50,57 @@ def test_several_seeds_are_averaged(run: Run, tiny_model: Path) -> None:
     )
     report = json.loads(text)
     assert code == 0 and report["seed"] == [0, 1] and report["pictures"] == 4
+
+
+def test_several_steps_are_each_what_one_is_and_go_on(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e"
+    common = ("evaluate", "--model", tiny_model, "--limit", 1, "--per-prompt", 1, "--seeds", 2)
+    both = (*common, "--steps", "1, 2, 1", "-o", out)
+    code, text, _ = run(*both)
+    assert code == 0 and text.count("mini-GenEval") == 1 and "steps 1" in text and "steps 2" in text
+    drawn = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    # It goes on, as an evaluation with other settings would be refused.
+    alone = json.loads(run(*common, "--steps", 2, "-o", out / "steps-2", "--json")[1])
+    results = json.loads(run(*both, "--json")[1])["results"]
+    assert results[1] == alone and [result["evaluations"] for result in results] == [2, 4]
+    assert all(result["seed"] == [0, 1] for result in results)
+    assert len(drawn) == 4 and drawn == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    refused(run(*common, "--steps", 1, "-o", out), "e exists", "holds no seed that evaluate drew")
+    refused(run(*common, "--steps", "1,2", "-o", out / "steps-1"), "steps-1 exists", "holds no steps that")
+
+
+def test_several_steps_that_are_only_drawn_are_listed(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "apexflow.evaluation.runner.evaluate",
+        lambda *given: {"folder": str(given[2].relative_to(tmp_path)), "pending": 0},
+    )
+    code, text, _ = run("evaluate", "--model", tiny_model, "--steps", "1,2", "-o", tmp_path, "--no-score", "--json")
+    told = [{"folder": f"steps-{number}/seed-0", "pending": 0} for number in (1, 2)]
+    assert code == 0 and json.loads(text) == {"results": told}
+
+
+def test_steps_that_cannot_be_are_told_before_anything_is_drawn(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    common = ("evaluate", "--model", tiny_model, "--limit", 1, "-o", tmp_path / "e")
+    for steps, words in {"two": ("--steps", "'two'"), "1,": ("--steps", "commas"), "1,0": ("steps", "got 0")}.items():
+        refused(run(*common, "--steps", steps), *words)
+    (tmp_path / "s" / "steps-2").mkdir(parents=True)
+    (tmp_path / "s" / "steps-2" / "0.tar").touch()
+    refused(run(*common[:-1], tmp_path / "s", "--steps", "1,2"), "steps-2 exists", "holds no seed that evaluate drew")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_model_that_draws_no_scenes_is_warned_of_its_score(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apexflow.evaluation.runner.evaluate", lambda *_: {"folder": "f", "pending": 0})
+    model = copytree(tiny_model, tmp_path / "m")
+    settings = json.loads((model / "apexflow.json").read_text())
+    for size, more, warned in ((64, (), False), (512, (), True), (512, ("--suite", "mini-geneval"), False)):
+        (model / "apexflow.json").write_text(json.dumps(settings | {"size": size}))
+        code, _, errors = run("evaluate", "--model", model, *more)
+        assert code == 0 and ("--suite geneval" in errors) == warned and len(errors.splitlines()) == warned, errors
 
 
 def test_a_share_of_the_pictures_waits_for_the_others(
