@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -28,6 +28,7 @@ class Settings:
     """What a model folder may say for apexflow in `apexflow.json`; a stock folder without the file gets the defaults.
 
     steps, guidance, times: how the model is meant to be sampled (`times`: an explicit descending grid, or None).
+    kappa, rho, order: its sampler at so many steps, as of `sampler.sample`; drawings in another number of steps take it too.
     instruction: whether the family's instruction text is put before the prompt (SANA).
     max_tokens: prompts longer than this are cut. embedded_guidance: the scale fed to a network that takes one as an
     input (FLUX.1 dev, SANA-Sprint, LCM-SDXL); None is the family's own. card: recipe, seed, hardware, time and scores,
@@ -37,6 +38,9 @@ class Settings:
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
     guidance: Finite = 1.0
     times: Annotated[list[float] | None, AfterValidator(_grid)] = None
+    kappa: Annotated[Finite, Field(ge=0)] = 0.0
+    rho: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    order: Literal[1, 2] = 1
     instruction: bool = True
     max_tokens: Annotated[int, Field(ge=1, le=2**20)] = 300
     size: Annotated[int | None, Field(ge=1, le=2**16)] = None

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import safe_open
 
@@ -42,11 +42,9 @@ from apexflow.export.foreign import is_foreign
 from apexflow.export.lora import FILE, check_loadable, save_pairs
 from apexflow.export.merge import check_lora, merge_into, read_lora
 from apexflow.export.scheduler import AnyStepScheduler
-from apexflow.export.stock import call_options, stock_scheduler_config
+from apexflow.export.stock import Scheduler, call_options, samples_as, stock_scheduler_config
 from apexflow.files import new_folder
 from apexflow.generator import suited_on_gpu
-
-Scheduler = Literal["stock", "any-step", "original"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ def export(
     source: the folder of a run; a model (folder, built-in name, hub id); or a LoRA file or its folder, then `base` names
     its model. merge: add the LoRA into the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from
     `base` where it is no run. scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or
-    "original"; by default "stock" where the family's pipeline can run it. Returns the output, its kind and how to call the
+    "original"; by default "stock" where the family's pipeline can run it and it samples as the model does, else "any-step" where
+    that does. Returns the output, its kind and how to call the
     pipeline; of a LoRA that was taken out also the shares of its `Factors`. UserError for an output that `check_output` refuses,
     a source that is neither, and a LoRA for another model.
     """
@@ -92,7 +91,7 @@ def export(
     if rank is not None:
         check_loadable(found.backbone)
     backbone = found.backbone
-    chosen = _scheduler(backbone, scheduler)
+    chosen = _scheduler(backbone, found.settings, scheduler)
     factors = None
     with new_folder(output) as partial:
         if rank is not None:
@@ -105,7 +104,8 @@ def export(
         options = call_options(backbone, found.settings, chosen == "stock")
         kind = "lora" if factors or (found.lora and not merge) else "model"
         usage = _usage(found, kind, chosen, options, output)
-        (partial / "README.md").write_text(usage + (f"\n{factors.told}\n" if factors else ""))
+        told = [*_cautions(found, chosen), *([factors.told] if factors else [])]
+        (partial / "README.md").write_text("\n".join([usage, *(f"{line}\n" for line in told)]))
     result = {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
     return result | ({"kept": factors.kept, "outside": factors.outside, "told": factors.told} if factors else {})
 
@@ -180,10 +180,12 @@ def _run(folder: Path) -> Source:
     return Source(str(model), model, backbone, backbone.settings, lora, base, merged=lora is not None)
 
 
-def _scheduler(backbone: Backbone, asked: Scheduler | None) -> Scheduler:
+def _scheduler(backbone: Backbone, settings: Settings, asked: Scheduler | None) -> Scheduler:
     if not backbone.flow_scheduler and asked in ("stock", "any-step"):
         raise UserError(f"the stock pipeline of {backbone.family} runs no flow scheduler: take --scheduler original")
-    return asked or ("stock" if backbone.flow_scheduler else "original")
+    if asked or not backbone.flow_scheduler:
+        return asked or "original"
+    return "any-step" if samples_as(settings, "any-step") and not samples_as(settings, "stock") else "stock"
 
 
 def _whole(found: Source, partial: Path) -> None:
@@ -250,7 +252,8 @@ def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chose
     if chosen == "original":
         return
     if chosen == "any-step":
-        scheduler: Any = AnyStepScheduler(shift=backbone.time_shift, times=settings.times)
+        ratios = {"kappa": settings.kappa, "rho": settings.rho}
+        scheduler: Any = AnyStepScheduler(shift=backbone.time_shift, times=settings.times, **ratios)
     else:
         config = stock_scheduler_config(settings, backbone.time_shift)["scheduler"]
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
@@ -281,6 +284,17 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     lines.append(f'picture = pipe(prompt="a red cube", {call}).images[0]')
     code = "\n".join(lines)
     return f"# {' '.join(output.name.split())}\n\nMade by `apexflow export`. With stock diffusers:\n\n```python\n{code}\n```\n"
+
+
+def _cautions(found: Source, chosen: Scheduler) -> list[str]:
+    """What a README says of several steps, where they are not those of `apexflow generate`."""
+    settings, cautions = found.settings, []
+    if not samples_as(found.settings, chosen):
+        cautions.append(
+            f"`apexflow generate` takes {settings.steps} steps with kappa {settings.kappa:g}, rho {settings.rho:g} and order "
+            f"{settings.order}. The scheduler here goes from step to step in its own way, so its pictures may differ."
+        )
+    return cautions
 
 
 STOCK = "diffusers.FlowMatchEulerDiscreteScheduler"

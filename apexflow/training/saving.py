@@ -46,12 +46,16 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
 
 
 def shipped_settings(backbone: Backbone, recipe: Recipe, card: dict[str, Any]) -> Settings:
-    """How the saved model is drawn: a student as its previews were, a teacher as the model that it went on from."""
-    default: Settings | Preview = backbone.settings if recipe.build_objective().keeps_sampling else recipe.preview
+    """How the saved model is drawn: a student as its previews were, a teacher as the model that it went on from; both by the
+    sampler of their method."""
+    objective = recipe.build_objective()
+    default: Settings | Preview = backbone.settings if objective.keeps_sampling else recipe.preview
+    steps = recipe.sampling_steps or default.steps
     return replace(
         backbone.settings,
-        steps=recipe.sampling_steps or default.steps,
+        steps=steps,
         guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
+        **objective.sampling(steps),
         card={"recipe": recipe.to_dict()} | card,
     )
 

@@ -99,6 +99,35 @@ def test_an_explicit_grid_goes_along(folder_of, tmp_path):
         assert largest_difference(latents, expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("own", "asked", "chosen", "same"),
+    [
+        ({"rho": 1.0}, None, "stock", True),
+        ({"rho": 1.0}, "any-step", "any-step", True),
+        ({"rho": 0.5}, None, "any-step", True),
+        ({"kappa": 0.3}, None, "any-step", True),
+        ({"rho": 0.5}, "stock", "stock", False),
+        ({"order": 2}, None, "stock", False),
+        ({"rho": 0.5, "steps": 1}, None, "stock", True),
+    ],
+    ids=str,
+)
+def test_a_sampler_goes_along_or_the_readme_says_that_it_does_not(own, asked, chosen, same, folder_of, tmp_path):
+    source = student(folder_of, "sana", tmp_path, **{"steps": 3} | own)
+    result = export(str(source), tmp_path / "out", asked)
+    assert result["scheduler"] == chosen
+    assert ("so its pictures may differ" in (tmp_path / "out" / "README.md").read_text()) is not same
+    if not same:
+        return
+    backbone, z = load_backbone(str(source)), noise(load_backbone(str(source)))
+    ratios = {key: own.get(key, 0.0) for key in ("kappa", "rho")}
+    steps, pipeline = backbone.settings.steps, load_stock(tmp_path / "out")
+    torch.manual_seed(0)  # as of the any-step scheduler's own seed
+    latents = stock_latents("sana", pipeline, z, steps, **call_of(result))
+    torch.manual_seed(0)
+    assert largest_difference(latents, our_latents(backbone, z, Generator(backbone).times(steps), **ratios)) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["sana", "qwen_image", "sdxl"])
 def test_a_lora_file_and_its_merge(name, folder_of, tmp_path):
     roles = tuned(folder_of(name), alpha=6)
