@@ -48,6 +48,15 @@ class Settings:
     card: dict = field(default_factory=dict)
 
 
+def without_second_time(settings: Settings) -> Settings:
+    """How a student with a second time is drawn by those who know none: a stock pipeline, or what holds its LoRA alone.
+
+    They ask at s = 0, for data. That is what our sampler asks for where noise follows (rho above 0), and in one step; in several
+    along the path (rho = 0) it is not, so of those one is left.
+    """
+    return settings if settings.rho > 0 else replace(settings, steps=1)
+
+
 def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
     """`apexflow.json` of a model folder over the family's `defaults`; UserError for a file that does not fit."""
     defaults, path = defaults or Settings(), folder / "apexflow.json"

@@ -19,6 +19,7 @@ from apexflow.backbones import (
     read_settings,
     resolve,
     second_time,
+    without_second_time,
     write_settings,
 )
 from apexflow.backbones.folder import (
@@ -60,6 +61,16 @@ class Source:
     base: str = ""  # what a user of the LoRA loads it into, and what a model was tuned from
     merged: bool = False
 
+    @property
+    def jumps(self) -> bool:
+        """Whether the model has a second time."""
+        return (self.model / second_time.FILE).is_file()
+
+    @property
+    def elsewhere(self) -> Settings:
+        """How it is drawn by those who know no second time."""
+        return without_second_time(self.settings) if self.jumps else self.settings
+
 
 def export(
     source: str,
@@ -75,9 +86,8 @@ def export(
     its model. merge: add the LoRA into the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from
     `base` where it is no run. scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or
     "original"; by default "stock" where the family's pipeline can run it and it samples as the model does, else "any-step" where
-    that does. Returns the output, its kind and how to call the
-    pipeline; of a LoRA that was taken out also the shares of its `Factors`. UserError for an output that `check_output` refuses,
-    a source that is neither, and a LoRA for another model.
+    that does. Returns the output, its kind and how to call the pipeline; of a LoRA that was taken out also the shares of its
+    `Factors`. UserError for an output that `check_output` refuses, a source that is neither, and a LoRA for another model.
     """
     check_output(output)
     found = find_source(source, base)
@@ -91,7 +101,7 @@ def export(
     if rank is not None:
         check_loadable(found.backbone)
     backbone = found.backbone
-    chosen = _scheduler(backbone, found.settings, scheduler)
+    chosen = _scheduler(backbone, found.elsewhere, scheduler)
     factors = None
     with new_folder(output) as partial:
         if rank is not None:
@@ -100,8 +110,8 @@ def export(
             _whole(found, partial)
         else:
             _lora(found, partial)
-        _write_scheduler(partial, backbone, found.settings, chosen)
-        options = call_options(backbone, found.settings, chosen == "stock")
+        _write_scheduler(partial, backbone, found.elsewhere, chosen)
+        options = call_options(backbone, found.elsewhere, chosen == "stock")
         kind = "lora" if factors or (found.lora and not merge) else "model"
         usage = _usage(found, kind, chosen, options, output)
         told = [*_cautions(found, chosen), *([factors.told] if factors else [])]
@@ -226,7 +236,7 @@ def _lora(found: Source, partial: Path) -> None:
         save_pairs(pairs, found.backbone, partial)
     else:
         shutil.copyfile(found.lora, partial / FILE)
-    write_settings(partial, found.settings)
+    write_settings(partial, found.elsewhere)
 
 
 def _tuned_text_encoder(settings: Settings) -> bool:
@@ -241,7 +251,7 @@ def _factored(found: Source, rank: int, partial: Path) -> Factors:
     part = found.backbone.network_part
     factors = factor(found.model / part, resolve(found.base) / part, target_modules(found.backbone), rank)
     save_pairs(factors.pairs, found.backbone, partial)
-    write_settings(partial, found.settings)
+    write_settings(partial, found.elsewhere)
     return factors
 
 
@@ -289,7 +299,12 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
 def _cautions(found: Source, chosen: Scheduler) -> list[str]:
     """What a README says of several steps, where they are not those of `apexflow generate`."""
     settings, cautions = found.settings, []
-    if not samples_as(found.settings, chosen):
+    if found.jumps and settings.rho == 0:
+        cautions.append(
+            "Take one step: the model has a second time, which stock pipelines do not tell it of. They ask it for data at every "
+            "step, so several steps there are not those of `apexflow generate`."
+        )
+    if not samples_as(found.elsewhere, chosen):
         cautions.append(
             f"`apexflow generate` takes {settings.steps} steps with kappa {settings.kappa:g}, rho {settings.rho:g} and order "
             f"{settings.order}. The scheduler here goes from step to step in its own way, so its pictures may differ."
