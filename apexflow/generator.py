@@ -78,9 +78,9 @@ class Generator:
         seed: int = 0,
         size: int | tuple[int, int] | None = None,
         guidance: float | None = None,
-        kappa: float = 0.0,
-        rho: float = 0.0,
-        order: int = 1,
+        kappa: float | None = None,
+        rho: float | None = None,
+        order: int | None = None,
     ) -> list[Image.Image]:
         """One picture a prompt, by `steps` network evaluations (twice that with guidance other than 1).
 
@@ -107,9 +107,9 @@ class Generator:
         steps: int | None = None,
         size: int | tuple[int, int] | None = None,
         guidance: float | None = None,
-        kappa: float = 0.0,
-        rho: float = 0.0,
-        order: int = 1,
+        kappa: float | None = None,
+        rho: float | None = None,
+        order: int | None = None,
     ) -> list[Image.Image]:
         """As `generate`, with a (seed, index) pair for each picture, and nothing said of the prompts."""
         return self._draw(prompts, seeds, self._plan(steps, size, guidance, kappa, rho, order))
@@ -125,16 +125,28 @@ class Generator:
         steps: int | None,
         size: int | tuple[int, int] | None,
         guidance: float | None,
-        kappa: float,
-        rho: float,
-        order: int,
+        kappa: float | None,
+        rho: float | None,
+        order: int | None,
     ) -> Sampling:
         """What was asked for, checked; None is the model's own."""
-        backbone = self.backbone
-        guidance = backbone.settings.guidance if guidance is None else guidance
-        check_sampling(guidance, kappa, rho, order, second_time_of(backbone.transformer) is not None)
-        asked = sides(backbone.default_size if size is None else size)
-        return Sampling(self.times(steps, asked), backbone.latent_shape(asked), guidance, kappa, rho, order)
+        sampler = self.sampler(guidance, kappa, rho, order)
+        asked = sides(self.backbone.default_size if size is None else size)
+        return Sampling(self.times(steps, asked), self.backbone.latent_shape(asked), **sampler)
+
+    def sampler(
+        self,
+        guidance: float | None = None,
+        kappa: float | None = None,
+        rho: float | None = None,
+        order: int | None = None,
+    ) -> dict[str, Any]:
+        """These by name, checked; None is the model's own, whatever the number of steps."""
+        given: dict[str, Any] = {"guidance": guidance, "kappa": kappa, "rho": rho, "order": order}
+        own = self.backbone.settings
+        chosen = {name: getattr(own, name) if value is None else value for name, value in given.items()}
+        check_sampling(**chosen, jumps=second_time_of(self.backbone.transformer) is not None)
+        return chosen
 
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> list[Image.Image]:

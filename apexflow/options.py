@@ -26,9 +26,11 @@ Sides = Annotated[
 ]
 MOST_SEED = 2**63 - 1  # larger ones would be those of smaller ones again
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Same seed, same pictures.")]
-Kappa = Annotated[float, typer.Option(help="Extrapolation ratio of the any-step sampler (Eq. 21).")]
-Rho = Annotated[float, typer.Option(help="Share of fresh noise at each step, 0 to 1.")]
-Order = Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")]
+Kappa = Annotated[
+    float | None, typer.Option(help="Extrapolation ratio of the any-step sampler (Eq. 21). Default: the model's own.")
+]
+Rho = Annotated[float | None, typer.Option(help="Share of fresh noise at each step, 0 to 1. Default: the model's own.")]
+Order = Annotated[int | None, typer.Option(help="1, or 2 for Heun's correction. Default: the model's own.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Storage = Annotated[
     str | None, typer.Option(help="Keep the network in fp8, or in nf4 (four bits), for a card too small for it.")

@@ -343,6 +343,9 @@ NO_GRIDS = ("[5, 0]", "[1, -1]", "[1, 0.5, 0.7]", "[]", "[1, NaN, 0]", "[1, 0.5]
         *((f'{{"max_tokens": {number}}}', ("apexflow.json", "max_tokens")) for number in (-5, 0, 2**64)),
         *((f'{{"{name}": NaN}}', ("apexflow.json", name)) for name in ("guidance", "embedded_guidance")),
         *((f'{{"size": {number}}}', ("apexflow.json", "size")) for number in (0, 2**40)),
+        *((f'{{"kappa": {number}}}', ("apexflow.json", "kappa")) for number in (-1, "NaN", "Infinity")),
+        *((f'{{"rho": {number}}}', ("apexflow.json", "rho")) for number in (-0.1, 1.1, "NaN")),
+        *((f'{{"order": {number}}}', ("apexflow.json", "order")) for number in (0, 3, 1.5)),
     ],
 )
 def test_settings_that_do_not_fit_are_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,18 @@ def test_numpy_numbers_and_lists_are_numbers_and_pairs(model: Generator) -> None
     assert drawn(model, steps=2, seed=3, size=[64, 64]) == drawn(model, steps=2, seed=3, size=(64, 64)) == plain
 
 
+@pytest.mark.parametrize("own", [{"rho": 1.0}, {"kappa": 0.5}, {"order": 2}], ids=str)
+def test_a_model_brings_its_sampler_and_a_call_may_say_otherwise(
+    model: Generator, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+) -> None:
+    plain, other = drawn(model, steps=3), drawn(model, steps=3, **own)
+    monkeypatch.setattr(model.backbone, "settings", replace(model.backbone.settings, **own))
+    assert drawn(model, steps=3) == other != plain
+    assert model.generate_seeded([PROMPT], [(0, 0)], 3, guidance=1.0)[0].tobytes() == other
+    assert drawn(model, steps=3, kappa=0.0, rho=0.0, order=1) == plain
+    assert model.sampler(1.0) == {"guidance": 1.0, "kappa": 0.0, "rho": 0.0, "order": 1} | own
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -54,7 +67,7 @@ def test_numpy_numbers_and_lists_are_numbers_and_pairs(model: Generator) -> None
         ({"size": "64"}, "size is '64'"),
         ({"size": (64, 64, 3)}, "one side, or height and width"),
         ({"guidance": "2"}, "guidance is '2': give a number"),
-        ({"rho": None}, "rho is None: give a number"),
+        ({"rho": "1"}, "rho is '1': give a number"),
         ({"order": "1"}, "order is '1': take 1, or 2"),
     ],
     ids=str,

@@ -139,6 +139,21 @@ def test_a_process_that_draws_no_previews_reads_no_text_encoder_for_them(
     assert run.shown is None and reads == [] and loop.preview(run) == {}
 
 
+@pytest.mark.parametrize(("steps", "rho"), [(4, 1.0), (8, 0.0)])
+def test_previews_are_sampled_as_the_method_samples(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, steps: int, rho: float
+) -> None:
+    asked: list[Any] = []
+
+    def generate(own: Generator, *given: Any, **named: Any) -> list[Image.Image]:
+        asked.append(own.sampler(given[4], **named) | {"steps": given[1]})
+        return [picture(0, 0, 0)] * len(given[0])
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    loop.preview(start(load_recipe(recipe_file, ["method=rcgm", f"preview.steps={steps}"]), resume=False))
+    assert asked == [{"steps": steps, "guidance": 1.0, "kappa": 0.0, "rho": rho, "order": 1}]
+
+
 def picture(red: int, green: int, blue: int) -> Image.Image:
     return Image.new("RGB", (8, 8), (red, green, blue))
 

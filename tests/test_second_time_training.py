@@ -10,7 +10,7 @@ import torch
 from interrupted import train_in_parts
 from safetensors.torch import load_file
 
-from apexflow.backbones import load_backbone
+from apexflow.backbones import load_backbone, read_settings
 from apexflow.backbones.second_time import FILE, attach, save, second_time_of
 from apexflow.generator import load
 from apexflow.training import loop
@@ -43,7 +43,7 @@ def test_the_saved_model_jumps_as_the_average_did_and_stock_diffusers_sees_none_
 ) -> None:
     from diffusers import SanaTransformer2DModel
 
-    run = start(load_recipe(recipe_file, [*JUMPS, f"tuning.kind={kind}"]), resume=False)
+    run = start(load_recipe(recipe_file, [*JUMPS, f"tuning.kind={kind}", "sampling_steps=4"]), resume=False)
     x, t, c = run.data.latents([0, 1]), torch.tensor([0.4, 0.9]), run.data.condition([0, 1])
     s = torch.tensor([0.2, 0.5])
     for _ in range(4):
@@ -56,6 +56,9 @@ def test_the_saved_model_jumps_as_the_average_did_and_stock_diffusers_sees_none_
     folder = loop.finish(run)
     generator = load(str(folder))
     assert second_time_of(generator.backbone.transformer) is not None and (folder / FILE).is_file()
+    assert generator.backbone.settings.steps == 4
+    if kind == "lora":  # which alone cannot jump to a time
+        assert read_settings(folder.parent / "lora").steps == 1
     weights = load_file(next((folder / "transformer").glob("*.safetensors")))
     stock, information = SanaTransformer2DModel.from_pretrained(folder / "transformer", output_loading_info=True)
     assert set(weights) == set(stock.state_dict()) and not information["unexpected_keys"]

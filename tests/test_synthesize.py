@@ -155,6 +155,14 @@ def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model:
     for other, named in (({"seed": 1}, "seed 0"), ({"steps": 2}, "steps 1"), ({"guidance": 2.0}, "guidance 1.0")):
         with pytest.raises(UserError, match=f"drawn otherwise.*{named}"):
             draw(prompts, folder, tiny_model, **other)
+    claim = folder / "synthesis.json"
+    said = json.loads(claim.read_text())
+    claim.write_text(json.dumps({key: value for key, value in said.items() if key not in ("kappa", "rho", "order")}))
+    draw(prompts, folder, tiny_model)  # as of before sets named their sampler
+    claim.write_text(json.dumps(said | {"rho": 1.0}))
+    with pytest.raises(UserError, match=r"drawn otherwise.*rho 1"):
+        draw(prompts, folder, tiny_model)
+    claim.write_text(json.dumps(said))
     prompts.write_text("a star\n")
     with pytest.raises(UserError, match=r"drawn otherwise.*prompts"):
         draw(prompts, folder, tiny_model)

@@ -13,15 +13,17 @@ import torch
 from little_runs import KINDS, METHODS, assert_same, method_overrides
 from safetensors.torch import load_file
 
-from apexflow.backbones import load_backbone, read_settings
+from apexflow.backbones import load_backbone, read_settings, write_settings
 from apexflow.errors import Diverged, UserError
+from apexflow.objectives import objectives
 from apexflow.training import loop
 from apexflow.training.checkpoint import checkpoints
-from apexflow.training.config import load_recipe
+from apexflow.training.config import Recipe, load_recipe
 from apexflow.training.journal import read_metrics
 from apexflow.training.loop import start, train
 from apexflow.training.roles import FullRoles
 from apexflow.training.run import Run, save
+from apexflow.training.saving import shipped_settings
 from apexflow.training.step import training_step
 
 
@@ -150,6 +152,16 @@ def test_a_student_is_sampled_as_its_previews_were(
     (model / "apexflow.json").write_text(json.dumps(before | {"steps": 20, "guidance": 3.0}))
     saved = load_backbone(str(train(load_recipe(recipe_file, [f"model={model}", "steps=1", *options])))).settings
     assert (saved.steps, saved.guidance) == (steps, guidance)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("method", objectives())
+def test_a_student_takes_its_method_s_sampler_along(tiny_model: Path, tmp_path: Path, method: str, steps: int) -> None:
+    recipe = Recipe("out", method, sampling_steps=steps)
+    write_settings(tmp_path, shipped_settings(load_backbone(str(tiny_model), "meta"), recipe, {}))
+    found = read_settings(tmp_path)
+    sampler = {"kappa": found.kappa, "rho": found.rho, "order": found.order}
+    assert found.steps == steps and sampler == objectives()[method].sampling(steps)
 
 
 def test_the_saved_model_loads_in_the_stock_pipeline(recipe_file: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from apexflow.backbones import hub, second_time
 from apexflow.backbones.family import Backbone
 from apexflow.backbones.folder import CHECKPOINTS, INDEX, PICKLES, is_run, model_of, read_index
-from apexflow.backbones.settings import Settings, read_settings, write_settings
+from apexflow.backbones.settings import Settings, read_settings, without_second_time, write_settings
 from apexflow.errors import UserError, check_built_in, in_a_shell
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "load_backbone",
     "read_settings",
     "resolve",
+    "without_second_time",
     "write_settings",
 ]
 

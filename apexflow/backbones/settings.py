@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -28,6 +28,7 @@ class Settings:
     """What a model folder may say for apexflow in `apexflow.json`; a stock folder without the file gets the defaults.
 
     steps, guidance, times: how the model is meant to be sampled (`times`: an explicit descending grid, or None).
+    kappa, rho, order: its sampler at so many steps, as of `sampler.sample`; drawings in another number of steps take it too.
     instruction: whether the family's instruction text is put before the prompt (SANA).
     max_tokens: prompts longer than this are cut. embedded_guidance: the scale fed to a network that takes one as an
     input (FLUX.1 dev, SANA-Sprint, LCM-SDXL); None is the family's own. card: recipe, seed, hardware, time and scores,
@@ -37,11 +38,23 @@ class Settings:
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
     guidance: Finite = 1.0
     times: Annotated[list[float] | None, AfterValidator(_grid)] = None
+    kappa: Annotated[Finite, Field(ge=0)] = 0.0
+    rho: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    order: Literal[1, 2] = 1
     instruction: bool = True
     max_tokens: Annotated[int, Field(ge=1, le=2**20)] = 300
     size: Annotated[int | None, Field(ge=1, le=2**16)] = None
     embedded_guidance: Finite | None = None
     card: dict = field(default_factory=dict)
+
+
+def without_second_time(settings: Settings) -> Settings:
+    """How a student with a second time is drawn by those who know none: a stock pipeline, or what holds its LoRA alone.
+
+    They ask at s = 0, for data. That is what our sampler asks for where noise follows (rho above 0), and in one step; in several
+    along the path (rho = 0) it is not, so of those one is left.
+    """
+    return settings if settings.rho > 0 else replace(settings, steps=1)
 
 
 def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from apexflow.comparison.plan import TEACHER, Plan
+from apexflow.comparison.plan import BASIS, TEACHER, Plan
 from apexflow.data.cache import CachedSet
 from apexflow.data.pictures import PICTURES
 from apexflow.data.scenes import scenes
@@ -74,9 +74,8 @@ def score(
 
 
 def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
-    """What a method recommends to sample with in so many steps; nothing for the teacher."""
-    sampler = {} if name == TEACHER else objectives()[plan.entry(name)[0]].sampling(steps)
-    return {key: type(getattr(EvaluationSettings(), key))(value) for key, value in sampler.items()}
+    """What a method recommends to sample with in so many steps; for the teacher, what flow matching does."""
+    return objectives()[BASIS if name == TEACHER else plan.entry(name)[0]].sampling(steps)
 
 
 def _pictures_features(generator: Generator, folder: Path) -> Tensor:

@@ -23,17 +23,18 @@ from apexflow.data.shards import Record, groups, write_shard
 from apexflow.data.workers import Share
 from apexflow.errors import UserError, quoted
 from apexflow.files import drop_partial
-from apexflow.generator import NOT_FINITE, Generator, check_sampling, pictures_at_once, sides
+from apexflow.generator import NOT_FINITE, Generator, pictures_at_once, sides
 from apexflow.locking import made_once
 from apexflow.progress import Progress
 
 SHARD = 64  # pictures: what a kill can cost
 CLAIM = "synthesis.json"
+PLAIN = {"kappa": 0.0, "rho": 0.0, "order": 1}  # how every set was sampled before a model had a sampler of its own
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How pictures are drawn. None: the model's own.
+    """How pictures are drawn. None: the model's own, as its sampler always is.
 
     skip_limit: share of records without a usable prompt, and of pictures that are not finite, that is borne.
     """
@@ -86,7 +87,6 @@ def synthesize(
     settings = replace(settings, steps=len(generator.times(settings.steps)) - 1, size=size)
     generator.backbone.latent_shape(sides(size))
     wanted = made_by(origin, generator, settings)
-    check_sampling(wanted["guidance"], kappa=0.0, rho=0.0, order=1)
     skipped = look_through(origin, settings)
     claim(folder, wanted)
     shards, lost = dict[Path, list[Wish]](), Lost()
@@ -169,12 +169,10 @@ def _name(wish: Wish) -> str:
 
 def made_by(origin: Source, generator: Generator, settings: Synthesis) -> dict[str, Any]:
     """Everything that a picture of the set depends on; steps and size are given by now."""
-    own = generator.backbone.settings.guidance
-    guidance = own if settings.guidance is None else settings.guidance
     model = fingerprint(generator.backbone.transformer)
     said = {key: value for key, value in asdict(settings).items() if key != "skip_limit"}  # which no picture depends on
     said |= {key: list(value) for key, value in said.items() if isinstance(value, tuple)}  # as a file says it
-    said |= {"prompts": origin.identity(), "model": model, "guidance": guidance}
+    said |= {"prompts": origin.identity(), "model": model} | generator.sampler(settings.guidance)
     return said | {"storage": stored_kind(generator.backbone.transformer)}
 
 
@@ -188,7 +186,7 @@ def claim(folder: Path, wanted: dict[str, Any]) -> None:
     if not marker.is_file():  # looked for after the listing: a process beside this one writes its claim first
         raise UserError(f"output {folder} exists and holds no set that synthesize drew: choose another folder")
     try:
-        found = read_record(marker, {})
+        found = PLAIN | read_record(marker, {})
     except (OSError, ValueError) as error:
         raise UserError(f"{marker} cannot be read ({error}): choose another folder") from error
     differs = [f"{key} {found.get(key)!r}" for key in wanted if found.get(key) != wanted[key]]

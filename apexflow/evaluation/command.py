@@ -64,9 +64,9 @@ def evaluate(
     size: Size = None,
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds from --seed on, each over the whole suite.")] = 1,
-    kappa: Kappa = 0.0,
-    rho: Rho = 0.0,
-    order: Order = 1,
+    kappa: Kappa = None,
+    rho: Rho = None,
+    order: Order = None,
     score: Annotated[bool, typer.Option("--score/--no-score", help="Or only draw, to score later.")] = True,
     images: Annotated[
         Path | None,

@@ -17,7 +17,6 @@ import torch
 
 from apexflow.backbones.parts import quiet
 from apexflow.backbones.precision import compute_dtype
-from apexflow.backbones.second_time import second_time_of
 from apexflow.backbones.storage import stored_kind
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.workers import Share
@@ -28,7 +27,7 @@ from apexflow.evaluation.scoring import Scored, score
 from apexflow.evaluation.suite import EvaluationSettings, Found, Prompt, Suite, Tools, prompts_sha256
 from apexflow.evaluation.suites import make_suite
 from apexflow.files import read_json, write_json
-from apexflow.generator import Generator, check_sampling
+from apexflow.generator import Generator
 from apexflow.locking import alone_in
 
 VERSIONS = ("apexflow", "torch", "transformers", "diffusers", "numpy", "pillow")
@@ -160,12 +159,9 @@ def _generation(generator: Generator, settings: EvaluationSettings, prompts: Seq
     size = settings.size or backbone.default_size
     times = generator.times(settings.steps, (size, size))
     backbone.latent_shape((size, size))  # tells of a size that the model cannot draw before the folder is taken
-    guidance = backbone.settings.guidance if settings.guidance is None else settings.guidance
-    jumps = second_time_of(backbone.transformer) is not None
-    check_sampling(guidance, settings.kappa, settings.rho, settings.order, jumps)
-    return asdict(settings) | {
+    sampler = generator.sampler(settings.guidance, settings.kappa, settings.rho, settings.order)
+    drawn = {
         "steps": len(times) - 1,
-        "guidance": guidance,
         "times": times.tolist(),
         "size": size,
         "weights": fingerprint(backbone.transformer, backbone.vae, backbone.text_encoder),
@@ -173,6 +169,7 @@ def _generation(generator: Generator, settings: EvaluationSettings, prompts: Seq
         "dtype": str(compute_dtype(backbone.transformer)).removeprefix("torch."),
         "prompts_drawn_sha256": prompts_sha256([prompt.metadata for prompt in prompts]),
     }
+    return asdict(settings) | sampler | drawn
 
 
 def versions() -> dict[str, str]:

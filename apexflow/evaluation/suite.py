@@ -19,14 +19,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What moves a score beside the model and the scorers: all of it goes into the report."""
+    """What moves a score beside the model and the scorers: all of it goes into the report. How it is drawn, from `steps` to
+    `order`, is the model's own where it is None, and the report has what that was."""
 
     suite: str = "mini-geneval"
     steps: int | None = None
     guidance: float | None = None
-    kappa: float = 0.0
-    rho: float = 0.0
-    order: int = 1
+    kappa: float | None = None
+    rho: float | None = None
+    order: int | None = None
     per_prompt: int | None = None  # None: what the suite asks for
     seed: int = 0
     limit: int | None = None  # only this many prompts: a quick look, marked incomplete

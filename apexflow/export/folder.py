@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import safe_open
 
@@ -19,6 +19,7 @@ from apexflow.backbones import (
     read_settings,
     resolve,
     second_time,
+    without_second_time,
     write_settings,
 )
 from apexflow.backbones.folder import (
@@ -42,11 +43,9 @@ from apexflow.export.foreign import is_foreign
 from apexflow.export.lora import FILE, check_loadable, save_pairs
 from apexflow.export.merge import check_lora, merge_into, read_lora
 from apexflow.export.scheduler import AnyStepScheduler
-from apexflow.export.stock import call_options, stock_scheduler_config
+from apexflow.export.stock import Scheduler, call_options, samples_as, stock_scheduler_config
 from apexflow.files import new_folder
 from apexflow.generator import suited_on_gpu
-
-Scheduler = Literal["stock", "any-step", "original"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,16 @@ class Source:
     base: str = ""  # what a user of the LoRA loads it into, and what a model was tuned from
     merged: bool = False
 
+    @property
+    def jumps(self) -> bool:
+        """Whether the model has a second time."""
+        return (self.model / second_time.FILE).is_file()
+
+    @property
+    def elsewhere(self) -> Settings:
+        """How it is drawn by those who know no second time."""
+        return without_second_time(self.settings) if self.jumps else self.settings
+
 
 def export(
     source: str,
@@ -76,9 +85,9 @@ def export(
     source: the folder of a run; a model (folder, built-in name, hub id); or a LoRA file or its folder, then `base` names
     its model. merge: add the LoRA into the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from
     `base` where it is no run. scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or
-    "original"; by default "stock" where the family's pipeline can run it. Returns the output, its kind and how to call the
-    pipeline; of a LoRA that was taken out also the shares of its `Factors`. UserError for an output that `check_output` refuses,
-    a source that is neither, and a LoRA for another model.
+    "original"; by default "stock" where the family's pipeline can run it and it samples as the model does, else "any-step" where
+    that does. Returns the output, its kind and how to call the pipeline; of a LoRA that was taken out also the shares of its
+    `Factors`. UserError for an output that `check_output` refuses, a source that is neither, and a LoRA for another model.
     """
     check_output(output)
     found = find_source(source, base)
@@ -92,7 +101,7 @@ def export(
     if rank is not None:
         check_loadable(found.backbone)
     backbone = found.backbone
-    chosen = _scheduler(backbone, scheduler)
+    chosen = _scheduler(backbone, found.elsewhere, scheduler)
     factors = None
     with new_folder(output) as partial:
         if rank is not None:
@@ -101,11 +110,12 @@ def export(
             _whole(found, partial)
         else:
             _lora(found, partial)
-        _write_scheduler(partial, backbone, found.settings, chosen)
-        options = call_options(backbone, found.settings, chosen == "stock")
+        _write_scheduler(partial, backbone, found.elsewhere, chosen)
+        options = call_options(backbone, found.elsewhere, chosen == "stock")
         kind = "lora" if factors or (found.lora and not merge) else "model"
         usage = _usage(found, kind, chosen, options, output)
-        text = usage + (f"\n{factors.told}\n" if factors else "")
+        told = [*_cautions(found, chosen), *([factors.told] if factors else [])]
+        text = "\n".join([usage, *(f"{line}\n" for line in told)])
         (partial / "README.md").write_text(text, "utf-8", "backslashreplace")  # names of folders need not be UTF-8
     result = {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
     return result | ({"kept": factors.kept, "outside": factors.outside, "told": factors.told} if factors else {})
@@ -181,10 +191,12 @@ def _run(folder: Path) -> Source:
     return Source(str(model), model, backbone, backbone.settings, lora, base, merged=lora is not None)
 
 
-def _scheduler(backbone: Backbone, asked: Scheduler | None) -> Scheduler:
+def _scheduler(backbone: Backbone, settings: Settings, asked: Scheduler | None) -> Scheduler:
     if not backbone.flow_scheduler and asked in ("stock", "any-step"):
         raise UserError(f"the stock pipeline of {backbone.family} runs no flow scheduler: take --scheduler original")
-    return asked or ("stock" if backbone.flow_scheduler else "original")
+    if asked or not backbone.flow_scheduler:
+        return asked or "original"
+    return "any-step" if samples_as(settings, "any-step") and not samples_as(settings, "stock") else "stock"
 
 
 def _whole(found: Source, partial: Path) -> None:
@@ -225,7 +237,7 @@ def _lora(found: Source, partial: Path) -> None:
         save_pairs(pairs, found.backbone, partial)
     else:
         shutil.copyfile(found.lora, partial / FILE)
-    write_settings(partial, found.settings)
+    write_settings(partial, found.elsewhere)
 
 
 def _tuned_text_encoder(settings: Settings) -> bool:
@@ -240,7 +252,7 @@ def _factored(found: Source, rank: int, partial: Path) -> Factors:
     part = found.backbone.network_part
     factors = factor(found.model / part, resolve(found.base) / part, target_modules(found.backbone), rank)
     save_pairs(factors.pairs, found.backbone, partial)
-    write_settings(partial, found.settings)
+    write_settings(partial, found.elsewhere)
     return factors
 
 
@@ -251,7 +263,8 @@ def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chose
     if chosen == "original":
         return
     if chosen == "any-step":
-        scheduler: Any = AnyStepScheduler(shift=backbone.time_shift, times=settings.times)
+        ratios = {"kappa": settings.kappa, "rho": settings.rho}
+        scheduler: Any = AnyStepScheduler(shift=backbone.time_shift, times=settings.times, **ratios)
     else:
         config = stock_scheduler_config(settings, backbone.time_shift)["scheduler"]
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
@@ -282,6 +295,22 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     lines.append(f'picture = pipe(prompt="a red cube", {call}).images[0]')
     code = "\n".join(lines)
     return f"# {' '.join(output.name.split())}\n\nMade by `apexflow export`. With stock diffusers:\n\n```python\n{code}\n```\n"
+
+
+def _cautions(found: Source, chosen: Scheduler) -> list[str]:
+    """What a README says of several steps, where they are not those of `apexflow generate`."""
+    settings, cautions = found.settings, []
+    if found.jumps and settings.rho == 0:
+        cautions.append(
+            "Take one step: the model has a second time, which stock pipelines do not tell it of. They ask it for data at every "
+            "step, so several steps there are not those of `apexflow generate`."
+        )
+    if not samples_as(found.elsewhere, chosen):
+        cautions.append(
+            f"`apexflow generate` takes {settings.steps} steps with kappa {settings.kappa:g}, rho {settings.rho:g} and order "
+            f"{settings.order}. The scheduler here goes from step to step in its own way, so its pictures may differ."
+        )
+    return cautions
 
 
 STOCK = "diffusers.FlowMatchEulerDiscreteScheduler"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,30 +11,48 @@ from torch import Tensor
 from apexflow.backbones import Backbone, Settings
 from apexflow.sampler import check_times, shift_times, time_grid
 
+Scheduler = Literal["stock", "any-step", "original"]
+
 
 def stock_scheduler_config(
     settings_or_times: Settings | Sequence[float] | Tensor, time_shift: float = 1.0
 ) -> dict[str, Any]:
-    """What stock diffusers needs to sample as we do with kappa = rho = 0, and no code of ours.
+    """What stock diffusers needs to sample as we do with kappa = 0 and rho 0 or 1, and no code of ours.
 
     Takes a grid (steps + 1,) of times that ends at 0, or a model's `Settings`: their `times`, else a plain grid of
     their `steps`, shifted by the backbone's `time_shift`. Returns {"scheduler": the config of a
     FlowMatchEulerDiscreteScheduler that shifts by `time_shift` alone, "sigmas": what to pass to the pipeline's call,
-    (steps,), before that shift}: its Euler step `x_t + (t_next - t) F` is Eq. (20) with both estimates of Eq. (3).
-    ValueError for times that are no grid.
+    (steps,), before that shift}: its Euler step `x_t + (t_next - t) F` is Eq. (20) with both estimates of Eq. (3). Where the
+    settings say rho = 1 it samples stochastically, which is the estimate of the data with fresh noise. ValueError for times
+    that are no grid.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     given: Any = settings_or_times
-    if isinstance(settings_or_times, Settings):
-        given = _times(settings_or_times, time_shift)
+    renoised = isinstance(given, Settings) and given.rho == 1
+    if isinstance(given, Settings):
+        given = _times(given, time_shift)
     times = torch.as_tensor(given, dtype=torch.float64)
     check_times(times)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=time_shift, use_dynamic_shifting=False, shift_terminal=None)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(
+        shift=time_shift, use_dynamic_shifting=False, shift_terminal=None, stochastic_sampling=renoised
+    )
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     sigmas = shift_times(times[:-1], 1 / time_shift).tolist()
     config |= {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     return {"scheduler": config, "sigmas": [round(sigma, 12) for sigma in sigmas]}
+
+
+def samples_as(settings: Settings, scheduler: Scheduler) -> bool:
+    """Whether a scheduler samples as `settings` say, and not in one step alone, which all take alike.
+
+    An "original" one samples in its own way, whatever it is: it is not asked which.
+    """
+    if settings.steps == 1:
+        return True
+    if scheduler == "stock":
+        return settings.order == 1 and settings.kappa == 0 and settings.rho in (0, 1)
+    return scheduler == "any-step" and settings.order == 1
 
 
 def _times(settings: Settings, time_shift: float) -> Tensor:

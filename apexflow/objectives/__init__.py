@@ -135,8 +135,8 @@ class Further:
 class Objective(ABC):
     """A training method: a frozen dataclass whose fields are its settings. A method overrides below what is otherwise for it.
 
-    sampler: how the method's paper samples, as arguments of `sampler.sample`. longer: the same by the number of steps from which
-        on it samples otherwise.
+    sampler: how the method's paper samples: kappa, rho and order of `sampler.sample`. longer: the same by the number of steps
+        from which on it samples otherwise.
     keeps_sampling: whether its model takes as many steps as before; most methods make one for few.
     """
 
@@ -194,8 +194,8 @@ class Objective(ABC):
         return replace(self, **{one: value for one, value in none.items() if one not in said})
 
     @classmethod
-    def sampling(cls, steps: int) -> dict[str, float]:
-        """How the method's paper samples in so many steps."""
+    def sampling(cls, steps: int) -> dict[str, Any]:
+        """How the method's paper samples in so many steps; a saved student says it of those that it is drawn in."""
         reached = [least for least in cls.longer if least <= steps]
         return cls.longer[max(reached)] if reached else cls.sampler
 

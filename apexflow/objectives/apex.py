@@ -189,7 +189,7 @@ class APEX(Objective):
     buffer_size: int = 256
 
     citation: ClassVar[str] = "APEX: One-Step High-Resolution Text-to-Image Synthesis"
-    sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0}
+    sampler: ClassVar[dict[str, float]] = {"kappa": 0.0, "rho": 0.0, "order": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -213,10 +213,10 @@ def preview(run: Run) -> dict[str, float]:
     """A sample grid, and what its pictures look like, in the first process."""
     with together():
         if run.shown is not None:
+            wanted = run.recipe.preview
+            drawn = (run.data.size, wanted, run.objective.sampling(wanted.steps))
             with answering(run.recipe, run.device):
-                return save_preview(
-                    run.backbone, run.roles, run.shown, run.data.size, run.recipe.preview, run.folder, run.step
-                )
+                return save_preview(run.backbone, run.roles, run.shown, *drawn, run.folder, run.step)
     return {}
 
 

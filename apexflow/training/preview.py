@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,11 +78,18 @@ def _looked_up(captions: Sequence[str], conditions: Condition, data: Cached) -> 
 
 
 def save_preview(
-    backbone: Backbone, roles: Roles, shown: Shown, size: int, preview: Preview, folder: Path, step: int
+    backbone: Backbone,
+    roles: Roles,
+    shown: Shown,
+    size: int,
+    preview: Preview,
+    sampler: dict[str, Any],
+    folder: Path,
+    step: int,
 ) -> dict[str, float]:
     """Write `previews/step-N.png`: each caption from two noises, the same every time, one picture above the other. Beside it
     `step-N.json` has the captions, in the order of their numbers in the grid, and what the pictures look like (`appearance`),
-    which is returned.
+    which is returned. sampler: kappa, rho and order, the method's own.
 
     Whoever calls draws latents; the first process makes them pictures, and writes.
     """
@@ -91,7 +99,7 @@ def save_preview(
         # Beside what training holds there is little room: large pictures are drawn a few at a time.
         generator = Generator(backbone, shown.encode, decode, pictures_at_once(size))
         prompts = (shown.captions * 2)[: shown.pictures]
-        pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, size, guidance=preview.guidance)
+        pictures = generator.generate(prompts, preview.steps, PREVIEW_SEED, size, preview.guidance, **sampler)
     if not leads():
         return {}
     numbers = appearance(pictures, half)

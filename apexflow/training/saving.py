@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from apexflow.backbones import Backbone, Settings, second_time, write_settings
+from apexflow.backbones import Backbone, Settings, second_time, without_second_time, write_settings
 from apexflow.errors import Diverged, writing
 from apexflow.export.lora import is_loadable, save_lora
 from apexflow.files import new_folder
@@ -46,12 +46,16 @@ def save_model(backbone: Backbone, roles: Roles, recipe: Recipe, folder: Path, c
 
 
 def shipped_settings(backbone: Backbone, recipe: Recipe, card: dict[str, Any]) -> Settings:
-    """How the saved model is drawn: a student as its previews were, a teacher as the model that it went on from."""
-    default: Settings | Preview = backbone.settings if recipe.build_objective().keeps_sampling else recipe.preview
+    """How the saved model is drawn: a student as its previews were, a teacher as the model that it went on from; both by the
+    sampler of their method."""
+    objective = recipe.build_objective()
+    default: Settings | Preview = backbone.settings if objective.keeps_sampling else recipe.preview
+    steps = recipe.sampling_steps or default.steps
     return replace(
         backbone.settings,
-        steps=recipe.sampling_steps or default.steps,
+        steps=steps,
         guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
+        **objective.sampling(steps),
         card={"recipe": recipe.to_dict()} | card,
     )
 
@@ -88,7 +92,8 @@ def save_adapter(roles: LoraRoles, folder: Path, settings: Settings | None = Non
     if is_loadable(roles.backbone):
         save_lora(roles, folder)
         if settings is not None:
+            jumps = second_time.second_time_of(roles.backbone.transformer) is not None  # which no LoRA holds
             with writing(folder):
-                write_settings(folder, settings)
+                write_settings(folder, without_second_time(settings) if jumps else settings)
     else:
         console.print("no LoRA file, since the family's stock pipeline loads none: use the merged model")

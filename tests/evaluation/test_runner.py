@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,17 @@ def test_fresh_noise_belongs_to_the_picture_not_to_the_batch(generator: Generato
     still = generator.generate_seeded(prompts[1:], seeds[1:], 3, guidance=1.0)
     pixels = [np.asarray(picture, dtype=int) for picture in (together[1], alone[0], still[0])]
     assert abs(pixels[0] - pixels[1]).max() <= 1 < abs(pixels[1] - pixels[2]).max()
+
+
+def test_a_report_names_the_sampler_that_was_used(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = replace(generator.backbone.settings, rho=0.5)
+    monkeypatch.setattr(generator.backbone, "settings", own)
+    for given, used in (({}, 0.5), ({"rho": 0.25}, 0.25)):
+        settings = EvaluationSettings(steps=2, guidance=1.0, per_prompt=1, limit=1, **given)
+        report = evaluate(generator, settings, tmp_path / str(used))
+        assert (report["rho"], report["kappa"], report["order"]) == (used, 0, 1)
 
 
 def test_other_settings_need_another_folder(generator: Generator, whole: Path) -> None:
