@@ -26,7 +26,7 @@ from apexflow.errors import (
 )
 from apexflow.evaluation.command import convert_detector, evaluate
 from apexflow.files import replacing
-from apexflow.options import Device, Guidance, Json, Kappa, Model, Order, Rho, Seed, Size, Steps, Storage, show
+from apexflow.options import Device, Guidance, Json, Kappa, Lora, Model, Order, Rho, Seed, Size, Steps, Storage, show
 from apexflow.torchrun import speaks, tells
 from apexflow.training.command import plan, train
 
@@ -55,6 +55,7 @@ def options(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help='What to draw: "a photo of a red star left of a blue ring".')],
     model: Model = "mini-student",
+    lora: Lora = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="PNG to write; several pictures become one grid.")
     ] = Path("out.png"),
@@ -81,7 +82,7 @@ def generate(
     _check_picture(output, force)
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-    generator = load(model, device, storage=storage)  # type: ignore[arg-type]
+    generator = load(model, device, storage=storage, lora=lora)  # type: ignore[arg-type]
     repeated = [prompt for prompt in prompts for _ in range(count)]
     began = time.perf_counter()
     with warnings.catch_warnings():

@@ -24,6 +24,10 @@ Kappa = Annotated[float, typer.Option(help="Extrapolation ratio of the any-step 
 Rho = Annotated[float, typer.Option(help="Share of fresh noise at each step, 0 to 1.")]
 Order = Annotated[int, typer.Option(help="1, or 2 for Heun's correction.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:STRENGTH]", help="Add a LoRA, or the one in a folder; given again, a further one."),
+]
 Storage = Annotated[
     str | None, typer.Option(help="Keep the network in fp8, or in nf4 (four bits), for a card too small for it.")
 ]

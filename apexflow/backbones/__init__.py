@@ -107,8 +107,8 @@ def _no_model(folder: Path) -> str:
         return f"{folder} is {what}, and has no checkpoint yet: go on with `apexflow train` and --resume"
     if loras := sorted(folder.glob("*lora*.safetensors")):
         return (
-            f"{folder} is a LoRA, no whole model: `apexflow export {loras[0]} --base MODEL --merge -o FOLDER` makes one of it "
-            "and of the model that it was trained on"
+            f"{folder} is a LoRA, no whole model: generate and evaluate draw with it by `--model MODEL --lora {loras[0]}`, and "
+            f"`apexflow export {loras[0]} --base MODEL --merge -o FOLDER` makes one of it and of the model that it was trained on"
         )
     return f"{folder} is no diffusers checkpoint: {INDEX} is missing"
 
@@ -126,9 +126,11 @@ def load_backbone(
             raise UserError(f"{folder} is the index of a diffusers checkpoint: give the folder that it lies in")
         pickled = folder.suffix in PICKLES
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
+        lora = folder.with_suffix(".safetensors")
         raise UserError(
-            f"{folder} is {what}; give the folder of a diffusers checkpoint, or if it is a LoRA, make one of it with "
-            f"`apexflow export {folder.with_suffix('.safetensors')} --base MODEL --merge -o FOLDER`"
+            f"{folder} is {what}; give the folder of a diffusers checkpoint, or if it is a LoRA, draw with it by "
+            f"`--model MODEL --lora {lora}` (generate, evaluate) or make a model of it with "
+            f"`apexflow export {lora} --base MODEL --merge -o FOLDER`"
         )
     if not (folder / INDEX).is_file():
         raise UserError(_no_model(folder))

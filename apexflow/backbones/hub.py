@@ -37,8 +37,9 @@ def _instead(hub_id: str) -> str:
     if not loose:
         return ""
     return (
-        f". If {loose[0]} there is a LoRA, `hf download {hub_id} {loose[0]} --local-dir .` fetches it and "
-        f"`apexflow export {loose[0]} --base MODEL --merge -o FOLDER` makes a model of it and of the one that it was trained on"
+        f". If {loose[0]} there is a LoRA, `hf download {hub_id} {loose[0]} --local-dir .` fetches it, generate "
+        f"and evaluate draw with it by `--model MODEL --lora {loose[0]}`, and `apexflow export {loose[0]} --base MODEL --merge "
+        "-o FOLDER` makes a model of it and of the one that it was trained on"
     )
 
 

@@ -17,6 +17,7 @@ from apexflow.options import (
     Guidance,
     Json,
     Kappa,
+    Lora,
     Model,
     Order,
     Rho,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from apexflow.evaluation.suite import EvaluationSettings, Tools
 
 SCORE = "Scoring"
-OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order", "storage")
+OF_DRAWING = ("model", "lora", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order", "storage")
 
 
 def evaluate(
@@ -49,6 +50,7 @@ def evaluate(
     ] = None,
     per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt. Default: the suite's own.")] = None,
     model: Model = "mini-student",
+    lora: Lora = None,
     steps: Steps = None,
     guidance: Guidance = None,
     size: Size = None,
@@ -124,7 +126,7 @@ def evaluate(
 
             reports = [score_folder(images, settings, output, str(images), tools)] if share.leads else []
         else:
-            reports = _draw_and_score(model, storage, settings, seeds, output, tools, score, share)
+            reports = _draw_and_score(model, lora, storage, settings, seeds, output, tools, score, share)
     if share.leads:
         _show(reports, as_json)
 
@@ -170,6 +172,7 @@ def _refuse_for_images(ctx: typer.Context) -> None:
 
 def _draw_and_score(
     model: str,
+    lora: list[str] | None,
     storage: str | None,
     settings: EvaluationSettings,
     seeds: int,
@@ -183,11 +186,12 @@ def _draw_and_score(
     from apexflow.evaluation.runner import evaluate
     from apexflow.generator import load
 
-    generator = load(model, tools.device, storage=storage)  # type: ignore[arg-type]
+    generator = load(model, tools.device, storage=storage, lora=lora)  # type: ignore[arg-type]
+    name = " + ".join([model, *(lora or ())])
     reports = []
     for number in range(settings.seed, settings.seed + seeds):
         this = replace(settings, seed=number)
-        reports.append(evaluate(generator, this, _of_seed(output, number), model, tools, share, score))
+        reports.append(evaluate(generator, this, _of_seed(output, number), name, tools, share, score))
     return reports
 
 

@@ -25,10 +25,9 @@ from apexflow.backbones import BUILT_IN, load_backbone
 from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, export, save_lora
 from apexflow.export.folder import find_source
-from apexflow.export.lora import FILE
-from apexflow.export.merge import Pair, read_lora
 from apexflow.export.stock import call_options
 from apexflow.generator import Generator
+from apexflow.lora.merge import FILE, Pair, read_lora
 from apexflow.sampler import sample
 
 
