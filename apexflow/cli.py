@@ -31,6 +31,7 @@ from apexflow.options import (
     Guidance,
     Json,
     Kappa,
+    Lora,
     Model,
     Order,
     Rho,
@@ -75,6 +76,7 @@ def options(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help='What to draw: "a photo of a red star left of a blue ring".')],
     model: Model = "mini-student",
+    lora: Lora = None,
     output: Annotated[
         str,
         typer.Option(
@@ -106,7 +108,7 @@ def generate(
     folder = path if each else path.parent
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    generator = load(model, device, storage=storage)  # type: ignore[arg-type]
+    generator = load(model, device, storage=storage, lora=lora)  # type: ignore[arg-type]
     repeated = [prompt for prompt in prompts for _ in range(count)]
     began = time.perf_counter()
     with warnings.catch_warnings():

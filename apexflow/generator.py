@@ -26,6 +26,7 @@ from apexflow.backbones.weights import stored_dtypes, weight_shapes
 from apexflow.conditioning import Condition, guided_answer
 from apexflow.devices import pick_device
 from apexflow.errors import UserError, quoted
+from apexflow.lora.added import Lora, read_loras
 from apexflow.randomness import RowRandom
 from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
 
@@ -51,7 +52,7 @@ class Sampling(NamedTuple):
 class Generator:
     """A loaded model with its own sampling settings. `encode`: prompts to conditions, by default the model's text encoder;
     `decode`: latents (B, C, h, w) to pictures, by default its autoencoder, and of what it leaves out no picture is made;
-    `most`: how many rows the network is asked at once, which changes no picture.
+    `most`: how many rows the network is asked at once, which changes no picture. `loras`: those that are in the weights.
 
     Of the last `generate`: `evaluations` counts network calls a picture, guidance included, and `finite` says of each picture
     whether the model's answer was.
@@ -63,11 +64,13 @@ class Generator:
         encode: Callable[[Sequence[str]], Condition] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
         most: int = MAX_BATCH,
+        loras: Sequence[Lora] = (),
     ) -> None:
         self.backbone = backbone
         self.most = most
         self.encode = encode or backbone.encode_prompts
         self.decode = decode
+        self.loras = loras
         self.evaluations = 0
         self.finite: list[bool] = []
 
@@ -293,6 +296,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     storage: Kind | None = None,
+    lora: str | Path | Sequence[str | Path] | None = None,
 ) -> Generator:
     """Load a model: "mini-student" or "mini-teacher" (shipped), a diffusers folder, the folder of a finished run, or a hub id
     such as owner/name.
@@ -301,12 +305,17 @@ def load(
     float32 are then multiplied in TF32 on a GPU, from here on in all of this process.
     storage: keep the matrices of the denoiser in eight bits ("fp8") or four ("nf4", by bitsandbytes), for a card too small for
     it. Where a card has no room for all of a model, its text encoder and its denoiser stand there in turn, with a warning.
+    lora: "FILE" or "FILE:STRENGTH", or several in a list, added into the weights as `apexflow export --merge` adds one; FILE may
+    be a folder that holds one. How the model draws by itself (steps, guidance) is then as the last of their folders says.
     """
     check_kind(storage)
     place, path_or_id = torch.device(pick_device(str(device))), str(path_or_id)
-    kind = _dtype(dtype) or suited_dtype(path_or_id, place)
+    additions = None if lora is None else read_loras(lora, path_or_id)
+    kind = _dtype(dtype) or suited_dtype(path_or_id, place, additions.settings.card if additions else None)
     # On the CPU, since what is stored narrower never stands on a card in full.
     backbone = load_backbone(path_or_id, "cpu", kind)
+    if additions is not None:
+        additions.add_to(backbone)
     if dtype is None:
         multiply_in_tf32(backbone.transformer, place)
     room = room_on(place)
@@ -315,7 +324,7 @@ def load(
         told = f"{place} has no room for all of {path_or_id}: its text encoder and its network take turns there, which takes time"
         warnings.warn(told, stacklevel=2)
     backbone.place(place, ("vae",) if in_turn else ROLES)
-    return Generator(backbone, InTurn(backbone, place) if in_turn else None)
+    return Generator(backbone, InTurn(backbone, place) if in_turn else None, loras=additions.loras if additions else ())
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -325,11 +334,11 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def suited_dtype(path_or_id: str, device: str | torch.device) -> torch.dtype:
+def suited_dtype(path_or_id: str, device: str | torch.device, card: Mapping[str, Any] | None = None) -> torch.dtype:
     """`suited_on_gpu` where `device` is a GPU; else float32."""
     if torch.device(device).type != "cuda":
         return torch.float32
-    return suited_on_gpu(resolve(path_or_id), str(model_of(Path(path_or_id))))
+    return suited_on_gpu(resolve(path_or_id), str(model_of(Path(path_or_id))), card)
 
 
 def suited_on_gpu(folder: Path, name: str, card: Mapping[str, Any] | None = None) -> torch.dtype:

@@ -32,6 +32,10 @@ Kappa = Annotated[
 Rho = Annotated[float | None, typer.Option(help="Share of fresh noise at each step, 0 to 1. Default: the model's own.")]
 Order = Annotated[int | None, typer.Option(help="1, or 2 for Heun's correction. Default: the model's own.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:STRENGTH]", help="Add a LoRA, or the one in a folder; given again, a further one."),
+]
 Storage = Annotated[
     str | None, typer.Option(help="Keep the network in fp8, or in nf4 (four bits), for a card too small for it.")
 ]

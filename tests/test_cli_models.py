@@ -53,7 +53,11 @@ def test_a_folder_that_is_no_model_is_named(
     [
         ("checkpoints/step-0000002/state.json", ".", ("is no model", "apexflow export", "-o MODEL")),
         ("checkpoints/step-0000002/state.json", "checkpoints/step-0000002", ("is no model", "step-0000002")),
-        ("lora/pytorch_lora_weights.safetensors", "lora", ("is a LoRA", "apexflow export", "--base MODEL --merge")),
+        (
+            "lora/pytorch_lora_weights.safetensors",
+            "lora",
+            ("is a LoRA", "--model MODEL --lora", "apexflow export", "--base MODEL --merge"),
+        ),
     ],
 )
 def test_what_lies_in_a_run_and_is_no_model_is_told_with_the_way_to_one(
@@ -398,6 +402,22 @@ def test_a_lora_given_as_a_model_is_told_the_way_to_one(run: Run, tmp_path: Path
     way = f"apexflow export {tmp_path / 'lora.safetensors'} --base MODEL --merge -o FOLDER"
     refused(generate(run, write(tmp_path / name, "x"), "-o", tmp_path / "o.png"), "folder of a diffusers", way)
     refused(run("bench", tmp_path / name), way)
+
+
+def test_a_lora_is_drawn_by_its_strength(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    name, random = "transformer.transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(0)
+    sides = {"A": torch.randn(2, 32, generator=random), "B": torch.randn(32, 2, generator=random)}
+    file = tmp_path / "lora.safetensors"
+    save_file({f"{name}.lora_{side}.weight": tensor for side, tensor in sides.items()}, file)
+
+    def drawn(*given: str) -> bytes:
+        more = [word for one in given for word in ("--lora", f"{file}{one}")]
+        assert generate(run, tiny_model, *more, "-o", tmp_path / "o.png")[0] == 0
+        return (tmp_path / "o.png").read_bytes()
+
+    assert drawn() == drawn(":0") != drawn("") == drawn(":1") != drawn(":2")
+    refused(generate(run, tiny_model, "--lora", f"{file}:much"), "the strength of the LoRA", "'much'", "give a number")
+    refused(generate(run, tiny_model, "--lora", tmp_path / "no"), "does not exist", "name a LoRA file")
 
 
 @pytest.mark.parametrize(("options", "words"), [(("--order", 2), "order is 2"), (("--kappa", 0.1), "kappa is 0.1")])

@@ -112,12 +112,13 @@ def test_every_command_that_the_documents_show_is_one() -> None:
 
 
 def test_imports_point_down() -> None:
-    """transport, conditioning -> sampler -> objectives -> backbones, data -> training, evaluation -> cli."""
+    """transport, conditioning -> sampler -> objectives -> backbones, lora, data -> training, evaluation -> cli."""
     order = [
         "transport conditioning randomness errors progress options locking files torchrun devices",
         "sampler",
         "objectives",
         "backbones",
+        "lora",
         "data generator",
     ]
     order += ["evaluation", "training reporting export", "demo comparison bench", "cli"]

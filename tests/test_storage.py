@@ -18,8 +18,7 @@ from apexflow.backbones.miniature import build_miniature
 from apexflow.backbones.storage import FourBit
 from apexflow.data.scenes import vocabulary
 from apexflow.errors import UserError
-from apexflow.export.lora import FILE
-from apexflow.export.merge import Pair
+from apexflow.lora.merge import FILE, Pair
 from apexflow.objectives import objectives
 from apexflow.training.config import Recipe, Tuning, load_recipe
 from apexflow.training.journal import read_metrics

@@ -8,7 +8,7 @@ import torch
 
 from apexflow.backbones import hub, second_time
 from apexflow.backbones.family import Backbone
-from apexflow.backbones.folder import CHECKPOINTS, INDEX, PICKLES, is_run, model_of, read_index
+from apexflow.backbones.folder import CHECKPOINTS, INDEX, PICKLES, is_run, model_of, read_index, with_lora
 from apexflow.backbones.settings import Settings, read_settings, without_second_time, write_settings
 from apexflow.errors import UserError, check_built_in, in_a_shell
 
@@ -108,10 +108,7 @@ def _no_model(folder: Path) -> str:
     if is_run(folder):
         return f"{folder} is {what}, and has no checkpoint yet: go on with `apexflow train` and --resume"
     if loras := sorted(folder.glob("*lora*.safetensors")):
-        command = f"apexflow export {in_a_shell(loras[0])} --base MODEL --merge -o FOLDER"
-        return (
-            f"{folder} is a LoRA, no whole model: `{command}` makes one of it and of the model that it was trained on"
-        )
+        return f"{folder} is a LoRA, no whole model: {with_lora(loras[0])}"
     return f"{folder} is no diffusers checkpoint: {INDEX} is missing"
 
 
@@ -128,9 +125,9 @@ def load_backbone(
             raise UserError(f"{folder} is the index of a diffusers checkpoint: give the folder that it lies in")
         pickled = folder.suffix in PICKLES
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
+        lora = folder.with_suffix(".safetensors")
         raise UserError(
-            f"{folder} is {what}; give the folder of a diffusers checkpoint, or if it is a LoRA, make one of it with "
-            f"`apexflow export {in_a_shell(folder.with_suffix('.safetensors'))} --base MODEL --merge -o FOLDER`"
+            f"{folder} is {what}; give the folder of a diffusers checkpoint; if it is a LoRA, {with_lora(lora)}"
         )
     if not (folder / INDEX).is_file():
         raise UserError(_no_model(folder))

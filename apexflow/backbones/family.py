@@ -174,8 +174,12 @@ class Backbone(Encoders, ABC):
 
     def draw_at(self, size: int) -> None:
         """Make `size` the `default_size`, in pixels a side, with the time shift of such pictures."""
-        self.settings = replace(self.settings, size=size)
-        self.time_shift = self.time_shift_at((size, size))
+        self.follow(replace(self.settings, size=size))
+
+    def follow(self, settings: Settings) -> None:
+        """Be drawn as other settings than the folder's say, with the time shift of pictures of their size."""
+        self.settings = settings
+        self.time_shift = self.time_shift_at((self.default_size, self.default_size))
 
     def time_shift_at(self, size: tuple[int, int]) -> float:
         """`time_shift` for pictures of `size` (height, width): the same for all, unless the scheduler's shift is dynamic."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from apexflow.errors import UserError, no_path
+from apexflow.errors import UserError, in_a_shell, no_path
 
 INDEX = "model_index.json"
 RECIPE, CHECKPOINTS = "recipe.json", "checkpoints"  # in the folder of a run
@@ -48,6 +48,15 @@ def read_index(folder: Path) -> dict[str, Any]:
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """`model_index.json`."""
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def with_lora(file: Path | str) -> str:
+    """What can be done with a LoRA's file that was given as a model."""
+    name = in_a_shell(file)
+    return (
+        f"generate and evaluate draw with it by `--model MODEL --lora {name}`, and `apexflow export {name} --base MODEL --merge "
+        "-o FOLDER` makes a model of it and of the one that it was trained on"
+    )
 
 
 def read_object(path: Path) -> dict[str, Any]:

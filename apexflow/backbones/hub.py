@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apexflow.backbones.folder import INDEX, OWN, components
+from apexflow.backbones.folder import INDEX, OWN, components, with_lora
 from apexflow.errors import UserError, in_a_shell, is_full_disk
 
 READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -36,10 +36,9 @@ def _instead(hub_id: str) -> str:
     loose = [name for name in list_repo_files(hub_id) if "/" not in name and name.endswith(".safetensors")]
     if not loose:
         return ""
-    file = in_a_shell(loose[0])
     return (
-        f". If {loose[0]} there is a LoRA, `hf download {hub_id} {file} --local-dir .` fetches it and "
-        f"`apexflow export {file} --base MODEL --merge -o FOLDER` makes a model of it and of the one that it was trained on"
+        f". If {loose[0]} there is a LoRA, `hf download {hub_id} {in_a_shell(loose[0])} --local-dir .` fetches it; "
+        f"{with_lora(loose[0])}"
     )
 
 

@@ -19,6 +19,7 @@ from apexflow.options import (
     Guidance,
     Json,
     Kappa,
+    Lora,
     Model,
     Order,
     Rho,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 SCORE = "Scoring"
 FAR = 2  # times the side of a scene: a model of larger pictures was not made for them
-OF_DRAWING = ("model", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order", "storage")
+OF_DRAWING = ("model", "lora", "steps", "guidance", "size", "seed", "seeds", "kappa", "rho", "order", "storage")
 
 
 def evaluate(
@@ -53,6 +54,7 @@ def evaluate(
     ] = None,
     per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt. Default: the suite's own.")] = None,
     model: Model = "mini-student",
+    lora: Lora = None,
     steps: Annotated[
         str | None,
         typer.Option(
@@ -138,7 +140,7 @@ def evaluate(
             reports = [score_folder(images, settings, output, str(images), tools)] if share.leads else []
         else:
             named = _is_given(ctx, "suite")
-            reports = _draw_and_score(model, storage, planned, tools, score, share, named)
+            reports = _draw_and_score(model, lora, storage, planned, tools, score, share, named)
     if share.leads:
         _show(reports, seeds, as_json)
 
@@ -202,6 +204,7 @@ def _refuse_for_images(ctx: typer.Context) -> None:
 
 def _draw_and_score(
     model: str,
+    lora: list[str] | None,
     storage: str | None,
     planned: Sequence[tuple[EvaluationSettings, Path | None]],
     tools: Tools,
@@ -212,12 +215,13 @@ def _draw_and_score(
     from apexflow.evaluation.runner import evaluate
     from apexflow.generator import load
 
-    generator = load(model, tools.device, storage=storage)  # type: ignore[arg-type]
+    generator = load(model, tools.device, storage=storage, lora=lora)  # type: ignore[arg-type]
     if not suite_named:
         _warn_of_scenes(model, generator.backbone)
+    name = " + ".join([model, *(lora or ())])
     for settings, _ in planned:
         generator.times(settings.steps)  # what cannot be is told before the first of several is drawn
-    return [evaluate(generator, this, folder, model, tools, share, score) for this, folder in planned]
+    return [evaluate(generator, this, folder, name, tools, share, score) for this, folder in planned]
 
 
 def _warn_of_scenes(model: str, backbone: Backbone) -> None:

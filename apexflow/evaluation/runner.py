@@ -165,6 +165,7 @@ def _generation(generator: Generator, settings: EvaluationSettings, prompts: Seq
         "times": times.tolist(),
         "size": size,
         "weights": fingerprint(backbone.transformer, backbone.vae, backbone.text_encoder),
+        "lora": [lora.told() for lora in generator.loras] or None,
         "storage": stored_kind(backbone.transformer),
         "dtype": str(compute_dtype(backbone.transformer)).removeprefix("torch."),
         "prompts_drawn_sha256": prompts_sha256([prompt.metadata for prompt in prompts]),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apexflow.backbones.weights import guarded, weight_files, weight_shapes
 from apexflow.errors import UserError
-from apexflow.export.merge import Pair
+from apexflow.lora.merge import Pair
 from apexflow.progress import Progress
 
 # Of the power iteration. Pure noise, the worst case, then keeps within 0.2% of what it could at rank 64, and 1.2% at 16

@@ -39,13 +39,13 @@ from apexflow.backbones.parts import check_whole, index_entry
 from apexflow.backbones.weights import weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.factors import Factors, factor
-from apexflow.export.foreign import is_foreign
-from apexflow.export.lora import FILE, check_loadable, save_pairs
-from apexflow.export.merge import check_lora, merge_into, read_lora
+from apexflow.export.lora import check_loadable, save_pairs
 from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import Scheduler, call_options, samples_as, stock_scheduler_config
 from apexflow.files import new_folder
 from apexflow.generator import suited_on_gpu
+from apexflow.lora.foreign import is_foreign
+from apexflow.lora.merge import FILE, check_lora, file_of, merge_into, read_lora
 
 
 @dataclass(frozen=True)
@@ -157,14 +157,14 @@ def find_source(source: str, base: str | None) -> Source:
     if of_run:
         return _run(path)
     if is_lora:
-        file = path / FILE if path.is_dir() else path
+        file = file_of(path)
         if not file.is_file():
             raise UserError(f"{file} does not exist")
         if base is None:
             raise UserError(f"{source} is a LoRA: name the model that it belongs to with --base")
         model, backbone = resolve(base), load_backbone(base, "meta")
-        settings = read_settings(file.parent, backbone.settings)
-        return Source(str(model_of(Path(base))), model, backbone, settings, file, base)
+        backbone.follow(read_settings(file.parent, backbone.settings))
+        return Source(str(model_of(Path(base))), model, backbone, backbone.settings, file, base)
     if path.is_dir() and not (path / INDEX).is_file():
         raise UserError(f"{source} is no run, no model folder and no LoRA: give the output folder of a recipe")
     backbone = load_backbone(source, "meta")

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from apexflow.errors import UserError
 from apexflow.files import replacing
+from apexflow.lora.merge import FILE, Pair
 
 if TYPE_CHECKING:
     from apexflow.backbones import Backbone
-    from apexflow.export.merge import Pair
     from apexflow.training.adapters import LoraRoles
-
-FILE = "pytorch_lora_weights.safetensors"
 
 
 def is_loadable(backbone: Backbone) -> bool:

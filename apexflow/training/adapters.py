@@ -15,7 +15,7 @@ from apexflow.backbones.parts import without_weights
 from apexflow.backbones.storage import plain_weights
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
-from apexflow.export.merge import Pair
+from apexflow.lora.merge import Pair
 from apexflow.objectives import Field, Networks
 from apexflow.training.config import Tuning
 from apexflow.training.distributed import leads

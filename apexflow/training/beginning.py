@@ -8,8 +8,7 @@ from pathlib import Path
 from apexflow.backbones import Backbone
 from apexflow.backbones.lora_targets import target_modules
 from apexflow.errors import UserError, in_a_shell
-from apexflow.export.lora import FILE
-from apexflow.export.merge import Pair, read_lora
+from apexflow.lora.merge import Pair, file_of, read_lora
 from apexflow.training.config import Recipe
 
 
@@ -20,8 +19,7 @@ def read_start(recipe: Recipe, backbone: Backbone) -> dict[str, Pair]:
     """
     if recipe.tuning.start is None:
         return {}
-    named = Path(recipe.tuning.start)
-    file = named / FILE if named.is_dir() else named
+    file = file_of(Path(recipe.tuning.start))
     if not file.is_file():
         raise UserError(
             f"tuning.start: {file} does not exist: name a LoRA file, the lora/ of a run, or the folder that an export wrote"

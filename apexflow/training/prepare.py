@@ -24,9 +24,9 @@ from apexflow.data.readers import recognise
 from apexflow.data.scenes import scenes, vocabulary
 from apexflow.data.shards import write_scenes
 from apexflow.errors import UserError
-from apexflow.export.merge import Pair
 from apexflow.files import new_folder
 from apexflow.locking import alone_in
+from apexflow.lora.merge import Pair
 from apexflow.objectives import Objective
 from apexflow.progress import counted
 from apexflow.training.beginning import read_start

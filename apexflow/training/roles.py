@@ -12,7 +12,7 @@ from apexflow.backbones import Backbone, second_time
 from apexflow.backbones.precision import is_large
 from apexflow.backbones.storage import storing
 from apexflow.conditioning import Condition
-from apexflow.export.merge import Pair
+from apexflow.lora.merge import Pair
 from apexflow.objectives import Field, Networks
 from apexflow.training.adapters import LoraRoles
 from apexflow.training.config import Recipe, Tuning

@@ -44,6 +44,20 @@ def test_seeds_end_where_those_of_one_do(run: Run) -> None:
     refused(run("evaluate", "--model", "none", "--seed", last - 1, "--seeds", 2), "'none'")
 
 
+def test_a_model_with_another_lora_is_another_model(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    name, file = "transformer.transformer_blocks.0.attn1.to_q", tmp_path / "lora.safetensors"
+    save_file({f"{name}.lora_A.weight": torch.ones(1, 32), f"{name}.lora_B.weight": torch.ones(32, 1)}, file)
+    common = ("evaluate", "--model", tiny_model, "--steps", 1, "--limit", 2, "--per-prompt", 1, "-o", tmp_path / "e")
+    code, text, _ = run(*common, "--lora", f"{file}:0.5", "--json")
+    report = json.loads(text)
+    assert code == 0 and report["lora"] == [{"file": str(file), "strength": 0.5}]
+    assert report["name"] == f"{tiny_model} + {file}:0.5"
+    assert run(*common, "--lora", f"{file}:0.50")[0] == 0  # goes on
+    for other in ((), ("--lora", file), ("--lora", f"{file}:0.5", "--lora", f"{file}:0.5")):
+        refused(run(*common, *other), "other weights and lora")
+    refused(run("evaluate", "--images", tmp_path, "--lora", file), "--lora cannot apply to --images")
+
+
 def test_several_seeds_are_averaged(run: Run, tiny_model: Path) -> None:
     code, text, _ = run(
         "evaluate", "--model", tiny_model, "--steps", 1, "--limit", 2, "--per-prompt", 1, "--seeds", 2, "--json"

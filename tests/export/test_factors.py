@@ -18,7 +18,7 @@ from apexflow.backbones.lora_targets import target_modules
 from apexflow.errors import UserError
 from apexflow.export import export, save_lora
 from apexflow.export.factors import factor, nearest
-from apexflow.export.lora import FILE
+from apexflow.lora.merge import FILE
 from apexflow.sampler import time_grid
 
 

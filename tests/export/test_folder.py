@@ -26,10 +26,9 @@ from apexflow.backbones import BUILT_IN, Settings, load_backbone, read_settings,
 from apexflow.errors import UserError
 from apexflow.export import AnyStepScheduler, export, save_lora
 from apexflow.export.folder import find_source
-from apexflow.export.lora import FILE
-from apexflow.export.merge import Pair, read_lora
 from apexflow.export.stock import call_options
 from apexflow.generator import Generator
+from apexflow.lora.merge import FILE, Pair, read_lora
 from apexflow.objectives import objectives
 from apexflow.sampler import sample, time_grid
 

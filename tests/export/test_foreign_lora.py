@@ -14,8 +14,7 @@ from apexflow.backbones import load_backbone
 from apexflow.backbones.presets import load_shapes
 from apexflow.errors import UserError
 from apexflow.export import export
-from apexflow.export.lora import FILE
-from apexflow.export.merge import Pair, read_lora
+from apexflow.lora.merge import FILE, Pair, read_lora
 from apexflow.sampler import time_grid
 
 RANK = 4

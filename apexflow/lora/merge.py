@@ -19,8 +19,10 @@ from apexflow.backbones import Backbone
 from apexflow.backbones.folder import PICKLES
 from apexflow.backbones.weights import weight_shapes
 from apexflow.errors import UserError
-from apexflow.export.foreign import in_diffusers_names, is_foreign
+from apexflow.lora.foreign import in_diffusers_names, is_foreign
 from apexflow.progress import Progress
+
+FILE = "pytorch_lora_weights.safetensors"  # in the folder of an exported one
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Pair:
         points = math.prod(outer[2:]) == 1  # a kernel on either side would be no product of two matrices
         fits = len(outer) >= 2 and outer[1] == inner[0] and outer[0] == shape[0] and inner[1:] == tuple(shape[1:])
         return fits and points
+
+
+def file_of(named: Path) -> Path:
+    """The file of a LoRA, which is named itself or by the folder that holds it under the name that exports give it."""
+    return named / FILE if named.is_dir() else named
 
 
 def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:
@@ -137,16 +144,20 @@ def check_lora(path: Path, pairs: dict[str, Pair], part: Path) -> None:
 
 
 @torch.no_grad()
+def add_pairs(weights: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
+    """Add a LoRA to those of its weights that are given, in place: summed in float32, kept in their own precision."""
+    for module, pair in pairs.items():
+        if (weight := weights.get(f"{module}.weight")) is not None:
+            weight.copy_(weight.float() + pair.delta(tuple(weight.shape)))
+
+
 def merge_into(part: Path, pairs: dict[str, Pair]) -> None:
     """Rewrite the safetensors in the folder `part` with the LoRA added, one file at a time, each in its own precision."""
     files = sorted(part.glob("*.safetensors"))
     with Progress("merging", len(files)) as progress:
         for file in files:
             tensors = load_file(file)
-            for name, weight in tensors.items():
-                pair = pairs.get(name.removesuffix(".weight"))
-                if pair is not None:
-                    tensors[name] = (weight.float() + pair.delta(tuple(weight.shape))).to(weight.dtype)
+            add_pairs(tensors, pairs)
             save_file(tensors, file.with_suffix(".partial"), {"format": "pt"})
             file.with_suffix(".partial").replace(file)
             progress.advance()

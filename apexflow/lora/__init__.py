@@ -1,0 +1,1 @@
+"""LoRAs of any program: read, checked against a model, added into its weights."""
