@@ -36,6 +36,8 @@ from apexflow.evaluation.inception import PROTOCOLS, Inception
 from apexflow.evaluation.suite import Found, OneFileEach, Picture, Prompt, Row, needs
 from apexflow.progress import Progress
 
+CLIP = "a folder with openai/clip-vit-large-patch14"
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -57,6 +59,7 @@ class AgainstPictures(OneFileEach):
 
     takes = ("data", "clip", "inception", "reference", "protocol", "fid_size")
     spread_limit = False
+    needs_scorer = True
     mend = "name --reference"  # what to do where reference pictures lack or cannot be read
     asked: Sequence[Prompt] = ()
     size: int | None = None  # at which FID looks at the pictures, known once they are found
@@ -92,13 +95,13 @@ class AgainstPictures(OneFileEach):
             raise UserError(
                 f"--fid-size cannot apply to --protocol {self.protocol}, which resizes to 299: leave it out"
             )
-        if self.tools.inception is None and self.tools.clip is None:
+        if self.tools.inception is None and self.tools.clip is None and self.needs_scorer:
             raise UserError("--inception (for FID), --clip (for the CLIP score) or both are needed")
         if self.tools.inception is not None:
             needs(self.tools.inception, "--inception", "the FID Inception as a safetensors file")
             needs(self.tools.reference or self.root, "--reference", "reference pictures, or a file with mu and sigma")
         if self.tools.clip is not None:
-            needs(self.tools.clip, "--clip", "a folder with openai/clip-vit-large-patch14", Path.is_dir)
+            needs(self.tools.clip, "--clip", CLIP, Path.is_dir)
 
     def choose(self, limit: int | None) -> tuple[list[Prompt], bool]:
         prompts, whole = super().choose(limit)

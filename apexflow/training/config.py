@@ -72,6 +72,8 @@ class Data:
     size: side in pixels (by default the model's own, or that of the finished caches). buckets: keep aspect ratios. captions:
         the fields that hold them.
     skip_limit: the share of unusable records or files that is borne.
+    held_out: pictures that are never trained on, at most a quarter of them: the last of each source, and of each bucket in
+        proportion.
     """
 
     source: Annotated[str | tuple[str, ...] | None, PlainValidator(_sources)] = None
@@ -83,6 +85,7 @@ class Data:
     buckets: bool = False
     captions: tuple[str, ...] = ()
     skip_limit: Share = 0.05
+    held_out: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
         if self.shares and not isinstance(self.source, tuple):

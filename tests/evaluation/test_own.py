@@ -141,9 +141,9 @@ def test_what_lacks_is_one_line_with_its_mend(
     refused(run("evaluate", "--suite", "own", "--images", noise, "--inception", inception_file, *given), *told)
 
 
-def test_nothing_to_score_with_is_told_before_anything_is_drawn(noise: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--inception .*--clip"):
-        score_folder(tmp_path, WHOLE, None, "x", Tools(data=noise))
+def test_nothing_to_score_with_is_told(noise: Path, tmp_path: Path) -> None:
+    report = score_folder(drawn(noise, tmp_path / "pictures"), WHOLE, None, "x", Tools(data=noise))
+    assert report["tasks"] == {} and "nothing was scored: name --inception" in score_table({"m": report})
     reference = little.mjhq_folder(tmp_path) / "imgs"
     with pytest.raises(UserError, match="--reference is about FID"):
         score_folder(tmp_path, WHOLE, None, "x", Tools(data=noise, reference=reference))

@@ -1,7 +1,7 @@
 """The user's own captioned pictures: FID against them, the CLIP score and diversity. Any set that can be trained on.
 
-Needs --data (the set), and --inception for FID, --clip for the CLIP score or both. --reference names other reference pictures, or
-mu and sigma in one file.
+Needs --data (the set), and --inception for FID, --clip for the CLIP score or both; without them only diversity is taken, where
+a prompt has several pictures. --reference names other reference pictures, or mu and sigma in one file.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Own(AgainstPictures):
 
     pictures_a_prompt = 1
     measures_diversity = True
+    needs_scorer = False
     mend = "put whole pictures there, or name --reference"
     most: int | None = None  # records to look at: one more than a limit, so that it is seen whether it leaves any out
 
@@ -77,11 +78,14 @@ class Own(AgainstPictures):
     def aggregate(self, rows: Sequence[Mapping[str, Any]], work: Path) -> dict[str, Any]:
         report = super().aggregate(rows, work)
         faults = self.skipped.broken | self.skipped.reasons
-        if not faults:
-            return report
-        name, reason = next(iter(faults.items()))
-        told = f"{len(faults)} of {self.skipped.seen} records left out of {self.root} (first: {name}: {reason})"
-        return report | {"left_out": faults, "warning": "; ".join(filter(None, (report.get("warning"), told)))}
+        told = [report["warning"]] if "warning" in report else []
+        if not report["tasks"] and self.per_prompt == 1:
+            told.append("nothing was scored: name --inception, --clip or both, or draw two pictures --per-prompt")
+        for name, reason in list(faults.items())[:1]:
+            told.append(
+                f"{len(faults)} of {self.skipped.seen} records left out of {self.root} (first: {name}: {reason})"
+            )
+        return report | ({"left_out": faults} if faults else {}) | ({"warning": "; ".join(told)} if told else {})
 
     @cached_property
     def skipped(self) -> Skipped:
