@@ -294,13 +294,16 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the evaluation.")] = 3,
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
     limit: Annotated[int | None, typer.Option(min=2, help="Only this many prompts.")] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of CLIP ViT-L/14: the CLIP score too, where the data are no scenes.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train every method from one teacher at equal budgets, and score them side by side: tables, curves, pictures, one page."""
     from apexflow.comparison.command import compare_command
 
     given: dict[str, Any] = {"images": images, "runs": runs, "guidance": guidance, "timed": timed}
-    given |= {"seeds": seeds, "per_prompt": per_prompt, "limit": limit}
+    given |= {"seeds": seeds, "per_prompt": per_prompt, "limit": limit, "clip": clip}
     result, text = compare_command(tuple(methods or ()), output, recipe, nfe, rates, given)
     show(result, as_json, text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone = build_miniature(vocabulary(), seed=0, width=32, depth=1)
     backbone.save(folder, backbone.settings)
     return folder
+
+
+@pytest.fixture(scope="session")
+def any_aspect(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tiny model without its square position embedding, as SANA's large ones are."""
+    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("aspect") / "model"))
+    config = model / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"interpolation_scale": None}))
+    return model
 
 
 @pytest.fixture(scope="session")

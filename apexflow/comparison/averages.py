@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-NUMBERS = ("overall", "strict", "diversity", "distance")
+NUMBERS = ("overall", "strict", "diversity", "distance", "clip")
 
 
 def over_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -35,6 +35,8 @@ def mean_report(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in NUMBERS:
         if key in merged:
             merged[key], merged[f"{key}_se"] = mean_and_error([report[key] for report in reports])
+    if "tasks" not in merged:
+        return merged
     by_task = {task: mean_and_error([report["tasks"].get(task) for report in reports]) for task in merged["tasks"]}
     merged["tasks"] = {task: mean for task, (mean, _) in by_task.items()}
     merged["tasks_se"] = {task: error for task, (_, error) in by_task.items()}

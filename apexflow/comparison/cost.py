@@ -16,6 +16,8 @@ from apexflow.data.cache import CachedSet
 from apexflow.data.hub import located
 from apexflow.data.readers import recognise
 from apexflow.errors import UserError
+from apexflow.evaluation.against import CLIP
+from apexflow.evaluation.suite import needs
 from apexflow.training.loop import start
 from apexflow.training.memory import kept_for_backward
 from apexflow.training.prepare import finished_cache
@@ -39,6 +41,17 @@ def check_pictures(plan: Plan) -> None:
             f"{data.told} holds prompts alone, and a comparison measures against true pictures: draw them with "
             "`apexflow synthesize`"
         )
+
+
+def check_clip(plan: Plan) -> None:
+    """UserError for a folder that is not there, or that scenes have no use for."""
+    if plan.clip is None:
+        return
+    if plan.scenes:
+        raise UserError(
+            f"--clip cannot apply to {plan.recipe.data.told}, scenes that mini-GenEval scores: leave it out"
+        )
+    needs(plan.clip, "--clip", CLIP, Path.is_dir)
 
 
 def measure(plan: Plan, name: str) -> dict[str, Any]:

@@ -10,7 +10,17 @@ from PIL import Image
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.plan import IMAGES, TEACHER, Plan
 from apexflow.comparison.scores import grid_prompts, strips
-from apexflow.comparison.tables import SWEPT, TITLES, budget_table, kept_budgets, legend, sweep_table, task_table
+from apexflow.comparison.tables import (
+    NAMES,
+    SWEPT,
+    TITLES,
+    budget_table,
+    kept_budgets,
+    legend,
+    main_score,
+    sweep_table,
+    task_table,
+)
 from apexflow.comparison.train import run_folder
 from apexflow.objectives import objectives
 from apexflow.reporting import curves, pictures
@@ -22,9 +32,10 @@ from apexflow.training.journal import read_metrics
 def write_page(plan: Plan, results: dict[str, Any]) -> Path:
     """Write `report.html` and the picture grids beside it; its path."""
     rows, nfe = results["rows"], list(plan.nfe)
-    prompts = grid(plan, rows, "prompts", [str(index + 1) for index in range(len(grid_prompts()))])
+    asked = grid_prompts(plan)
+    prompts = grid(plan, rows, "prompts", [str(index + 1) for index in range(len(asked))])
     steps = grid(plan, rows, "nfe", [f"NFE {number}" for number in nfe])
-    numbered = "; ".join(f"{index}: {prompt}" for index, prompt in enumerate(grid_prompts(), 1))
+    numbered = "; ".join(f"{index}: {prompt}" for index, prompt in enumerate(asked, 1))
     true = results.get("true_pictures")
     command = tag("p", tag("code", text(results["command"])))
     body = [
@@ -32,9 +43,9 @@ def write_page(plan: Plan, results: dict[str, Any]) -> Path:
         section("What was compared", command + _papers(plan, rows), legend(results)),
         *(section(TITLES[budget], shown(budget_table(rows, budget, nfe, true))) for budget in kept_budgets(rows)),
         section("Scores over the number of evaluations", tag("div", _nfe_charts(rows, nfe), class_="charts")),
-        section("Tasks at one step", shown(task_table(rows))),
+        *([section("Tasks at one step", shown(tasks))] if (tasks := task_table(rows)) else []),
         section("The same prompts and noise at one step", _picture(prompts, "prompt"), numbered),
-        section("One prompt at every number of steps", _picture(steps, "number of steps"), grid_prompts()[0]),
+        section("One prompt at every number of steps", _picture(steps, "number of steps"), asked[0]),
         section(
             "Stability: loss and gradient norm",
             tag("div", _training(plan, rows), class_="charts"),
@@ -61,19 +72,19 @@ def shown(rows: list[list[str]]) -> str:
 
 
 def _nfe_charts(rows: dict[str, Any], nfe: list[int]) -> str:
-    charts = []
+    charts, by = [], main_score(rows)
     for budget in kept_budgets(rows):
         ends = {name: row.get("budgets", {}).get(budget, {}) for name, row in rows.items()}
         scored = {name: [one["nfe"][str(steps)] for steps in nfe] for name, one in ends.items() if "nfe" in one}
         if scored:  # nothing, where all diverged
-            series = {name: [report["overall"] for report in reports] for name, reports in scored.items()}
+            series = {name: [report[by] for report in reports] for name, reports in scored.items()}
             errors = {
-                name: [report["overall_se"] for report in scored[name]]
+                name: [report[f"{by}_se"] for report in scored[name]]
                 for name in scored
                 if ends[name].get("runs", 1) > 1
             }
             charts.append(
-                lines_chart(f"mini-GenEval, {TITLES[budget].lower()}", [str(steps) for steps in nfe], series, errors)
+                lines_chart(f"{NAMES[by]}, {TITLES[budget].lower()}", [str(steps) for steps in nfe], series, errors)
             )
     return "".join(charts)
 

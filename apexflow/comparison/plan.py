@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from apexflow.comparison.prompts import HELD_OUT, shows_scenes
 from apexflow.data.cache import is_cache
 from apexflow.errors import UserError, suggest
 from apexflow.objectives import guided, objectives
@@ -54,6 +56,7 @@ class Plan:
     needs for them. runs: how many trainings of each method, with seeds from the recipe's on; a folder may get more of them later.
     rates: learning rates that are tried for every method, each on all of the images, with the first seed: a rate that is best
     early need not last. nfe, seeds, per_prompt, limit: of the evaluation. guidance: trained into every method that can.
+    clip: a folder of CLIP, for the CLIP score where the data are no scenes.
     """
 
     output: Path
@@ -68,6 +71,7 @@ class Plan:
     limit: int | None = None
     guidance: float = 2.5
     timed: bool = True
+    clip: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "runs", "seeds", "per_prompt"):
@@ -108,6 +112,16 @@ class Plan:
         """Where the training pictures lie as latents: the finished cache that the recipe names, else one of the folder's own."""
         return finished_cache(self.recipe.data) or self.output / "cache"
 
+    @cached_property
+    def scenes(self) -> bool:
+        """Whether mini-GenEval scores it. It would find nothing in other pictures, which are scored by their distance alone."""
+        return shows_scenes(self.recipe.data)
+
+    @property
+    def held_out(self) -> int:
+        """Pictures that no run trains on, whose captions are the prompts."""
+        return self.recipe.data.held_out or (0 if self.scenes else HELD_OUT)
+
     @property
     def training_seeds(self) -> range:
         return range(self.recipe.seed, self.recipe.seed + self.runs)
@@ -143,7 +157,7 @@ class Plan:
             output=str(folder),
             method=method,
             objective=objective,
-            data=replace(self.recipe.data, source=source, cache=str(cache)),
+            data=replace(self.recipe.data, source=source, cache=str(cache), held_out=self.held_out),
             optimizer=settings,
             steps=steps,
             seed=self.recipe.seed if seed is None else seed,
@@ -152,5 +166,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """All that moves a result, as JSON has it; methods and runs apart, since further ones may join later."""
         plain = asdict(self)
-        del plain["output"], plain["methods"], plain["runs"]
+        del plain["output"], plain["methods"], plain["runs"], plain["clip"]
+        if not self.scenes:  # of scenes, what it has always been
+            plain |= {"prompts": "held out", "clip": self.clip and str(self.clip)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}

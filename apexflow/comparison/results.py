@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.comparison.averages import over_runs
-from apexflow.comparison.cost import check_pictures
+from apexflow.comparison.cost import check_clip, check_pictures
 from apexflow.comparison.page import write_page
 from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME, Plan
-from apexflow.comparison.scores import draw_strips, score_at, true_pictures
-from apexflow.comparison.tables import markdown
+from apexflow.comparison.scores import draw_strips, grid_prompts, score_at, true_pictures
+from apexflow.comparison.tables import main_score, markdown
 from apexflow.comparison.train import costs, once, stages, sweep, train_to_budgets
 from apexflow.errors import UserError, is_taken, writing
 from apexflow.files import read_json, write_json, write_text
@@ -35,6 +35,7 @@ def run_comparison(plan: Plan) -> dict[str, Any]:
     for data without pictures.
     """
     check_pictures(plan)
+    check_clip(plan)
     with alone_in(plan.output):
         return _carry_out(plan)
 
@@ -44,6 +45,7 @@ def _carry_out(plan: Plan) -> dict[str, Any]:
     earlier = _earlier(plan)
     names = plan.trained
     costs(plan, [*names, BASIS])
+    grid_prompts(plan)  # told now if there are too few
     pace = _pace(plan, earlier) if plan.timed else {}
     rows: dict[str, Any] = {TEACHER: {"budgets": {IMAGES: _scores(plan, TEACHER, TEACHER, plan.recipe.model)}}}
     rows |= {name: row for name, row in earlier["rows"].items() if "runs" in row}
@@ -200,7 +202,8 @@ def _summary(row: dict[str, Any]) -> str:
     scored = row.get("budgets", {}).get(IMAGES, {}).get("nfe")
     if not scored:
         return f"diverged ({row['diverged']} runs)"
-    numbers = ", ".join(f"{steps} step{'s' * (steps != '1')} {one['overall']:.3f}" for steps, one in scored.items())
+    by = main_score({"": row})
+    numbers = ", ".join(f"{steps} step{'s' * (steps != '1')} {one[by]:.3f}" for steps, one in scored.items())
     return f"learning rate {row['rate']:g}: {numbers}"
 
 

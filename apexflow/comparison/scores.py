@@ -1,7 +1,9 @@
-"""Scores of a comparison: mini-GenEval, a feature distance to true pictures, and diversity, at every number of evaluations."""
+"""Scores of a comparison: a feature distance to true pictures, and diversity, at every number of evaluations; with them
+mini-GenEval where the data are scenes, else the CLIP score if a CLIP is named."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,13 +17,14 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from apexflow.comparison.plan import BASIS, TEACHER, Plan
+from apexflow.comparison.prompts import held_out_prompts
 from apexflow.data.cache import CachedSet
 from apexflow.data.pictures import PICTURES
 from apexflow.data.scenes import scenes
 from apexflow.evaluation.drawing import features
 from apexflow.evaluation.fid import fid_from_statistics, statistics
 from apexflow.evaluation.files import open_picture
-from apexflow.evaluation.runner import EvaluationSettings, evaluate, over_seeds
+from apexflow.evaluation.runner import EvaluationSettings, Tools, evaluate, over_seeds
 from apexflow.generator import MAX_BATCH, Generator, load
 from apexflow.objectives import objectives
 
@@ -29,7 +32,9 @@ SIDE = 4  # latents are averaged to this many places a side: few enough features
 MOST_TRUE, TRUE_SEED = 2000, 12
 QUICK_SEED = 1000  # other noise than the comparison's own
 GRID_PROMPTS, GRID_SEED = 8, 11
-KEPT = ("overall", "overall_se", "strict", "tasks", "diversity", "evaluations", "pictures")
+STRIP_SIDE = 128  # pixels of a picture in a strip at most: a page holds some hundred
+OF_ALL = ("diversity", "evaluations", "pictures")
+OF_SCENES = ("overall", "overall_se", "strict", "tasks")
 
 
 def quick_score(plan: Plan, name: str, model: Path) -> dict[str, float]:
@@ -38,7 +43,8 @@ def quick_score(plan: Plan, name: str, model: Path) -> dict[str, float]:
     # As many pictures as are scored later, as far as each has a prompt of its own, which tells rates apart the most.
     limit = plan.limit and plan.limit * plan.per_prompt * plan.seeds
     reports = [score(plan, generator, own_sampler(plan, name, n), n, [QUICK_SEED], 1, limit) for n in plan.nfe]
-    return {key: sum(report[key] for report in reports) / len(reports) for key in ("overall", "distance")}
+    kept = [key for key in ("overall", "distance") if key in reports[0]]
+    return {key: sum(report[key] for report in reports) / len(reports) for key in kept}
 
 
 def score_at(plan: Plan, name: str, model: Callable[[], Generator], steps: int) -> dict[str, Any]:
@@ -56,21 +62,31 @@ def score(
     limit: int | None,
 ) -> dict[str, Any]:
     """The numbers of a comparison's row, without guidance: it is trained in where it can be."""
+    suite, size, tools = _suite(plan, generator)
     reports, seen = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             folder = Path(scratch) / str(seed)
             settings = EvaluationSettings(
-                steps=steps, guidance=1.0, per_prompt=per_prompt, seed=seed, limit=limit, **sampler
+                suite, steps, 1.0, per_prompt=per_prompt, seed=seed, limit=limit, size=size, **sampler
             )
-            reports.append(evaluate(generator, settings, folder, name=f"{steps} step{'s' * (steps > 1)}"))
+            reports.append(evaluate(generator, settings, folder, f"{steps} step{'s' * (steps > 1)}", tools))
             seen.append(_pictures_features(generator, folder / "pictures"))
             shutil.rmtree(folder)
     report = over_seeds(reports)
     mine = statistics(torch.cat(seen).numpy())
-    return {key: report[key] for key in KEPT if key in report} | {
+    kept = (*OF_SCENES, *OF_ALL) if plan.scenes else ("clip", *OF_ALL)
+    return {key: report[key] for key in kept if key in report} | {
         "distance": fid_from_statistics(*mine, *true_statistics(str(plan.cache)))
     }
+
+
+def _suite(plan: Plan, generator: Generator) -> tuple[str, int | None, Tools]:
+    """What draws and scores: a suite's name, the side of its pictures (None: the model's own), and its files."""
+    if plan.scenes:
+        return "mini-geneval", None, Tools()
+    tools = Tools(data=prompts_file(plan), clip=plan.clip, device=str(generator.backbone.device))
+    return "own", CachedSet(plan.cache).size, tools
 
 
 def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
@@ -80,10 +96,10 @@ def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
 
 def _pictures_features(generator: Generator, folder: Path) -> Tensor:
     paths = sorted(path for path in folder.rglob("*") if path.suffix in PICTURES)
-    shape = generator.backbone.latent_shape((generator.backbone.default_size,) * 2)
     parts = []
     for begin in range(0, len(paths), MAX_BATCH):
         pictures = [open_picture(path) for path in paths[begin : begin + MAX_BATCH]]
+        shape = generator.backbone.latent_shape((pictures[0].height, pictures[0].width))
         parts.append(pooled(features(generator, pictures).reshape(len(pictures), *shape)))
     return torch.cat(parts)
 
@@ -116,22 +132,25 @@ def true_pictures(plan: Plan, count: int) -> dict[str, Any]:
 
 
 def _cached_statistics(data: CachedSet, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    parts = [pooled(data.latents(list(rows[i : i + 256]))) for i in range(0, len(rows), 256)]
+    most = 256 if len(data.buckets) == 1 else 1  # latents of several shapes are not read at once
+    parts = [pooled(data.latents(list(rows[i : i + most]))) for i in range(0, len(rows), most)]
     return statistics(torch.cat(parts).numpy())
 
 
 def draw_strips(plan: Plan, name: str, model: Callable[[], Generator], folder: Path) -> dict[str, Any]:
     """A row of pictures at one step, a prompt each, and a row of one prompt at every number of steps."""
     generator = model()
-    prompts = grid_prompts()
+    shown, size = grid_prompts(plan), _suite(plan, generator)[1]
     folder.mkdir(parents=True, exist_ok=True)
-    row = generator.generate(prompts, 1, GRID_SEED, guidance=1.0, **own_sampler(plan, name, 1))
+    row = generator.generate(shown, 1, GRID_SEED, size, 1.0, **own_sampler(plan, name, 1))
     column = [
-        generator.generate(prompts[:1], steps, GRID_SEED, guidance=1.0, **own_sampler(plan, name, steps))[0]
+        generator.generate(shown[:1], steps, GRID_SEED, size, 1.0, **own_sampler(plan, name, steps))[0]
         for steps in plan.nfe
     ]
     for kind, pictures in (("prompts", row), ("nfe", column)):
         for index, picture in enumerate(pictures):
+            if not plan.scenes:
+                picture.thumbnail((STRIP_SIDE, STRIP_SIDE))
             picture.save(folder / f"{kind}-{index}.png")
     return {"prompts": len(row), "nfe": len(column)}
 
@@ -142,5 +161,13 @@ def strips(plan: Plan, label: str, kind: str) -> list[Path]:
     return sorted(folder.glob(f"{kind}-*.png"), key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
-def grid_prompts() -> list[str]:
-    return [scene.caption for scene in scenes(GRID_PROMPTS, seed=GRID_SEED)]
+def prompts_file(plan: Plan) -> Path:
+    """Where the prompts are kept that are not mini-GenEval's."""
+    return held_out_prompts(plan.cache, plan.held_out, plan.output)
+
+
+def grid_prompts(plan: Plan) -> list[str]:
+    """The prompts of the picture strips."""
+    if plan.scenes:
+        return [scene.caption for scene in scenes(GRID_PROMPTS, seed=GRID_SEED)]
+    return [json.loads(line) for line in prompts_file(plan).read_text().splitlines()[:GRID_PROMPTS]]

@@ -41,10 +41,11 @@ def costs(plan: Plan, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def sweep(plan: Plan, name: str) -> dict[str, Any]:
-    """Every learning rate on the budget in images: scores, seconds, the best rate (None where all diverged)."""
+    """Every learning rate on the budget in images: scores, seconds, the best rate (None where all diverged), which is that
+    of the least distance where there is no score."""
     tried = {rate: _tried(plan, name, rate) for rate in plan.rates}
     whole = {rate: result for rate, result in tried.items() if "diverged" not in result}
-    best = max(whole, key=lambda rate: (whole[rate]["overall"], -whole[rate]["distance"]), default=None)
+    best = max(whole, key=lambda rate: (whole[rate].get("overall", 0), -whole[rate]["distance"]), default=None)
     for rate in set(plan.rates) - {best}:
         shutil.rmtree(swept_run(plan, name, rate), ignore_errors=True)
     return {

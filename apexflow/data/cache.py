@@ -57,9 +57,12 @@ class Shard:
 
 
 class CachedSet:
-    """A finished cache. Rows are numbered over all shards; within a shard they stand bucket by bucket."""
+    """A finished cache. Rows are numbered over all shards; within a shard they stand bucket by bucket.
 
-    def __init__(self, folder: Path) -> None:
+    held_out: how many rows `batch_rows` never gives, the last of each bucket in proportion; at most a quarter of all.
+    """
+
+    def __init__(self, folder: Path, held_out: int = 0) -> None:
         """Read the index and see that every file is there, and every shard whole in size; UserError names the one that is not."""
         self.folder = folder
         self.index = read_index(folder)
@@ -68,6 +71,7 @@ class CachedSet:
             sizes = {folder / entry["file"]: entry["bytes"] for entry in self._shards}
             self._ends = list(accumulate(sum(count for _, count in entry["buckets"]) for entry in self._shards))
             self.buckets = self._find_buckets()
+            self._held_out = min(held_out, len(self) // 4)
             self._bucket_ends = {n: list(accumulate(c for _, c in spans)) for n, spans in self.buckets.items()}
             self._shapes = {name: self.index["latent_shapes"][name] for name in self.buckets}
             self.has_text = bool(self.index["made_by"]["text"])  # embeddings are kept, not captions alone
@@ -96,8 +100,17 @@ class CachedSet:
         return [self.row_of(names[bucket], position) for position in positions]
 
     def count(self, bucket: str) -> int:
-        """How many rows a bucket has; none where the set has no such bucket."""
-        return self._bucket_ends[bucket][-1] if bucket in self._bucket_ends else 0
+        """How many rows a bucket has to train on; none where the set has no such bucket."""
+        held = self._bucket_ends[bucket][-1] if bucket in self._bucket_ends else 0
+        return held - held * self._held_out // max(len(self), 1)
+
+    def held_out_rows(self) -> list[int]:
+        """The rows that are not trained on."""
+        return [
+            self.row_of(bucket, position)
+            for bucket, ends in self._bucket_ends.items()
+            for position in range(self.count(bucket), ends[-1])
+        ]
 
     def row_of(self, bucket: str, position: int) -> int:
         """The row that stands at a position of a bucket."""

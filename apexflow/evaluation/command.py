@@ -43,7 +43,7 @@ OF_DRAWING = ("model", "lora", "steps", "guidance", "size", "seed", "seeds", "ka
 def evaluate(
     ctx: typer.Context,
     suite: Annotated[
-        str, typer.Option(help="mini-geneval, geneval, dpg, wise, mjhq, pickscore or mini-geneval-held-out")
+        str, typer.Option(help="mini-geneval, geneval, dpg, wise, mjhq, own, pickscore or mini-geneval-held-out")
     ] = "mini-geneval",
     output: Annotated[
         Path | None,
@@ -77,26 +77,29 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="The benchmark's own files (dpg, wise, mjhq), or prompts (geneval, pickscore).", rich_help_panel=SCORE
+            help="The benchmark's own files (dpg, wise, mjhq), prompts (geneval, pickscore) or captioned pictures (own).",
+            rich_help_panel=SCORE,
         ),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="Of dpg, wise or mjhq; see docs/evaluation.md.", rich_help_panel=SCORE)
+        str | None, typer.Option(help="Of dpg, wise, mjhq or own; see docs/evaluation.md.", rich_help_panel=SCORE)
     ] = None,
     detector: Annotated[Path | None, typer.Option(help="Mask2Former folder (geneval).", rich_help_panel=SCORE)] = None,
     clip: Annotated[
         Path | None,
-        typer.Option(help="Folder of CLIP ViT-L/14 (geneval, mjhq) or PickScore.", rich_help_panel=SCORE),
+        typer.Option(help="Folder of CLIP ViT-L/14 (geneval, mjhq, own) or PickScore.", rich_help_panel=SCORE),
     ] = None,
     inception: Annotated[
-        Path | None, typer.Option(help="FID Inception weights, safetensors (mjhq).", rich_help_panel=SCORE)
+        Path | None, typer.Option(help="FID Inception weights, safetensors (mjhq, own).", rich_help_panel=SCORE)
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Reference statistics or pictures (mjhq).", rich_help_panel=SCORE)
+        Path | None, typer.Option(help="Reference statistics or pictures (mjhq, own).", rich_help_panel=SCORE)
     ] = None,
     fid_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Side at which FID looks at pictures (mjhq). Default: theirs.", rich_help_panel=SCORE),
+        typer.Option(
+            min=1, help="Side at which FID looks at pictures (mjhq, own). Default: theirs.", rich_help_panel=SCORE
+        ),
     ] = None,
     judge: Annotated[
         str | None,

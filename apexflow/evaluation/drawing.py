@@ -99,8 +99,11 @@ def _readable(paths: Sequence[Path]) -> list[Image.Image]:
 def features(generator: Generator, pictures: Sequence[Image.Image]) -> torch.Tensor:
     """Pictures as the model's own autoencoder sees them, (B, features): where the distance between seeds is measured."""
     size = (pictures[0].height, pictures[0].width)
-    images = torch.stack([to_tensor(picture, size) for picture in pictures]).to(generator.backbone.device)
-    return generator.backbone.encode_images(images).flatten(1).cpu()
+    parts = []
+    for group in groups(pictures, pictures_at_once(max(size))):
+        images = torch.stack([to_tensor(picture, size) for picture in group]).to(generator.backbone.device)
+        parts.append(generator.backbone.encode_images(images).flatten(1).cpu())
+    return torch.cat(parts)
 
 
 def diversity(generator: Generator, folder: Path, drawings: Sequence[Drawing], per_prompt: int) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from apexflow.errors import UserError
 from apexflow.evaluation.fid import Array, RunningStatistics
-from apexflow.evaluation.files import Unreadable, open_picture, read_ahead, stamp
+from apexflow.evaluation.files import Item, Unreadable, read_ahead, stamp
 from apexflow.evaluation.inception import Inception, prepare
 from apexflow.files import replacing
 
@@ -81,22 +81,23 @@ def picture_key(path: Path, name: str) -> str:
 
 
 def extract(
-    network: Inception | None, paths: Sequence[Path], protocol: str, size: int
-) -> Iterator[tuple[Path, Image.Image | Unreadable, torch.Tensor | None]]:
-    """Each picture, as read and as features (D,); an unreadable one, and each where there is no network, comes without."""
+    network: Inception | None, items: Sequence[Item], read: Callable[[Item], Image.Image], protocol: str, size: int
+) -> Iterator[tuple[Item, Image.Image | Unreadable, torch.Tensor | None]]:
+    """Each picture, as `read` gives it and as features (D,); an unreadable one, and each where there is no network, comes
+    without."""
 
-    def read(path: Path) -> tuple[Image.Image, torch.Tensor | None]:
-        image = open_picture(path)
+    def prepared(item: Item) -> tuple[Image.Image, torch.Tensor | None]:
+        image = read(item)
         return image, None if network is None else prepare(image, protocol, size)
 
-    waiting: list[tuple[Path, Image.Image, torch.Tensor]] = []
-    for path, found in read_ahead(paths, read, threads=8):
+    waiting: list[tuple[Item, Image.Image, torch.Tensor]] = []
+    for item, found in read_ahead(items, prepared, threads=8):
         if isinstance(found, Unreadable):
-            yield path, found, None
+            yield item, found, None
         elif network is None or found[1] is None:
-            yield path, found[0], None
+            yield item, found[0], None
         else:
-            waiting.append((path, found[0], found[1]))
+            waiting.append((item, found[0], found[1]))
             if len(waiting) == BATCH:
                 yield from _through(network, waiting)
                 waiting = []
@@ -105,11 +106,11 @@ def extract(
 
 
 def _through(
-    network: Inception, batch: Sequence[tuple[Path, Image.Image, torch.Tensor]]
-) -> Iterator[tuple[Path, Image.Image, torch.Tensor]]:
+    network: Inception, batch: Sequence[tuple[Item, Image.Image, torch.Tensor]]
+) -> Iterator[tuple[Item, Image.Image, torch.Tensor]]:
     features = network.features(torch.stack([prepared for _, _, prepared in batch]))
-    for (path, image, _), row in zip(batch, features, strict=True):
-        yield path, image, row
+    for (item, image, _), row in zip(batch, features, strict=True):
+        yield item, image, row
 
 
 def read_statistics(path: Path) -> tuple[Array, Array]:

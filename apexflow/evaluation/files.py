@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,7 +82,7 @@ def stamp(path: Path) -> str:
 
 
 def read_ahead(
-    items: Sequence[Item], read: Callable[[Item], Result], threads: int = 4
+    items: Iterable[Item], read: Callable[[Item], Result], threads: int = 4
 ) -> Iterator[tuple[Item, Result | Unreadable]]:
     """Each item with what `read` makes of it, in order; files are read while the caller computes.
 

@@ -160,15 +160,19 @@ def needs(value: Path | None, option: str, what: str, is_there: Callable[[Path],
 
 
 class OneFileEach(Suite):
-    """A suite of one file a prompt, named after it, which holds all of the prompt's samples."""
+    """A suite of one file a prompt, named after it, which holds all of the prompt's samples, unless `files` says otherwise."""
 
     @abstractmethod
     def name_of(self, prompt: Prompt) -> str:
         """The name of a prompt's file."""
 
+    def files(self, prompt: Prompt) -> list[Drawing]:
+        """The files of a prompt."""
+        first = prompt.index * self.per_prompt
+        return [Drawing(self.name_of(prompt), prompt.text, tuple(range(first, first + self.per_prompt)))]
+
     def drawings(self, prompts: Sequence[Prompt]) -> list[Drawing]:
-        count = self.per_prompt
-        return [Drawing(self.name_of(p), p.text, tuple(range(p.index * count, (p.index + 1) * count))) for p in prompts]
+        return [drawing for prompt in prompts for drawing in self.files(prompt)]
 
     def find(self, folder: Path, prompts: Sequence[Prompt]) -> Found:
         """Pictures of any format. A second one of the same stem is extra."""
@@ -180,8 +184,8 @@ class OneFileEach(Suite):
                 if stem in there:
                     found.extra.append(path.name)
                 there.setdefault(stem, path)
-        for prompt in prompts:
-            name = self.name_of(prompt)
+        wanted = [(drawing.path, prompt) for prompt in prompts for drawing in self.files(prompt)]
+        for name, prompt in wanted:
             path_of = there.pop(name.split(".")[0], None)
             if path_of is None:
                 found.missing.append(name)

@@ -74,6 +74,8 @@ class Data:
     buckets: keep aspect ratios; otherwise pictures are cropped to the middle square.
     captions: the fields that hold the captions; by default those that docs/data.md lists.
     skip_limit: the share of unusable records or files that is borne.
+    held_out: pictures that are never trained on, at most a quarter of them: the last of each source, and of each bucket in
+        proportion.
     """
 
     source: Annotated[str | tuple[str, ...] | None, PlainValidator(_sources)] = None
@@ -85,6 +87,7 @@ class Data:
     buckets: bool = False
     captions: tuple[str, ...] = ()
     skip_limit: Share = 0.05
+    held_out: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
         if self.shares and not isinstance(self.source, tuple):

@@ -119,7 +119,7 @@ def cached_data(
                 source = captioned_source(part)
                 with alone_in(cache, wait=True):
                     make_cache(source, backbone, model, cache, settings)
-            cached = CachedSet(cache)
+            cached = CachedSet(cache, part.held_out)
         sets.append(cached)
     return sets[0] if len(sets) == 1 else Mixture(sets, recipe.data.shares)
 
@@ -191,7 +191,8 @@ def null_condition(recipe: Recipe, backbone: Backbone, data: Cached) -> Conditio
 
 def finished_sets(data: Data) -> list[CachedSet | None]:
     """For each source the finished cache that it names, opened, or None."""
-    return [CachedSet(folder) if folder else None for folder in map(finished_cache, data.parts)]
+    found = [(part, finished_cache(part)) for part in data.parts]
+    return [CachedSet(folder, part.held_out) if folder else None for part, folder in found]
 
 
 def size_of(data: Data, finished: Sequence[CachedSet | None]) -> int | None:

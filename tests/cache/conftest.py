@@ -1,8 +1,7 @@
-"""A finished cache of six shards, and a model that takes any aspect ratio."""
+"""A finished cache of six shards."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -30,12 +29,3 @@ def whole(tmp_path_factory: pytest.TempPathFactory, scene_folder: Path, tiny_mod
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
-
-
-@pytest.fixture(scope="session")
-def any_aspect(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """The tiny model without its square position embedding, as SANA's large ones are."""
-    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("aspect") / "model"))
-    config = model / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"interpolation_scale": None}))
-    return model

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_network")
 def test_mjhq(
     generator: Generator, inception_file: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apexflow.evaluation.suites.mjhq.CHUNK", 4)
+    monkeypatch.setattr("apexflow.evaluation.against.CHUNK", 4)
     (tmp_path / "mjhq").mkdir()
     data = little.mjhq_folder(tmp_path / "mjhq")
     tools = Tools(data=data, inception=inception_file, clip=clip_folder)

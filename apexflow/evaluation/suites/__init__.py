@@ -10,6 +10,7 @@ from apexflow.evaluation.suites.dpg import DpgBench
 from apexflow.evaluation.suites.geneval import GenEval
 from apexflow.evaluation.suites.mini_geneval import MiniGenEval, MiniGenEvalHeldOut
 from apexflow.evaluation.suites.mjhq import Mjhq
+from apexflow.evaluation.suites.own import Own
 from apexflow.evaluation.suites.pickscore import PickScore
 from apexflow.evaluation.suites.wise import Wise
 
@@ -20,6 +21,7 @@ SUITES: dict[str, type[Suite]] = {
     "dpg": DpgBench,
     "wise": Wise,
     "mjhq": Mjhq,
+    "own": Own,
     "pickscore": PickScore,
 }
 

@@ -18,6 +18,7 @@ from PIL import Image
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.readers import lines_of, text_of
 from apexflow.errors import UserError
+from apexflow.evaluation.against import CLIP
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.files import Unreadable, open_picture, read_ahead
 from apexflow.evaluation.geneval import color, detector, prompt_set, scoring
@@ -25,7 +26,6 @@ from apexflow.evaluation.geneval.folders import GenEvalFolders
 from apexflow.evaluation.suite import Picture, Row, needs
 
 DETECTOR = "a folder with the official Mask2Former, made by `apexflow convert-detector`"
-CLIP = "a folder with openai/clip-vit-large-patch14"
 
 
 class GenEval(GenEvalFolders):

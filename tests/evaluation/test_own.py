@@ -1,0 +1,149 @@
+"""The user's own captioned pictures as a suite, of every kind that can be read, with no way to a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import little
+import numpy as np
+import pytest
+from command_line import Run, refused
+from little import rows_of, settings
+from little_sets import COLORS, WRITERS
+from PIL import Image
+
+from apexflow.data.captioned import Skipped, read_captioned
+from apexflow.errors import UserError
+from apexflow.evaluation.runner import Tools, evaluate, score_folder
+from apexflow.evaluation.suites import SUITES
+from apexflow.evaluation.table import score_table
+from apexflow.generator import Generator
+
+pytestmark = pytest.mark.usefixtures("no_network")
+WHOLE = settings("own", limit=None)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six different pictures with captions."""
+    folder = tmp_path_factory.mktemp("noise")
+    for index in range(6):
+        Image.effect_noise((40, 30), 40 + 10 * index).convert("RGB").save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a star {index}")
+    return folder
+
+
+def drawn(data: Path, folder: Path) -> Path:
+    """The pictures of a set where those of its prompts would be drawn."""
+    folder.mkdir()
+    for index, record in enumerate(read_captioned(data, Skipped())):
+        if record.image is not None:
+            record.image.save(folder / f"{index:05d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_set_of_any_kind_gives_its_captions_as_prompts_and_nothing_is_nearer_to_it_than_itself(
+    kind: str, inception_file: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    data = WRITERS[kind](tmp_path / "set")
+    if kind == "prompts":
+        suite = SUITES["own"](Tools(data=data, clip=clip_folder))
+        suite.check()
+        assert [prompt.text for prompt in suite.choose(None)[0]] == list(COLORS)
+        with pytest.raises(UserError, match="holds prompts alone, and FID needs pictures"):
+            SUITES["own"](Tools(data=data, inception=inception_file)).check()
+        return
+    pictures = drawn(data, tmp_path / "pictures")
+    report = score_folder(pictures, WHOLE, tmp_path / "s", "x", Tools(data=data, inception=inception_file))
+    assert [row["prompt"] for row in rows_of(tmp_path / "s")] == list(COLORS)
+    assert report["pictures"] == report["reference_pictures"] == 4 and not report["missing"] and not report["extra"]
+    assert report["fid"] == pytest.approx(0, abs=1e-6) and "FID of 4 pictures" in report["warning"]
+
+
+def test_several_pictures_a_prompt_have_all_three_numbers(
+    generator: Generator, noise: Path, inception_file: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    tools = Tools(data=noise, inception=inception_file, clip=clip_folder)
+    report = evaluate(generator, settings("own", per_prompt=2), tmp_path / "e", tools=tools)
+    pictures = tmp_path / "e" / "pictures"
+    assert sorted(path.name for path in pictures.iterdir()) == [f"0000{i}-{k}.png" for i in (0, 1) for k in (0, 1)]
+    assert report["reference_pictures"] == 2 and not report["complete"]  # the first two of six
+    assert report["fid"] > 0 and report["diversity"] > 0 and report["scoring"]["fid_size"] == 64
+    assert report["clip"] == pytest.approx(np.mean([row["clip"] for row in rows_of(tmp_path / "e")]))
+    assert "diversity" in score_table({"m": report}) and "clip" in score_table({"m": report})
+    (pictures / "00001-1.png").unlink()
+    again = score_folder(pictures, settings("own", per_prompt=2), None, "x", Tools(data=noise, clip=clip_folder))
+    assert again["missing"] == ["00001-1.png"] and again["pictures"] == 3
+
+
+def test_the_first_prompts_are_the_same_whatever_the_limit(noise: Path) -> None:
+    whole, complete = SUITES["own"](Tools(data=noise)).choose(None)
+    assert complete and len(whole) == 6
+    for limit in (1, 5, 6, 7):
+        found, complete = SUITES["own"](Tools(data=noise)).choose(limit)
+        assert found == whole[:limit] and complete == (limit >= 6)
+
+
+def test_another_picture_is_another_reference(inception_file: Path, noise: Path, tmp_path: Path) -> None:
+    pictures, found = drawn(noise, tmp_path / "pictures"), []
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in noise.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    for turn in range(3):
+        if turn == 2:
+            Image.new("RGB", (40, 30), "red").save(changed / "1.png")
+        report = score_folder(
+            pictures, settings("own"), None, "x", Tools(data=noise if turn == 0 else changed, inception=inception_file)
+        )
+        found.append((report["scoring"]["reference_sha256"], report["prompts_sha256"]))
+    assert found[0] == found[1] != found[2] and found[1][1] == found[2][1]
+
+
+def test_what_cannot_be_used_is_left_out_and_told(noise: Path, clip_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "set"
+    data.mkdir()
+    for path in noise.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "1.txt").unlink()
+    (data / "3.png").write_bytes((noise / "3.png").read_bytes()[:-300])
+    pictures = drawn(data, tmp_path / "pictures")
+    report = score_folder(pictures, WHOLE, tmp_path / "s", "x", Tools(data=data, clip=clip_folder))
+    assert [row["prompt"][-1] for row in rows_of(tmp_path / "s")] == ["0", "2", "4", "5"]
+    assert [Path(name).name for name in report["left_out"]] == ["1.png", "3.png"]
+    assert "2 of 6 records left out" in score_table({"m": report})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((), ("--data is missing", "captioned pictures")),
+        (("--data", "absent"), ("--data absent", "not there")),
+        (("--data", "empty"), ("empty", "it reads")),
+        (("--data", "bare"), ("no caption", "a.txt")),
+        (("--data", "blank"), ("no usable record", "caption empty")),
+        (("--data", "noise", "--limit", 1), ("FID needs at least two pictures", "gives 1", "--limit")),
+        (("--data", "noise", "--judge", "x"), ("--judge cannot apply",)),
+    ],
+)
+def test_what_lacks_is_one_line_with_its_mend(
+    given: tuple, told: tuple, run: Run, noise: Path, inception_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "noise").symlink_to(noise)
+    for name, text in (("empty", None), ("bare", None), ("blank", " \n")):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+        if text:
+            (tmp_path / name / "a.txt").write_text(text)
+    refused(run("evaluate", "--suite", "own", "--images", noise, "--inception", inception_file, *given), *told)
+
+
+def test_nothing_to_score_with_is_told(noise: Path, tmp_path: Path) -> None:
+    report = score_folder(drawn(noise, tmp_path / "pictures"), WHOLE, None, "x", Tools(data=noise))
+    assert report["tasks"] == {} and "nothing was scored: name --inception" in score_table({"m": report})
+    reference = little.mjhq_folder(tmp_path) / "imgs"
+    with pytest.raises(UserError, match="--reference is about FID"):
+        score_folder(tmp_path, WHOLE, None, "x", Tools(data=noise, reference=reference))
