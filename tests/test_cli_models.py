@@ -68,7 +68,7 @@ def test_what_lies_in_a_run_and_is_no_model_is_told_with_the_way_to_one(
     write(home / left, "{}")
     told = generate(run, home / named)
     refused(told, *words)
-    command = shlex.split(told[2].split("`")[1])  # as it is pasted
+    command = shlex.split(told[2].split("`")[-2])  # as it is pasted
     assert command[:2] == ["apexflow", "export"] and (home / left).is_relative_to(command[2])
 
 

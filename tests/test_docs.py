@@ -121,7 +121,7 @@ def test_imports_point_down() -> None:
         "lora",
         "data generator",
     ]
-    order += ["evaluation", "training reporting export", "demo comparison bench", "cli"]
+    order += ["evaluation", "training reporting export", "demo comparison bench drawing", "cli"]
     layers = {name: level for level, names in enumerate(order) for name in names.split()}
     for path in (ROOT / "apexflow").rglob("*.py"):
         own = path.relative_to(ROOT / "apexflow").parts[0].removesuffix(".py")
