@@ -90,7 +90,9 @@ def no_path(error: BaseException) -> str | None:
         return None
     if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP):
         return None
-    return f"cannot use {quoted(str(error.filename))} ({error.strerror}): check the path and its permissions"
+    path = str(error.filename)  # in full, unless it is a text: a path is told apart by its end
+    told = quoted(path) if error.errno == errno.ENAMETOOLONG else repr(path)
+    return f"cannot use {told} ({error.strerror}): check the path and its permissions"
 
 
 def is_taken(folder: Path) -> bool:

@@ -269,10 +269,10 @@ def test_previews_are_drawn_by_the_average_as_the_recipe_says(
     asked: list[Any] = []
     generate = Generator.generate
 
-    def note(self: Generator, prompts: Any, steps: Any, seed: Any, size: Any, guidance: Any) -> Any:
+    def note(self: Generator, prompts: Any, steps: Any, seed: Any, size: Any, guidance: Any, **sampler: Any) -> Any:
         asked.append((list(prompts), steps, guidance))
         asked.append(self.backbone.velocity(self.backbone.transformer, x, t, c))
-        return generate(self, prompts, steps, seed, size, guidance=guidance)
+        return generate(self, prompts, steps, seed, size, guidance, **sampler)
 
     monkeypatch.setattr(Generator, "generate", note)
     with torch.no_grad():
