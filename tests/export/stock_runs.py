@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from stock import OPTIONS, latents_of, noise_for
 from torch import Tensor
 
-from apexflow.backbones import Backbone
+from apexflow.backbones import Backbone, load_backbone
 from apexflow.sampler import sample
 
 FAMILIES = ("sana", "qwen_image", "sd3", "flux_schnell", "flux_dev", "flux2", "z_image", "lumina2")
 PROMPTS = ["a red cube", "a cat on a mat"]
 SIZE = (32, 64)
+
+
+def student(folder_of, name, tmp_path, **settings):
+    """A model folder that says how it is sampled, as a run leaves it."""
+    backbone = load_backbone(str(folder_of(name)))
+    folder = tmp_path / "student"
+    backbone.save(folder, replace(backbone.settings, guidance=1.0, **settings))
+    return folder
+
+
+def call_of(result):
+    """The options of a call that are not already those of `stock_latents`."""
+    keep = ("sigmas", "true_cfg_scale", "guidance_scale", "negative_prompt")
+    return {name: value for name, value in result["call"].items() if name in keep}
 
 
 def noise(backbone: Backbone, seed: int = 0) -> Tensor:
