@@ -142,8 +142,8 @@ def test_what_lacks_is_one_line_with_its_mend(
 
 
 def test_nothing_to_score_with_is_told(noise: Path, tmp_path: Path) -> None:
-    report = score_folder(drawn(noise, tmp_path / "pictures"), WHOLE, None, "x", Tools(data=noise))
-    assert report["tasks"] == {} and "nothing was scored: name --inception" in score_table({"m": report})
+    with pytest.raises(UserError, match="nothing would be scored: name --inception"):  # and before anything is drawn
+        score_folder(tmp_path, WHOLE, None, "x", Tools(data=noise))
     reference = little.mjhq_folder(tmp_path) / "imgs"
     with pytest.raises(UserError, match="--reference is about FID"):
         score_folder(tmp_path, WHOLE, None, "x", Tools(data=noise, reference=reference))

@@ -51,6 +51,10 @@ class Own(AgainstPictures):
 
     def check(self) -> None:
         super().check()
+        if self.tools.inception is None and self.tools.clip is None and self.per_prompt == 1:
+            raise UserError(
+                "nothing would be scored: name --inception, --clip or both, or draw two pictures --per-prompt"
+            )
         if self.tools.inception is not None and self.tools.reference is None and not self.source.kind.pictures:
             raise UserError(
                 f"{self.root} holds prompts alone, and FID needs pictures: name --reference, or other --data"
@@ -79,8 +83,6 @@ class Own(AgainstPictures):
         report = super().aggregate(rows, work)
         faults = self.skipped.broken | self.skipped.reasons
         told = [report["warning"]] if "warning" in report else []
-        if not report["tasks"] and self.per_prompt == 1:
-            told.append("nothing was scored: name --inception, --clip or both, or draw two pictures --per-prompt")
         for name, reason in list(faults.items())[:1]:
             told.append(
                 f"{len(faults)} of {self.skipped.seen} records left out of {self.root} (first: {name}: {reason})"
