@@ -141,9 +141,16 @@ def test_what_lacks_is_one_line_with_its_mend(
     refused(run("evaluate", "--suite", "own", "--images", noise, "--inception", inception_file, *given), *told)
 
 
-def test_nothing_to_score_with_is_told(noise: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing would be scored: name --inception"):  # and before anything is drawn
-        score_folder(tmp_path, WHOLE, None, "x", Tools(data=noise))
+@pytest.mark.parametrize("drawing", [(), ("--per-prompt", "1"), ("--images", ".", "--per-prompt", "2")])
+def test_nothing_to_score_with_is_refused_before_a_model_is_loaded(
+    run: Run, noise: Path, drawing: tuple[str, ...]
+) -> None:
+    model = () if "--images" in drawing else ("--model", "no-such-model")
+    given = ("evaluate", *model, "--suite", "own", "--data", noise, *drawing)
+    refused(run(*given), "nothing would be scored: name --inception")
+
+
+def test_what_is_about_fid_needs_its_network(noise: Path, tmp_path: Path) -> None:
     reference = little.mjhq_folder(tmp_path) / "imgs"
     with pytest.raises(UserError, match="--reference is about FID"):
         score_folder(tmp_path, WHOLE, None, "x", Tools(data=noise, reference=reference))

@@ -51,10 +51,6 @@ class Own(AgainstPictures):
 
     def check(self) -> None:
         super().check()
-        if self.tools.inception is None and self.tools.clip is None and self.per_prompt == 1:
-            raise UserError(
-                "nothing would be scored: name --inception, --clip or both, or draw two pictures --per-prompt"
-            )
         if self.tools.inception is not None and self.tools.reference is None and not self.source.kind.pictures:
             raise UserError(
                 f"{self.root} holds prompts alone, and FID needs pictures: name --reference, or other --data"
