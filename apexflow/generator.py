@@ -33,7 +33,7 @@ from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
 MAX_BATCH = 32
 # Prompts that are encoded in one turn, where text encoder and network take turns: of 8 MiB each at most, in main memory.
 AHEAD = 256
-NOT_FINITE = "the weights are damaged or overflow, or guidance or kappa is too large"
+NOT_FINITE = "the weights are damaged or overflow, or guidance, kappa or the strength of a LoRA is too large"
 LARGER = 4  # times a side of what a model draws: beyond that it is warned of
 GAP = 2  # pixels between the pictures of a grid
 

@@ -20,6 +20,7 @@ from apexflow.cli import app
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.command import listed
 from apexflow.demo import demo_recipe, holds_demo
+from apexflow.drawing import _write_each
 from apexflow.evaluation.suites import SUITES
 from apexflow.options import read_sides, show
 from apexflow.training.config import short_recipe
@@ -68,6 +69,20 @@ def test_a_folder_gets_a_picture_of_each_that_reads_back_as_a_set(
     assert files[0].read_bytes() == before
     assert run(*again, "--force")[0] == 0 and files[0].read_bytes() != before
     assert len(list(read_captioned(folder, Skipped()))) == 1
+
+
+def test_a_stop_in_overwriting_a_folder_leaves_no_caption_of_an_earlier_picture(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0000.png", "text": "an earlier one"}\n')
+    with pytest.raises(KeyboardInterrupt):
+        _write_each([Image.new("RGB", (4, 4)), Stopping()], ["a star", "a star"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000.png"]
+
+
+class Stopping:
+    """A picture at whose writing the user asks for a stop."""
+
+    def save(self, *_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
 
 def test_a_size_is_one_side_or_width_and_height(run: Run, tiny_model: Path, tmp_path: Path) -> None:

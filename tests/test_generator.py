@@ -123,7 +123,8 @@ def test_a_size_far_above_the_models_own_is_warned_of(monkeypatch: pytest.Monkey
 
 
 def test_settings_may_be_why_an_answer_is_not_finite() -> None:
-    with pytest.warns(UserWarning, match="not finite: the weights are .*, or guidance or kappa is too large"):
+    told = "not finite: the weights are .*, or guidance, kappa or the strength of a LoRA is too large"
+    with pytest.warns(UserWarning, match=told):
         apexflow.load("mini-student", "cpu").generate("a red star", 1, guidance=-1e300)
 
 

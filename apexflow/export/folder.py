@@ -44,6 +44,7 @@ from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import Scheduler, call_options, samples_as, stock_scheduler_config
 from apexflow.files import new_folder
 from apexflow.generator import suited_on_gpu
+from apexflow.lora.added import warn_of_own
 from apexflow.lora.foreign import is_foreign
 from apexflow.lora.merge import FILE, check_lora, file_of, merge_into, read_lora
 
@@ -163,6 +164,7 @@ def find_source(source: str, base: str | None) -> Source:
         if base is None:
             raise UserError(f"{source} is a LoRA: name the model that it belongs to with --base")
         model, backbone = resolve(base), load_backbone(base, "meta")
+        warn_of_own(file, backbone.settings, base)
         backbone.follow(read_settings(file.parent, backbone.settings))
         return Source(str(model_of(Path(base))), model, backbone, backbone.settings, file, base)
     if path.is_dir() and not (path / INDEX).is_file():

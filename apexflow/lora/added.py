@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +29,11 @@ class Lora:
 
         UserError for a file that is not there, and for a strength that is no finite number.
         """
+        if not given:
+            raise UserError(f"the name of a LoRA is empty: {MEND}")
         path, strength = Path(given), 1.0
-        before, colon, said = given.rpartition(":")
-        if colon and not path.exists() and Path(before).exists():
+        before, _, said = given.rpartition(":")
+        if before and not path.exists() and Path(before).exists():
             path, strength = Path(before), _strength(said, before)
         file = file_of(path)
         if not file.is_file():
@@ -72,8 +75,18 @@ def read_loras(given: str | Path | Sequence[str | Path], model: str) -> Addition
         pairs = read_lora(lora.file, backbone)
         check_lora(lora.file, pairs, resolve(model) / backbone.network_part)
         every.append({name: replace(pair, scale=lora.strength * pair.scale) for name, pair in pairs.items()})
+        warn_of_own(lora.file, backbone.settings, model)
         settings = read_settings(lora.file.parent, settings)
     return Additions(loras, every, settings)
+
+
+def warn_of_own(file: Path, settings: Settings, model: str) -> None:
+    """Warn of the LoRA of a run where the run's model of these settings is named, which has it in its weights already."""
+    recipe = read_settings(file.parent, Settings()).card.get("recipe")
+    tuning = recipe.get("tuning") if isinstance(recipe, dict) else None
+    if isinstance(tuning, dict) and tuning.get("kind") == "lora" and recipe == settings.card.get("recipe"):
+        told = f"{model} has the LoRA of the run that {file} is of in its weights already, and it is added once more"
+        warnings.warn(f"{told}: leave it out, or name the model that the run started as", stacklevel=2)
 
 
 def _strength(said: str, file: str) -> float:

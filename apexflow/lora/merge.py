@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,7 @@ def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:
     if path.suffix.lower() in PICKLES:
         raise UserError(f"{path} is a pickle, which can run code: convert it to safetensors first")
     try:
-        with safe_open(path, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        metadata = _config(path)
         tensors = load_file(path)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({error}): restore the LoRA file") from error
@@ -91,6 +91,12 @@ def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:
         if fault := _fault(pair):
             raise UserError(f"{path} is damaged: {module}: {fault}; restore the LoRA file")
     return pairs
+
+
+def _config(path: Path) -> Any:
+    """The LoraConfig that a file keeps, as JSON has it, each key with the part's name in front; {} where it keeps none."""
+    with safe_open(path, "pt") as opened:
+        return json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
 
 
 def _scale(said: Mapping[str, Any], module: str) -> float:
@@ -134,13 +140,34 @@ def _fault(pair: Pair) -> str | None:
 
 
 def check_lora(path: Path, pairs: dict[str, Pair], part: Path) -> None:
-    """UserError unless every pair has a weight of its shape among those in the folder `part`."""
+    """UserError unless every pair has a weight of its shape among those in the folder `part`; warns of a smaller model's."""
     shapes = weight_shapes(part)
     for module, pair in pairs.items():
         shape = shapes.get(f"{module}.weight")
         if shape is None or not pair.fits(shape):
             why = "it has no such weight" if shape is None else f"its weight has the shape {shape}"
             raise UserError(f"{path} is a LoRA for another model than {part.parent}: {module}: {why}")
+    if bare := _left_out(path, pairs, part.name, shapes):
+        warnings.warn(
+            f"{path} seems to be a LoRA for a smaller model than {part.parent}: its metadata says that it lies on all of "
+            f"their kind, and it has none for {bare[0]} (the first of {len(bare)}); name the model that it was trained on",
+            stacklevel=2,
+        )
+
+
+def _left_out(path: Path, pairs: Mapping[str, Pair], part: str, shapes: Mapping[str, Any]) -> list[str]:
+    """The modules of a network that the targets in a file's LoraConfig name, and that it has no pair for: peft leaves out none.
+
+    [] where it keeps no targets, or further settings of it choose among them.
+    """
+    config = _config(path)
+    targets = config.get(f"{part}.target_modules")
+    choosing = ("exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication")
+    if not isinstance(targets, list) or any(config.get(f"{part}.{key}") for key in choosing):
+        return []
+    ends = tuple(f".{target}.weight" for target in targets)
+    found = [name.removesuffix(".weight") for name in shapes if f".{name}".endswith(ends)]
+    return [module for module in found if module not in pairs]
 
 
 @torch.no_grad()

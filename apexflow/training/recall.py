@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apexflow.backbones import load_backbone, write_settings
+from apexflow.backbones import load_backbone, resolve, second_time, write_settings
 from apexflow.backbones.folder import CHECKPOINTS, RECIPE
 from apexflow.errors import UserError, writing
 from apexflow.export import export, save_lora
@@ -64,8 +64,10 @@ def _ended_at(checkpoint: Path, state: Mapping[str, Any], recipe: Recipe, folder
     model = str(run / "base") if recipe.model == "miniature" else recipe.model
     needs = tuple(name for name in recipe.build_objective().needs if name == "second_time")
     backbone = load_backbone(model, "meta")
-    # An adapter is a file by itself, if the family's stock pipeline loads one; a second time is kept in whole models only.
-    alone = recipe.tuning.kind == "lora" and not needs and is_loadable(backbone)
+    # An adapter is a file by itself, if the family's stock pipeline loads one; a second time is kept in whole models only, and a
+    # base with one that the method left out is not what the adapter belongs to.
+    jumps = needs or (resolve(model) / second_time.FILE).is_file()
+    alone = recipe.tuning.kind == "lora" and not jumps and is_loadable(backbone)
     if not alone:
         backbone = load_backbone(model, "cpu", loaded_dtype(recipe))
     backbone.draw_at(state.get("size") or recipe.data.size or backbone.default_size)

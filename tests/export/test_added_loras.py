@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 
@@ -13,11 +16,12 @@ from test_foreign_lora import lightning, shapes_in
 from tiny import BUILDERS
 
 from apexflow import load
-from apexflow.backbones import load_backbone, write_settings
+from apexflow.backbones import BUILT_IN, load_backbone, write_settings
 from apexflow.backbones.lora_targets import target_modules
 from apexflow.backbones.storage import stored_kind
 from apexflow.errors import UserError
 from apexflow.export import export
+from apexflow.export.folder import find_source
 from apexflow.lora.added import Lora, read_loras
 from apexflow.lora.merge import FILE
 
@@ -156,7 +160,8 @@ def test_what_is_no_lora(folder_of, tmp_path):
     refused(tmp_path / "none.safetensors", "none.safetensors does not exist", mend)
     refused(f"{tmp_path / 'none.safetensors'}:0.5", "none.safetensors:0.5 does not exist", mend)
     refused(tmp_path, f"{tmp_path} holds no {FILE}", mend)
-    refused([lora, ""], f"holds no {FILE}", mend)
+    refused([lora, ""], "the name of a LoRA is empty", mend)
+    refused(":0.5", "LoRA :0.5 does not exist", mend)
     refused(0.5, "LoRA 0.5 does not exist", mend)
     refused(next((folder_of("sana") / "transformer").glob("*.safetensors")), "no LoRA")
     (tmp_path / "lora.bin").touch()
@@ -170,6 +175,45 @@ def test_what_is_no_lora(folder_of, tmp_path):
     refused(lora, "LoRA for another model", "shape")
     save_file(tensors | {"text_encoder.x.lora_A.weight": torch.ones(1, 1)}, lora / FILE)
     refused(lora, "of a text encoder")
+
+
+def test_a_lora_of_a_model_with_fewer_layers_is_warned_of(tmp_path):
+    file = lora_for("mini-teacher", tmp_path / "lora") / FILE  # six layers, and mini-student has eight
+    tensors = load_file(file)
+
+    def told(model, **said):
+        config = {f"transformer.{key}": value for key, value in said.items()}
+        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_loras(file, model)
+        return [str(one.message) for one in caught]
+
+    targets = list(load_backbone("mini-teacher", "meta").lora_targets)
+    [line] = told("mini-student", target_modules=targets)
+    assert "for a smaller model than" in line and "transformer_blocks.6." in line and "\n" not in line
+    assert told("mini-teacher", target_modules=targets) == []
+    assert told("mini-student", target_modules=targets, layers_to_transform=[0, 1, 2, 3, 4, 5]) == []
+    assert told("mini-student", target_modules="all-linear") == told("mini-student") == []
+
+
+def test_a_lora_that_is_in_the_weights_already_is_warned_of(tmp_path):
+    base = shutil.copytree(BUILT_IN / "mini-student", tmp_path / "model")
+    own, lora = load_backbone(str(base), "meta").settings, lora_for(base, tmp_path / "lora")
+
+    def told(kind, of="run"):
+        recipe = {"output": "run", "tuning": {"kind": kind}}
+        write_settings(base, replace(own, card={"recipe": recipe}))
+        write_settings(lora, replace(own, card={"recipe": recipe | {"output": of}}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_loras(lora, str(base))
+            find_source(str(lora), str(base))
+        return [str(one.message) for one in caught]
+
+    lines = told("lora")
+    assert len(lines) == 2 and all(f"{base} has" in line and "added once more" in line for line in lines)
+    assert told("lora", "another") == told("full") == []
 
 
 def test_a_mistake_is_told_before_the_model_is_read(folder_of, tmp_path, monkeypatch):

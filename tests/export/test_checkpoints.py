@@ -120,6 +120,21 @@ def test_a_second_time_stays_with_the_whole_model(ended, kind: str, tmp_path: Pa
     assert_same(dict(made.state_dict()), dict(own.state_dict()))
 
 
+def test_a_second_time_of_the_base_that_the_method_left_out_is_none_of_the_lora(
+    ended, scene_folder: Path, tmp_path: Path
+) -> None:
+    recipe = write(
+        tmp_path / "recipe.yaml",
+        f"output: {tmp_path / 'on'}\nmodel: {ended('full', 'meanflow')}\ndata: {{source: {scene_folder}}}\nsteps: 1\nbatch: 4\n"
+        "method: flow_matching\ntuning: {kind: lora, rank: 2}\nsampling_steps: 4\npreview: {every: 100, count: 2}\n",
+    )
+    run = train(load_recipe(recipe)).parent
+    expected = export(str(run), tmp_path / "run")
+    made = export_checkpoint(checkpoints(run / "checkpoints")[-1], tmp_path / "checkpoint")
+    assert made | {"output": ""} == expected | {"output": ""} and made["call"]["num_inference_steps"] == 4
+    assert files(tmp_path / "checkpoint") == files(tmp_path / "run")
+
+
 def test_the_command_takes_a_checkpoint_and_says_so_where_a_model_is_asked_for(ended, run: Run, tmp_path: Path) -> None:
     folder = ended("full")
     last = checkpoints(folder / "checkpoints")[-1]
