@@ -132,9 +132,8 @@ def _write_each(pictures: list[Image], prompts: list[str], folder: Path) -> list
 
     files = [folder / f"{number:04d}.png" for number in range(len(pictures))]
     with writing(folder):
-        (folder / "metadata.jsonl").unlink(
-            missing_ok=True
-        )  # of other pictures under these names: a stop must not leave it
+        # Of other pictures under these names: a stop must not leave it.
+        (folder / "metadata.jsonl").unlink(missing_ok=True)
         for picture, file in zip(pictures, files, strict=True):
             save_picture(picture, file)
     rows = [{"file_name": file.name, "text": prompt} for file, prompt in zip(files, prompts, strict=True)]
