@@ -133,8 +133,9 @@ def test_every_caption_of_a_scene_is_one(tmp_path: Path) -> None:
     file = tmp_path / "scenes.txt"
     file.write_text("\n".join(scene.caption for scene in scenes(64, seed=9)))
     assert shows_scenes(Data(source=str(file)))
-    file.write_text("a red star\na red cat\n")
-    assert not shows_scenes(Data(source=str(file)))
+    for other in ("a red star\na red cat\n", "\N{HOT BEVERAGE}\n\N{BLACK STAR}\n"):
+        file.write_text(other)
+        assert not shows_scenes(Data(source=str(file)))
 
 
 def test_what_does_not_fit_is_refused(plan: Plan, any_aspect: Path, scene_folder: Path, tmp_path: Path) -> None:
@@ -144,5 +145,10 @@ def test_what_does_not_fit_is_refused(plan: Plan, any_aspect: Path, scene_folder
     with pytest.raises(UserError, match=r"--clip .*absent is not there"):
         run_comparison(replace(plan, clip=tmp_path / "absent"))
     few = write(tmp_path / "few", [f"a star, {index} cats" for index in range(7)])
-    with pytest.raises(UserError, match="7 pictures, too few to hold out"):
+    with pytest.raises(UserError, match=r"7 pictures and holds out 1, .* give 8 pictures or more"):
         run_comparison(replace(plan, recipe=replace(plan.recipe, data=Data(source=str(few)))))
+
+
+def test_one_picture_that_is_held_out_is_too_few_of_however_many(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"40 pictures and holds out 0, .* leave data.held_out at two or more"):
+        held_out_prompts(cache, 1, tmp_path)

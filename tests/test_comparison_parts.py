@@ -156,6 +156,15 @@ def test_settings_of_a_recipe_are_those_of_its_own_method_alone(tmp_path: Path) 
     assert said not in legend(results) and legend(results | {"rows": {"meanflow": {}}}).endswith(said)
 
 
+@pytest.mark.parametrize(("limit", "prompts"), [(2, "2 prompts"), (50, "3 prompts"), (None, None)])
+def test_a_legend_counts_the_prompts_that_there_were(tmp_path: Path, limit: int | None, prompts: str | None) -> None:
+    plan = json.loads(json.dumps(Plan(tmp_path, seeds=2, per_prompt=2, limit=limit).identity()))
+    scored = {"overall": 0.5, "pictures": (2 if limit == 2 else 3) * 2 * 2}
+    rows = {"teacher": {"budgets": {"images": {"nfe": {"1": scored}}}}}
+    told = legend({"teacher": "t", "first": None, "rows": rows, "plan": plan})
+    assert f", {prompts}." in told if prompts else "prompts." not in told
+
+
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """The plans that the command would carry out."""

@@ -31,7 +31,7 @@ def shows_scenes(data: Data) -> bool:
         return True
     captions = _of_cache(CachedSet(cached)) if cached else _of_source(data)
     words = {word for caption in captions for word in re.findall(r"\w+", caption.lower())}
-    return words <= set(vocabulary())
+    return bool(words) and words <= set(vocabulary())  # captions without a word, such as emoji, are of no scene
 
 
 def _of_cache(data: CachedSet) -> list[str]:
@@ -55,8 +55,9 @@ def held_out_prompts(cache: Path, held_out: int, output: Path) -> Path:
         captions = list(dict.fromkeys(data.captions(rows.tolist())))
         if len(captions) < 2:
             raise UserError(
-                f"{cache} has {len(data)} pictures, too few to hold out the captions that a comparison draws: give {LEAST} "
-                "or more, with different captions"
+                f"{cache} has {len(data)} pictures and holds out {len(rows)}, with {len(captions)} different captions, and a "
+                f"comparison draws two or more: give {LEAST} pictures or more, with different captions, and leave "
+                "data.held_out at two or more"
             )
         write_rows(path, captions)
     return path

@@ -54,7 +54,8 @@ def legend(results: dict[str, Any]) -> str:
     alone = [
         name for name, row in rows.items() if any(end.endswith("-alone") for end in row.get("stages", {}).values())
     ]
-    limit = "" if plan["limit"] is None else f", {plan['limit']} prompts"
+    drawn = [report["pictures"] // (plan["seeds"] * plan["per_prompt"]) for report in _reports(rows)]
+    limit = "" if plan["limit"] is None else f", {min([plan['limit'], *drawn])} prompts"  # there may be fewer
     rates = len(plan["rates"])
     return (
         f"Teacher {results['teacher']}; {plan['images']:,} images a run at batch {plan['recipe']['batch']}, "

@@ -89,6 +89,11 @@ class CachedSet:
         return self._ends[-1] if self._ends else 0
 
     @property
+    def trained(self) -> int:
+        """How many rows there are to train on: all but what is held out."""
+        return sum(map(self.count, self.buckets))
+
+    @property
     def has_pictures(self) -> bool:
         """Whether latents are kept; a list of prompts has none."""
         return bool(self.index["pictures"])

@@ -34,12 +34,17 @@ class Mixture:
     def _places_of(self, counts: Sequence[int], shares: Sequence[float]) -> list[int]:
         """How many rows of an epoch each set gets in a bucket where it has so many pictures."""
         epoch = max(len(self), PLACES * len(self._buckets))
-        parts = [share / sum(shares) / len(one) for share, one in zip(shares, self.sets, strict=True)]
+        parts = [share / sum(shares) / one.trained for share, one in zip(shares, self.sets, strict=True)]
         # No bucket is left out, however few its pictures.
         return [max(round(epoch * part * n), min(1, n)) if part else 0 for part, n in zip(parts, counts, strict=True)]
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def trained(self) -> int:
+        """How many rows there are to train on: all but what is held out of each."""
+        return sum(one.trained for one in self.sets)
 
     @property
     def shares(self) -> list[float]:

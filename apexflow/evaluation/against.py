@@ -100,6 +100,10 @@ class AgainstPictures(OneFileEach):
         if self.tools.inception is not None:
             needs(self.tools.inception, "--inception", "the FID Inception as a safetensors file")
             needs(self.tools.reference or self.root, "--reference", "reference pictures, or a file with mu and sigma")
+            if self.statistics_file is not None:
+                read_statistics(self.statistics_file)
+            elif self.tools.reference is not None:
+                pictures_below(self.tools.reference, self.mend)
         if self.tools.clip is not None:
             needs(self.tools.clip, "--clip", CLIP, Path.is_dir)
 

@@ -15,6 +15,7 @@ import typer
 from apexflow.errors import UserError, going_on, writing
 from apexflow.options import (
     MOST_SEED,
+    MOST_SIDE,
     Device,
     Guidance,
     Json,
@@ -98,7 +99,10 @@ def evaluate(
     fid_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side at which FID looks at pictures (mjhq, own). Default: theirs.", rich_help_panel=SCORE
+            min=1,
+            max=MOST_SIDE,
+            help="Side at which FID looks at pictures (mjhq, own). Default: theirs.",
+            rich_help_panel=SCORE,
         ),
     ] = None,
     judge: Annotated[
@@ -249,19 +253,15 @@ def _show(reports: list[dict[str, Any]], seeds: int, as_json: bool) -> None:
     if not waiting:
         results = [over_seeds(group) for group in by_steps]
         names = [result["name"] + f", steps {result.get('steps')}" * (len(results) > 1) for result in results]
-        show(_listed(results), as_json, score_table(dict(zip(names, results, strict=True))))
+        found = {"results": results} if len(results) > 1 else results[0]  # what a command prints is one object
+        show(found, as_json, score_table(dict(zip(names, results, strict=True))))
         return
     lines = []
     for report in waiting:
         left = report["pending"]
         told = f"{left} pictures are still to be drawn" if left else "all drawn"
         lines.append(f"{report['folder']}: {told}; not scored")
-    show(_listed(waiting if len(by_steps) > 1 else waiting[:1]), as_json, "\n".join(lines))
-
-
-def _listed(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result as it is, several under one name: what a command prints is always one object."""
-    return results[0] if len(results) == 1 else {"results": results}
+    show({"results": waiting} if len(by_steps) > 1 else waiting[0], as_json, "\n".join(lines))
 
 
 def convert_detector(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from apexflow.errors import UserError
+from apexflow.errors import UserError, first_line
 from apexflow.evaluation.fid import Array, RunningStatistics
 from apexflow.evaluation.files import Item, Unreadable, read_ahead, stamp
 from apexflow.evaluation.inception import Inception, prepare
@@ -121,5 +122,7 @@ def read_statistics(path: Path) -> tuple[Array, Array]:
             return tensors["mu"], tensors["sigma"]
         with np.load(path) as arrays:  # plain arrays only: NumPy refuses objects
             return np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot read mu and sigma from {path}: {error}") from None
+    # An empty file ends too early, one array alone is no archive, and a broken archive is told by zipfile.
+    except (OSError, EOFError, TypeError, ValueError, KeyError, BadZipFile, SafetensorError) as error:
+        why = first_line(error).partition(" If you trust")[0]  # NumPy's advice to unpickle it is not ours
+        raise UserError(f"cannot read mu and sigma from {path}, a .npz or .safetensors file: {why}") from None

@@ -22,14 +22,15 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     extras = [name for name in EXTRAS if name in first]
     suite = first.get("suite", "mini-geneval")
     table = Table(title=TITLES.get(suite, suite))
-    for heading in ("", "NFE", *first["tasks"], "overall", *extras):
+    tasks = list(dict.fromkeys(task for report in scores.values() for task in report["tasks"]))
+    for heading in ("", "NFE", *tasks, "overall", *extras):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, report in scores.items():
         error = f" ±{report['overall_se']:.3f}" if report.get("overall_se") is not None else ""
         table.add_row(
             name,
             str(report.get("evaluations") or "?"),
-            *(_number(value, 2) for value in report["tasks"].values()),
+            *(_number(report["tasks"].get(task), 2) for task in tasks),
             _number(report.get("overall")) + error,
             *(_number(report.get(extra)) for extra in extras),
         )

@@ -53,7 +53,7 @@ def _records(recipe: Recipe, part: Data, cached: CachedSet | None) -> int | None
     the cache is made. UserError as `check_data`."""
     if cached is not None:
         check_pictures(recipe, part, cached.has_pictures)
-        return len(cached)
+        return cached.trained
     if part.drawn:
         return part.count
     origin = recognise(located(str(part.source)))
@@ -76,9 +76,10 @@ def check_pictures(recipe: Recipe, part: Data, pictures: bool) -> None:
 def check_batch(recipe: Recipe, rows: int) -> None:
     """UserError when the data are fewer than a batch, which would show the same ones several times in every step."""
     if rows < recipe.batch:
+        kept = " that are not held out" if recipe.data.held_out else ""
         raise UserError(
-            f"batch {recipe.batch} is more than the {rows} records of {recipe.data.told}: set batch to {rows} or less, or "
-            "give more data"
+            f"batch {recipe.batch} is more than the {rows} records of {recipe.data.told}{kept}: set batch to {rows} or less, "
+            "or give more data"
         )
 
 

@@ -90,7 +90,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, fresh: bool) -> 
     for cached in filter(None, finished):
         check_made_by(cached.folder, cached.index["made_by"], _expected(recipe.data, settings, backbone, model))
     data = cached_data(recipe, folder, device, backbone, model, finished, settings)
-    check_batch(recipe, len(data))
+    check_batch(recipe, data.trained)
     # Sharded networks need all processes to draw; of others one does, and the rest read no text encoder for it.
     shown = choose(recipe, backbone, data, device) if leads() or parallel == "fsdp" else None
     return Prepared(backbone, objective, teacher, data, shown, parallel, start)

@@ -90,6 +90,11 @@ def test_a_small_set_repeats_as_often_as_its_share_asks(whole: Path, second: Pat
     assert {row for step in range(9) for row in only.batch_rows(step, range(6), 6, seed=1)} == set(range(48, 54))
 
 
+def test_what_is_held_out_of_one_set_leaves_the_shares_as_they_are(whole: Path, second: Path) -> None:
+    data = Mixture([CachedSet(whole, 12), CachedSet(second)], [1, 1])
+    assert data.shares == [0.5, 0.5] and (len(data), data.trained) == (54, 42)
+
+
 def test_shares_are_met_over_many_buckets(whole: Path) -> None:
     few, many = (CachedSet(whole) for _ in range(2))
     for one, count in ((few, 1), (many, 5)):
@@ -222,6 +227,8 @@ def test_sets_that_cannot_go_together_are_named(
     assert told(sources(whole, prompts)).startswith(f"{prompts} holds prompts alone")
     assert "data 'nowhere' not found" in told(sources(whole, "nowhere"))
     assert "more than the 54 records" in told(sources(whole, second), "batch=55")
+    kept = "more than the 41 records of " + f"{whole}, {second} that are not held out: set batch to 41 or less"
+    assert kept in told(sources(whole, second), "batch=42", "data.held_out=500")  # 12 of 48, 1 of 6
     cached(red(tmp_path / "red", 2), any_aspect, tmp_path / "small", size=32)
     assert f"cache {tmp_path / 'small'} was made at size 32 and cache {whole} at 64" in told(
         sources(whole, tmp_path / "small")

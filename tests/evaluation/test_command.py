@@ -12,6 +12,7 @@ from command_line import Run, refused
 from safetensors.torch import save_file
 from test_geneval_detector import checkpoint
 
+from apexflow.evaluation.command import _show
 from apexflow.progress import console
 
 
@@ -93,6 +94,11 @@ def test_several_steps_that_are_only_drawn_are_listed(
     code, text, _ = run("evaluate", "--model", tiny_model, "--steps", "1,2", "-o", tmp_path, "--no-score", "--json")
     told = [{"folder": f"steps-{number}/seed-0", "pending": 0} for number in (1, 2)]
     assert code == 0 and json.loads(text) == {"results": told}
+
+
+def test_where_one_number_of_steps_waits_it_is_a_list_still(capsys: pytest.CaptureFixture[str]) -> None:
+    _show([{"folder": "e", "suite": "own", "tasks": {}}, {"folder": "f", "pending": 1}], seeds=1, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"results": [{"folder": "f", "pending": 1}]}
 
 
 def test_steps_that_cannot_be_are_told_before_anything_is_drawn(run: Run, tiny_model: Path, tmp_path: Path) -> None:

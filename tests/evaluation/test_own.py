@@ -115,6 +115,36 @@ def test_what_cannot_be_used_is_left_out_and_told(noise: Path, clip_folder: Path
     assert "2 of 6 records left out" in score_table({"m": report})
 
 
+def test_a_shard_that_breaks_off_is_left_out_and_told(clip_folder: Path, tmp_path: Path) -> None:
+    data = WRITERS["webdataset"](tmp_path / "set")
+    broken = data / "a-1.tar"
+    broken.write_bytes(broken.read_bytes()[:700])
+    report = score_folder(drawn(data, tmp_path / "pictures"), WHOLE, None, "x", Tools(data=data, clip=clip_folder))
+    assert report["pictures"] == 3 and list(report["left_out"]) == [str(broken)]
+
+
+def test_a_reference_that_cannot_be_read_is_told_before_anything_is_drawn(
+    noise: Path, inception_file: Path, tmp_path: Path
+) -> None:
+    contents = {"empty": b"", "broken": b"PK\x03\x04" + b"x" * 50, "text": b"mu\n"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    np.save(tmp_path / "array.npy", np.zeros(128))
+    (tmp_path / "folder").mkdir()
+    for path in tmp_path.iterdir():
+        suite = SUITES["own"](Tools(data=noise, inception=inception_file, reference=path))
+        with pytest.raises(UserError, match=f"{path}") as error:
+            suite.check()
+        assert "pickle.load" not in str(error.value)
+
+
+def test_a_column_of_one_row_alone_leaves_the_others_in_their_places() -> None:
+    rows = {"a": {"tasks": {"fid of 6": 1.0, "clip": 2.0}}, "b": {"tasks": {"fid of 5": 3.0, "clip": 4.0}}}
+    lines = [line.split("│") for line in score_table({n: r | {"suite": "own"} for n, r in rows.items()}).splitlines()]
+    found = [[cell.strip() for cell in line[3:7]] for line in lines if len(line) > 7]
+    assert found == [["1.00", "2.00", "", ""], ["", "4.00", "3.00", ""]]
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

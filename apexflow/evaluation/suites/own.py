@@ -93,6 +93,7 @@ class Own(AgainstPictures):
     def records(self) -> list[Record]:
         """The usable records up to the most that are looked at; the others go to `skipped`. UserError where there is none."""
         found: list[Record] = []
+        self.skipped.files = len(self.source.files)
         for sample, record in read_ahead(self.source.samples(self.skipped.broken), _look_at):
             self.skipped.seen += 1
             if isinstance(record, Unreadable):
