@@ -137,6 +137,7 @@ def evaluate(
     console.quiet = not share.leads
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
+    # Not a check of the suite, which also draws for a comparison, and that takes a distance of its own.
     if suite == "own" and score and inception is None and clip is None and (images or per_prompt in (None, 1)):
         raise UserError("nothing would be scored: name --inception, --clip or both, or draw two pictures --per-prompt")
     settings = EvaluationSettings(suite, None, guidance, kappa, rho, order, per_prompt, seed, limit, size)
