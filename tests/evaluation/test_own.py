@@ -155,6 +155,7 @@ def test_a_column_of_one_row_alone_leaves_the_others_in_their_places() -> None:
         (("--data", "blank"), ("no usable record", "caption empty")),
         (("--data", "noise", "--limit", 1), ("FID needs at least two pictures", "gives 1", "--limit")),
         (("--data", "noise", "--judge", "x"), ("--judge cannot apply",)),
+        (("--data", "noise", "--fid-size", 100_000), ("--fid-size", "8192")),
     ],
 )
 def test_what_lacks_is_one_line_with_its_mend(
