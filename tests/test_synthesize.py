@@ -54,15 +54,16 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
 
 
+@pytest.mark.parametrize("sampler", [{}, {"steps": 3, "kappa": 0.5, "rho": 0.4}, {"steps": 2, "order": 2}], ids=str)
 def test_pictures_are_what_generate_draws_and_read_back_like_any_set(
-    prompts: Path, tiny_model: Path, tmp_path: Path
+    prompts: Path, tiny_model: Path, tmp_path: Path, sampler: dict[str, float]
 ) -> None:
-    result = draw(prompts, tmp_path / "set", tiny_model, seed=5)
+    result = draw(prompts, tmp_path / "set", tiny_model, seed=5, **sampler)
     assert result["pictures"] == 8 and result["complete"] and len(shards(tmp_path / "set")) == 3
     assert recognise(tmp_path / "set").kind == kinds()["webdataset"]
     records = list(read_captioned(tmp_path / "set", Skipped()))
     assert [record.caption for record in records] == PROMPTS
-    expected = load(str(tiny_model), "cpu").generate(PROMPTS, steps=1, seed=5, guidance=1.0)
+    expected = load(str(tiny_model), "cpu").generate(PROMPTS, **({"steps": 1, "seed": 5, "guidance": 1.0} | sampler))
     for record, picture in zip(records, expected, strict=True):
         # Batches differ, and with them the last bits.
         assert np.abs(np.asarray(record.image, int) - np.asarray(picture, int)).max() <= 1
@@ -152,9 +153,17 @@ def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model:
     folder = tmp_path / "set"
     draw(prompts, folder, tiny_model)
     before = shards(folder)
-    for other, named in (({"seed": 1}, "seed 0"), ({"steps": 2}, "steps 1"), ({"guidance": 2.0}, "guidance 1.0")):
-        with pytest.raises(UserError, match=f"drawn otherwise.*{named}"):
-            draw(prompts, folder, tiny_model, **other)
+    others = {
+        "seed": (1, 0),
+        "steps": (2, 1),
+        "guidance": (2.0, 1.0),
+        "kappa": (0.3, 0.0),
+        "rho": (0.3, 0.0),
+        "order": (2, 1),
+    }
+    for name, (other, own) in others.items():
+        with pytest.raises(UserError, match=f"drawn otherwise.*{name} {own}"):
+            draw(prompts, folder, tiny_model, **{name: other})
     claim = folder / "synthesis.json"
     said = json.loads(claim.read_text())
     claim.write_text(json.dumps({key: value for key, value in said.items() if key not in ("kappa", "rho", "order")}))

@@ -10,7 +10,22 @@ from typing import Annotated, Any
 import typer
 
 from apexflow.errors import UserError, going_on, in_a_shell, printable
-from apexflow.options import Device, Guidance, Json, Model, Seed, Sides, Size, Steps, Storage, read_sides, show
+from apexflow.options import (
+    Device,
+    Guidance,
+    Json,
+    Kappa,
+    Model,
+    Order,
+    Rho,
+    Seed,
+    Sides,
+    Size,
+    Steps,
+    Storage,
+    read_sides,
+    show,
+)
 from apexflow.torchrun import speaks
 
 SkipLimit = Annotated[
@@ -79,6 +94,9 @@ def synthesize(
     model: Model = "mini-teacher",
     steps: Steps = None,
     guidance: Guidance = None,
+    kappa: Kappa = None,
+    rho: Rho = None,
+    order: Order = None,
     seed: Seed = 0,
     size: Sides = None,
     caption: Annotated[
@@ -98,7 +116,7 @@ def synthesize(
     from apexflow.data.jobs import synthesize_command
     from apexflow.data.synthesize import SHARD, Synthesis
 
-    settings = Synthesis(steps, guidance, seed, read_sides(size), tuple(caption or ()), skip_limit)
+    settings = Synthesis(steps, guidance, kappa, rho, order, seed, read_sides(size), tuple(caption or ()), skip_limit)
     with going_on(partial(_kept, output, "*.tar", f"{SHARD} pictures")):
         result = synthesize_command(located(prompts), output, model, settings, device, storage)
     if result is None:

@@ -34,13 +34,16 @@ PLAIN = {"kappa": 0.0, "rho": 0.0, "order": 1}  # how every set was sampled befo
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How pictures are drawn. None: the model's own, as its sampler always is.
+    """How pictures are drawn. None: the model's own.
 
     skip_limit: share of records without a usable prompt, and of pictures that are not finite, that is borne.
     """
 
     steps: int | None = None
     guidance: float | None = None
+    kappa: float | None = None
+    rho: float | None = None
+    order: int | None = None
     seed: int = 0
     size: int | tuple[int, int] | None = None  # one side, or height and width
     captions: tuple[str, ...] = ()
@@ -152,7 +155,7 @@ def _draw(path: Path, generator: Generator, chosen: Sequence[Wish], settings: Sy
         for prompt in generator.backbone.unknown_words(texts):
             warnings.warn(f"the model knows no word of {quoted(prompt)}: the picture will not follow it", stacklevel=2)
         seeds = [(settings.seed, wish.index) for wish in group]
-        pictures = generator.generate_seeded(texts, seeds, settings.steps, size, settings.guidance)
+        pictures = generator.generate_seeded(texts, seeds, settings.steps, size, **_sampler(generator, settings))
         for wish, picture, finite in zip(group, pictures, generator.finite, strict=True):
             facts = {"prompt": wish.prompt, "index": wish.index, "seed": settings.seed, "steps": settings.steps}
             if finite:
@@ -172,8 +175,12 @@ def made_by(origin: Source, generator: Generator, settings: Synthesis) -> dict[s
     model = fingerprint(generator.backbone.transformer)
     said = {key: value for key, value in asdict(settings).items() if key != "skip_limit"}  # which no picture depends on
     said |= {key: list(value) for key, value in said.items() if isinstance(value, tuple)}  # as a file says it
-    said |= {"prompts": origin.identity(), "model": model} | generator.sampler(settings.guidance)
+    said |= {"prompts": origin.identity(), "model": model} | _sampler(generator, settings)
     return said | {"storage": stored_kind(generator.backbone.transformer)}
+
+
+def _sampler(generator: Generator, settings: Synthesis) -> dict[str, Any]:
+    return generator.sampler(settings.guidance, settings.kappa, settings.rho, settings.order)
 
 
 def claim(folder: Path, wanted: dict[str, Any]) -> None:
