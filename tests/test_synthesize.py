@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import Run, refused
+from safetensors.torch import save_file
 
 from apexflow import cli, load
 from apexflow.data import shards as shards_module
@@ -147,6 +148,18 @@ def test_a_set_knows_how_its_network_was_kept(run: Run, prompts: Path, tiny_mode
     refused(run(*common, "--storage", "int2"), "int2", "fp8 or nf4")
     assert run(*common, "--storage", "fp8")[0] == 0
     refused(run(*common), "drawn otherwise", "storage 'fp8'")
+
+
+def test_a_set_of_a_model_with_a_lora_is_another_set(run: Run, prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
+    name, random = "transformer.transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(0)
+    sides = {"A": torch.randn(2, 32, generator=random), "B": torch.randn(32, 2, generator=random)}
+    save_file({f"{name}.lora_{side}.weight": tensor for side, tensor in sides.items()}, tmp_path / "lora.safetensors")
+    common = ("synthesize", prompts, "--model", tiny_model, "--steps", 1, "-o")
+    lora = ("--lora", tmp_path / "lora.safetensors")
+    assert run(*common, tmp_path / "set")[0] == run(*common, tmp_path / "added", *lora)[0] == 0
+    assert shards(tmp_path / "set") != shards(tmp_path / "added")
+    assert run(*common, tmp_path / "set", "--lora", f"{lora[1]}:0")[0] == 0  # the same model, so the same set
+    refused(run(*common, tmp_path / "set", *lora), "drawn otherwise", "model ")
 
 
 def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from apexflow.options import (
     Guidance,
     Json,
     Kappa,
+    Lora,
     Model,
     Order,
     Rho,
@@ -92,6 +93,7 @@ def synthesize(
         Path, typer.Option("--output", "-o", help="Folder of the webdataset shards; an interrupted set goes on.")
     ],
     model: Model = "mini-teacher",
+    lora: Lora = None,
     steps: Steps = None,
     guidance: Guidance = None,
     kappa: Kappa = None,
@@ -118,7 +120,7 @@ def synthesize(
 
     settings = Synthesis(steps, guidance, kappa, rho, order, seed, read_sides(size), tuple(caption or ()), skip_limit)
     with going_on(partial(_kept, output, "*.tar", f"{SHARD} pictures")):
-        result = synthesize_command(located(prompts), output, model, settings, device, storage)
+        result = synthesize_command(located(prompts), output, model, settings, device, storage, lora)
     if result is None:
         return
     more = "" if result["complete"] else "; this process has done its part, others are still to come"

@@ -5,6 +5,7 @@ Under torchrun the first process waits for the others, and alone speaks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,18 @@ def cache_command(
 
 
 def synthesize_command(
-    prompts: Path, folder: Path, model: str, settings: Synthesis, device: str, storage: str | None = None
+    prompts: Path,
+    folder: Path,
+    model: str,
+    settings: Synthesis,
+    device: str,
+    storage: str | None = None,
+    lora: Sequence[str] | None = None,
 ) -> dict[str, Any] | None:
     """What `apexflow synthesize` does, its share of it under torchrun; a summary, by whoever speaks."""
     share, place = _own_share(), worker_device(device)
     with share.alone_in(folder):
-        generator = load(model, place, storage=storage)  # type: ignore[arg-type]
+        generator = load(model, place, storage=storage, lora=lora)  # type: ignore[arg-type]
         result = synthesize(prompts, folder, generator, settings, share)
     return result if share.leads else None
 
