@@ -3,7 +3,9 @@
 python recipes/ship.py mini-teacher runs/mini-teacher/model
 python recipes/ship.py mini-student runs/mini-apex-deep/model runs/mini-apex-deep-2/model
 
-Of several models the mean of the weights is taken, and the rest from the last one.
+Of several models the mean of the weights is taken, and the rest from the last one. A further run goes on from such a mean:
+
+python recipes/ship.py runs/mini-apex-deep+mini-apex-deep-2/model runs/mini-apex-deep/model runs/mini-apex-deep-2/model
 """
 
 from __future__ import annotations
@@ -23,15 +25,20 @@ from apexflow.backbones import Backbone, load_backbone
 
 def ship(models: Sequence[Path], name: str) -> Path:
     """Copy a model folder, or the mean of several, to apexflow/assets/NAME in bfloat16; its path."""
-    target = ROOT / "apexflow" / "assets" / name
-    backbone = mean_of(models)
-    for part in ("transformer", "vae", "text_encoder"):
-        getattr(backbone, part).to(torch.bfloat16)
+    target, backbone = ROOT / "apexflow" / "assets" / name, rounded(models)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     backbone.save(target, backbone.settings)
     (target / "README.md").write_text(card(backbone, name, [model.parent.name for model in models]))
     return target
+
+
+def rounded(models: Sequence[Path]) -> Backbone:
+    """A model, or the mean of several, in bfloat16."""
+    backbone = mean_of(models)
+    for part in ("transformer", "vae", "text_encoder"):
+        getattr(backbone, part).to(torch.bfloat16)
+    return backbone
 
 
 def mean_of(models: Sequence[Path]) -> Backbone:
@@ -76,9 +83,10 @@ Recipe, with its seed:
 
 
 def lineage(recipe: Mapping[str, Any]) -> dict[str, int]:
-    """Steps of a recipe, and of those before it from whose models it goes on, first to last."""
-    earlier = Path(recipe["model"]).parent.name
-    before = lineage(recipe_of(earlier)) if recipe_file(earlier).is_file() else {}
+    """Steps of a recipe, and of those before it from whose models it goes on, first to last; A+B is the mean of two."""
+    before: dict[str, int] = {}
+    for earlier in Path(recipe["model"]).parent.name.split("+"):
+        before |= lineage(recipe_of(earlier)) if recipe_file(earlier).is_file() else {}
     return before | {Path(recipe["output"]).name: recipe["steps"]}
 
 
@@ -92,10 +100,15 @@ def recipe_file(name: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
+    parser.add_argument("name", help="mini-teacher, mini-student, or a folder to write the mean to")
     parser.add_argument("models", type=Path, nargs="+")
     given = parser.parse_args()
-    target = ship(given.models, given.name)
+    if "/" in given.name:
+        target, backbone = Path(given.name), rounded(given.models)
+        target.mkdir(parents=True)
+        backbone.save(target, backbone.settings)
+    else:
+        target = ship(given.models, given.name)
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     print(f"{target}: {size / 2**20:.1f} MiB")
 
