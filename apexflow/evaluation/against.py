@@ -137,20 +137,16 @@ class AgainstPictures(OneFileEach):
         """The rows of some pictures, once their features are on disk."""
         rows: list[Row] = []
         features: dict[str, torch.Tensor] = {}
-        batch: list[tuple[Picture, Image.Image]] = []
         opened = partial(extract, self.network, pictures, lambda picture: open_picture(picture.path))
-        for picture, image, feature in opened(self.protocol, self.size or 0):
-            if isinstance(image, Unreadable):
-                rows.append({"filename": picture.name, "error": str(image)})
-                continue
-            if feature is not None:
-                features[picture_key(picture.path, picture.name)] = feature
-            batch.append((picture, image))
-            if len(batch) == BATCH:
-                rows += self._rows(batch)
-                batch = []
+        for part in groups(opened(self.protocol, self.size or 0), BATCH):
+            for picture, image, feature in part:
+                if isinstance(image, Unreadable):
+                    rows.append({"filename": picture.name, "error": str(image)})
+                elif feature is not None:
+                    features[picture_key(picture.path, picture.name)] = feature
+            rows += self._rows([(picture, image) for picture, image, _ in part if not isinstance(image, Unreadable)])
         store.add(features)
-        return rows + self._rows(batch)
+        return rows
 
     def _rows(self, batch: Sequence[tuple[Picture, Image.Image]]) -> list[Row]:
         scores: list[float | None] = [None] * len(batch)
