@@ -50,10 +50,14 @@ class Sana(Backbone):
             hidden_states=x_t.to(dtype),
             encoder_hidden_states=c.embeds.to(dtype),
             encoder_attention_mask=c.mask,
-            timestep=1000.0 * t.float() * self.config.timestep_scale,
             return_dict=False,
+            **self.inputs(t),
         )[0]
         return F.to(x_t.dtype)
+
+    def inputs(self, t: Tensor) -> dict[str, Tensor | None]:
+        """What the network takes beside latents and text, for times (B,)."""
+        return {"timestep": 1000.0 * t.float() * self.config.timestep_scale}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Gemma's last hidden states, padded to the longest prompt of the batch only.
