@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone, stock_parameters
 from apexflow.backbones.precision import compute_dtype
-from apexflow.backbones.text import device_of, tokenize, unknown_words
+from apexflow.backbones.text import tokenize, unknown_words
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 
@@ -70,8 +70,7 @@ class Sana(Backbone):
         texts = [prefix + prompt.strip().lower() if prompt.strip() else "" for prompt in prompts]
         limit = self.settings.max_tokens
         length = len(self.tokenizer.encode(prefix)) + limit - 2 if prefix else limit
-        device = device_of(self.text_encoder)
-        ids, mask = (part.to(device) for part in tokenize(self.tokenizer, texts, length, kept=limit))
+        ids, mask = tokenize(self.text_encoder, self.tokenizer, texts, length, kept=limit)
         embeds = self.text_encoder(ids, attention_mask=mask)[0]
         if prefix:
             keep = [0, *range(length - limit + 1, embeds.shape[1])]  # of a batch of empty prompts, BOS alone
