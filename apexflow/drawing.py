@@ -121,8 +121,7 @@ def _write_grid(pictures: list[Image], path: Path, count: int) -> list[Path]:
 
     columns = min(len(pictures), 8) if count == 1 else count
     with replacing(path) as partial:
-        grid = picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]
-        grid.save(partial, registered_extensions()[path.suffix.lower()])
+        picture_grid(pictures, columns).save(partial, registered_extensions()[path.suffix.lower()])
     return [path]
 
 
