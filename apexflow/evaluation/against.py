@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from apexflow.data.cache import checksum
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.pictures import PICTURES
 from apexflow.data.shards import groups
@@ -216,7 +217,7 @@ class AgainstPictures(OneFileEach):
     def _reference_sha256(self) -> str:
         """Of the file, or of what tells the pictures from others."""
         if self.statistics_file is not None:
-            return hashlib.sha256(self.statistics_file.read_bytes()).hexdigest()
+            return checksum(self.statistics_file)
         return hashlib.sha256("".join(f"{one.identity}\n" for one in self.reference_pictures).encode()).hexdigest()
 
     def _add_reference(self, network: Inception, pictures: Sequence[Reference], store: FeatureStore) -> None:
