@@ -102,9 +102,7 @@ def score_folder(
 
 
 def _suite(settings: EvaluationSettings, tools: Tools | None) -> Suite:
-    if (settings.per_prompt is not None and settings.per_prompt < 1) or (
-        settings.limit is not None and settings.limit < 1
-    ):
+    if any(number is not None and number < 1 for number in (settings.per_prompt, settings.limit)):
         raise UserError("per_prompt and limit must be at least 1")
     return make_suite(settings.suite, tools or Tools(), settings.per_prompt)
 
