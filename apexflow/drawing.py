@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apexflow.errors import UserError, is_taken, writing
-from apexflow.files import replacing
+from apexflow.files import make_folder, replacing
 from apexflow.options import (
     Device,
     Guidance,
@@ -67,8 +67,7 @@ def generate(
     asked, path, each = read_sides(size), Path(output), _is_folder(output)
     _check_output(path, each, force)
     folder = path if each else path.parent
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     generator = load(model, device, storage=storage, lora=lora)  # type: ignore[arg-type]
     repeated = [prompt for prompt in prompts for _ in range(count)]
     began = time.perf_counter()
@@ -121,8 +120,7 @@ def _write_grid(pictures: list[Image], path: Path, count: int) -> list[Path]:
 
     columns = min(len(pictures), 8) if count == 1 else count
     with replacing(path) as partial:
-        grid = picture_grid(pictures, columns) if len(pictures) > 1 else pictures[0]
-        grid.save(partial, registered_extensions()[path.suffix.lower()])
+        picture_grid(pictures, columns).save(partial, registered_extensions()[path.suffix.lower()])
     return [path]
 
 

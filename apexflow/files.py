@@ -49,6 +49,12 @@ def new_folder(path: Path, mend: str = CHECK_ROOM) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder that may be there already; UserError where it cannot be."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def drop_partial(folder: Path) -> None:
     """Delete the files that killed processes left half written in a folder where no other writes."""
     for left_over in folder.glob(f"*{SUFFIX}"):

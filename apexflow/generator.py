@@ -28,7 +28,7 @@ from apexflow.devices import pick_device
 from apexflow.errors import UserError, quoted
 from apexflow.lora.added import Lora, read_loras
 from apexflow.randomness import RowRandom
-from apexflow.sampler import MOST_STEPS, sample, shift_times, time_grid
+from apexflow.sampler import MOST_STEPS, sample
 
 MAX_BATCH = 32
 # Prompts that are encoded in one turn, where text encoder and network take turns: of 8 MiB each at most, in main memory.
@@ -183,10 +183,8 @@ class Generator:
         steps = settings.steps if steps is None else whole(steps, "steps")
         if not 1 <= steps <= MOST_STEPS:
             raise UserError(f"steps must be at least 1 and at most {MOST_STEPS}, got {steps}")
-        if settings.times is not None and len(settings.times) == steps + 1:
-            return torch.tensor(settings.times, dtype=torch.float64)
         shift = self.backbone.time_shift if size is None else self.backbone.time_shift_at(size)
-        return shift_times(time_grid(steps), shift)
+        return settings.grid(steps, shift)
 
     def _sample(self, prompts: Sequence[str], seeds: Sequence[tuple[int, int]], plan: Sampling) -> Tensor:
         backbone, guidance = self.backbone, plan.guidance
@@ -248,13 +246,13 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]
 
 
-def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int = 1) -> Image.Image:
+def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int = 1, gap: int = GAP) -> Image.Image:
     """Pictures of one size laid out in rows."""
     width, height = (side * scale for side in pictures[0].size)
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, picture in enumerate(pictures):
-        spot = ((index % columns) * (width + GAP), (index // columns) * (height + GAP))
+        spot = ((index % columns) * (width + gap), (index // columns) * (height + gap))
         sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else picture, spot)
     return sheet
 

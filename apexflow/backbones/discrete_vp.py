@@ -8,13 +8,15 @@ linear transport is `x_lin = x_vp / (alpha + gamma)` at `t = alpha / (alpha + ga
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apexflow.backbones import Settings
+from apexflow.backbones.family import Backbone
 from apexflow.errors import UserError
 from apexflow.transport import expand
 
@@ -60,12 +62,6 @@ class DiscreteVP:
         below = above - 1
         return below + (wanted - table[below]) / (table[above] - table[below])
 
-    def places(self, scheduler: Any, times: Tensor) -> dict[str, Any]:
-        """The `timesteps` of a stock pipeline's call that stand for a grid (steps + 1,), where its scheduler takes them."""
-        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            return {}
-        return {"timesteps": self.index(times[:-1]).round().int().tolist()}
-
     def velocity(self, epsilon: Epsilon, x_t: Tensor, t: Tensor) -> Tensor:
         """F(x_t, t) in the dtype of `x_t` (B, ...), from `epsilon(x_vp, index)`.
 
@@ -87,3 +83,20 @@ class DiscreteVP:
 def _norm(t: Tensor) -> Tensor:
     """1 / (alpha + gamma) at time t."""
     return (t.square() + (1 - t).square()).sqrt()
+
+
+class EpsilonBackbone(Backbone):
+    """Base of the families of this line."""
+
+    flow_scheduler = False
+
+    def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
+        super().__init__(parts, settings)
+        self.schedule = DiscreteVP.of(self.scheduler)
+        self.time_shift = self.schedule.time_shift
+
+    def stock_places(self, times: Tensor) -> dict[str, Any]:
+        """By `timesteps`, where the scheduler takes them. Left alone, the pipeline takes its one step at the clean end."""
+        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            return {}
+        return {"timesteps": self.schedule.index(times[:-1]).round().int().tolist()}

@@ -38,7 +38,8 @@ class Backbone(Encoders, ABC):
     shift_defaults: (a, b) of Eq. (16). normalizes_text: whether the network RMS-normalises the text first, so that scaling it by
         a positive factor changes nothing (see `check_shift`).
     time_shift: s of `t' = s t / (1 + (s - 1) t)` for pictures of `default_size` pixels a side. flow_scheduler: whether the
-        stock pipeline hands its network's answer to the scheduler as z - x on linear transport.
+        stock pipeline hands its network's answer to the scheduler as z - x on linear transport. embeds_guidance: whether the
+        scale of the stock pipeline's call goes into the network.
     depth: the key of the transformer's config that counts its like blocks, if there is one.
     bfloat16: whether weights that are not stored in bfloat16 draw well in it.
     guided_at_once: whether a guided teacher is asked for caption and null in one pass. Not where that would pad the null to a
@@ -56,6 +57,7 @@ class Backbone(Encoders, ABC):
     shift_defaults: tuple[float, float] = (-0.5, 1.0)
     normalizes_text: bool = False
     flow_scheduler: bool = True
+    embeds_guidance: bool = False
     depth: str | None = None
     bfloat16: ClassVar[bool] = True
     guided_at_once: ClassVar[bool] = False
@@ -216,9 +218,11 @@ class Backbone(Encoders, ABC):
 
     def stock_options(self, settings: Settings) -> dict[str, Any]:
         """Keyword arguments of the stock pipeline's call that guide it, and have it read prompts, as `settings` say."""
+        scale = settings.embedded_guidance if self.embeds_guidance else settings.guidance
+        options: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
         limit = stock_parameters(self.pipeline).get("max_sequence_length")
         said = limit is not None and limit.default != settings.max_tokens
-        return {"guidance_scale": settings.guidance} | ({"max_sequence_length": settings.max_tokens} if said else {})
+        return options | ({"max_sequence_length": settings.max_tokens} if said else {})
 
     def stock_places(self, times: Tensor) -> dict[str, Any]:
         """How a stock pipeline that keeps its own scheduler is told where to ask, given a grid (steps + 1,)."""

@@ -34,6 +34,7 @@ class Flux(Backbone):
     guided_at_once: ClassVar[bool] = True  # every text has as many tokens
     pipeline = "FluxPipeline"
     depth = "num_layers"
+    embeds_guidance = True
     defaults: ClassVar[Settings] = Settings(steps=28, instruction=False, max_tokens=512, embedded_guidance=3.5)
 
     def __init__(self, parts: dict[str, Any], settings: Settings) -> None:
@@ -86,12 +87,6 @@ class Flux(Backbone):
         limit = self.settings.max_tokens
         embeds = t5_states(self.encoder("text_encoder_2"), self.tokenizers["tokenizer_2"], texts, limit)
         return Condition(embeds, pooled=pooled)
-
-    def stock_options(self, settings: Settings) -> dict[str, Any]:
-        """The scale goes into the network."""
-        options, scale = super().stock_options(settings), settings.embedded_guidance
-        del options["guidance_scale"]
-        return options if scale is None else options | {"guidance_scale": scale}
 
     @property
     def channels(self) -> int:

@@ -18,7 +18,7 @@ from apexflow.backbones.folder import read_index
 from apexflow.backbones.lora_targets import JOINT_ATTENTION
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.scheduler import scheduler_shift
-from apexflow.backbones.text import chat, device_of, layer_states, tokenize
+from apexflow.backbones.text import chat, layer_states, tokenize
 from apexflow.conditioning import Condition
 
 FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
@@ -85,7 +85,7 @@ class Flux2Klein(Backbone):
         """
         texts = chat(self.tokenizer, prompts, thinking=False)
         encoder, limit = self.text_encoder, self.settings.max_tokens
-        ids, mask = (part.to(device_of(encoder)) for part in tokenize(self.tokenizer, texts, limit, "max_length"))
+        ids, mask = tokenize(encoder, self.tokenizer, texts, limit, "max_length")
         layers = stock_parameters(self.pipeline)["text_encoder_out_layers"].default
         return Condition(torch.cat(layer_states(encoder, ids, mask, layers), -1))
 

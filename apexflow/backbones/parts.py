@@ -203,8 +203,7 @@ def load_parts(
     for name, kind in kinds.items():
         if name.startswith("tokenizer"):
             parts[name] = load_part(folder, name, kind, device)
-            continue
-        if name.startswith(("text_encoder", "vae")):
+        elif name.startswith(("text_encoder", "vae")):
             parts[name] = Later(folder, name, kind, device, autoencoder_dtype(dtype) if name == "vae" else dtype)
         else:
             parts[name] = load_part(folder, name, kind, device, dtype, hollow)

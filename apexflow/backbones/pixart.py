@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.discrete_vp import DiscreteVP
-from apexflow.backbones.family import Backbone
+from apexflow.backbones.discrete_vp import EpsilonBackbone
 from apexflow.backbones.folder import read_index
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import masked_t5_states
@@ -21,7 +20,7 @@ from apexflow.conditioning import Condition
 MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 
-class PixArt(Backbone):
+class PixArt(EpsilonBackbone):
     """A `PixArtAlphaPipeline` or `PixArtSigmaPipeline` folder; see `discrete_vp` for how epsilon becomes F.
 
     The variance that the network predicts beside epsilon is dropped. The alpha model for 1024 pixels also takes the
@@ -31,7 +30,6 @@ class PixArt(Backbone):
     family: ClassVar[str] = "pixart"
     guided_at_once: ClassVar[bool] = True  # the text is cross-attended, and its padding costs little
     pipeline = "PixArtSigmaPipeline"
-    flow_scheduler = False
     depth = "num_layers"
     defaults: ClassVar[Settings] = Settings(steps=20, guidance=4.5, instruction=False, max_tokens=300)
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -39,8 +37,6 @@ class PixArt(Backbone):
     def __init__(self, parts: dict[str, Any], settings: Settings, pipeline: str = "PixArtSigmaPipeline") -> None:
         super().__init__(parts, settings)
         self.pipeline = pipeline
-        self.schedule = DiscreteVP.of(self.scheduler)
-        self.time_shift = self.schedule.time_shift
 
     @classmethod
     def classes(cls) -> dict[str, Any]:
@@ -67,10 +63,6 @@ class PixArt(Backbone):
     def stock_options(self, settings: Settings) -> dict[str, Any]:
         """The pipeline would take other words and another size."""
         return super().stock_options(settings) | {"clean_caption": False, "use_resolution_binning": False}
-
-    def stock_places(self, times: Tensor) -> dict[str, Any]:
-        """Left alone, the pipeline takes its one step at the clean end."""
-        return self.schedule.places(self.scheduler, times)
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
         """F(x_t, t, c) with x_t (B, 4, h, w), answered in the dtype of x_t."""

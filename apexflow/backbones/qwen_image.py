@@ -89,8 +89,7 @@ class QwenImage(Backbone):
         template, opening = self._template
         texts = [template.format(" " if is_null(prompt) else prompt) for prompt in prompts]
         kept = self.settings.max_tokens
-        ids, mask = tokenize(self.tokenizer, texts, opening + kept, kept=kept)
-        ids, mask = ids.to(self.text_encoder.device), mask.to(self.text_encoder.device)
+        ids, mask = tokenize(self.text_encoder, self.tokenizer, texts, opening + kept, kept=kept)
         states = self.text_encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return Condition(states[:, opening:], unless_full(mask[:, opening:]))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apexflow.backbones import Settings
 from apexflow.backbones.family import Backbone, stock_parameters
 from apexflow.backbones.precision import compute_dtype
-from apexflow.backbones.text import device_of, tokenize, unknown_words
+from apexflow.backbones.text import tokenize, unknown_words
 from apexflow.conditioning import Condition
 from apexflow.errors import UserError
 
@@ -50,10 +50,14 @@ class Sana(Backbone):
             hidden_states=x_t.to(dtype),
             encoder_hidden_states=c.embeds.to(dtype),
             encoder_attention_mask=c.mask,
-            timestep=1000.0 * t.float() * self.config.timestep_scale,
             return_dict=False,
+            **self.inputs(t),
         )[0]
         return F.to(x_t.dtype)
+
+    def inputs(self, t: Tensor) -> dict[str, Tensor | None]:
+        """What the network takes beside latents and text, for times (B,)."""
+        return {"timestep": 1000.0 * t.float() * self.config.timestep_scale}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Gemma's last hidden states, padded to the longest prompt of the batch only.
@@ -66,8 +70,7 @@ class Sana(Backbone):
         texts = [prefix + prompt.strip().lower() if prompt.strip() else "" for prompt in prompts]
         limit = self.settings.max_tokens
         length = len(self.tokenizer.encode(prefix)) + limit - 2 if prefix else limit
-        device = device_of(self.text_encoder)
-        ids, mask = (part.to(device) for part in tokenize(self.tokenizer, texts, length, kept=limit))
+        ids, mask = tokenize(self.text_encoder, self.tokenizer, texts, length, kept=limit)
         embeds = self.text_encoder(ids, attention_mask=mask)[0]
         if prefix:
             keep = [0, *range(length - limit + 1, embeds.shape[1])]  # of a batch of empty prompts, BOS alone

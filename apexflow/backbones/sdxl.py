@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.backbones import Settings, read_settings
-from apexflow.backbones.discrete_vp import DiscreteVP
-from apexflow.backbones.family import Backbone
+from apexflow.backbones.discrete_vp import EpsilonBackbone
 from apexflow.backbones.folder import read_index
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.text import clip_states, is_null
 from apexflow.conditioning import Condition
 
 
-class StableDiffusionXL(Backbone):
+class StableDiffusionXL(EpsilonBackbone):
     """A `StableDiffusionXLPipeline` folder; `discrete_vp` says how epsilon becomes F and what happens above `t_max`.
 
     A U-Net that takes a guidance scale (LCM-SDXL) is fed `settings.embedded_guidance`, by default 8, and is drawn in four steps
@@ -31,7 +30,6 @@ class StableDiffusionXL(Backbone):
     guided_at_once: ClassVar[bool] = True  # every text has as many tokens
     pipeline = "StableDiffusionXLPipeline"
     network_part: ClassVar[str] = "unet"
-    flow_scheduler = False
     defaults: ClassVar[Settings] = Settings(
         steps=50, guidance=5.0, instruction=False, max_tokens=77, embedded_guidance=8.0
     )
@@ -45,8 +43,6 @@ class StableDiffusionXL(Backbone):
         """`zero_null`: the null condition is all zeros (SDXL base), not the encoded empty text."""
         super().__init__(parts, settings)
         self.zero_null = zero_null
-        self.schedule = DiscreteVP.of(self.scheduler)
-        self.time_shift = self.schedule.time_shift
 
     @classmethod
     def classes(cls) -> dict[str, Any]:
@@ -126,10 +122,6 @@ class StableDiffusionXL(Backbone):
         """A U-Net that takes the scale as an input is not guided otherwise."""
         embedded = self.config.time_cond_proj_dim is not None
         return super().stock_options(settings) | ({"guidance_scale": self.embedded_guidance} if embedded else {})
-
-    def stock_places(self, times: Tensor) -> dict[str, Any]:
-        """Left alone, the pipeline takes its one step at the clean end."""
-        return self.schedule.places(self.scheduler, times)
 
     def index(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.zero_null}

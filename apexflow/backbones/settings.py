@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from apexflow.errors import UserError
-from apexflow.sampler import MOST_STEPS, check_times
+from apexflow.sampler import MOST_STEPS, check_times, shift_times, time_grid
 
 
 def _grid(times: list[float] | None) -> list[float] | None:
@@ -46,6 +46,12 @@ class Settings:
     size: Annotated[int | None, Field(ge=1, le=2**16)] = None
     embedded_guidance: Finite | None = None
     card: dict = field(default_factory=dict)
+
+    def grid(self, steps: int, time_shift: float) -> torch.Tensor:
+        """The times (steps + 1,) that so many steps visit: the model's own if it has as many, else even ones, shifted."""
+        if self.times is not None and len(self.times) == steps + 1:
+            return torch.tensor(self.times, dtype=torch.float64)
+        return shift_times(time_grid(steps), time_shift)
 
 
 def without_second_time(settings: Settings) -> Settings:

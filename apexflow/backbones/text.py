@@ -13,6 +13,7 @@ from apexflow.backbones.layers import layer_answers
 
 
 def tokenize(
+    encoder: Any,
     tokenizer: Any,
     texts: Sequence[str],
     limit: int,
@@ -20,7 +21,8 @@ def tokenize(
     kept: int | None = None,
     reader: str = "the model",
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both (B, L), padded to the longest text ("longest") or to `limit` tokens ("max_length").
+    """Token ids and mask, both (B, L) and where `encoder` lies, padded to the longest text ("longest") or to `limit` tokens
+    ("max_length").
 
     Texts of more than `limit` tokens are cut, with a warning that Python shows once. It says how many of them are `kept` (all, if
     not given), and which `reader` it is whose texts are cut: others may read on.
@@ -30,7 +32,8 @@ def tokenize(
         most = limit if kept is None else kept
         warnings.warn(f"a prompt is longer than the {most} tokens that {reader} reads: its rest is cut", stacklevel=2)
     tokens = tokenizer(texts, padding=padding, max_length=limit, truncation=True, return_tensors="pt")
-    return tokens.input_ids, tokens.attention_mask
+    device = device_of(encoder)
+    return tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
 
 def clip_states(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -38,28 +41,28 @@ def clip_states(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[Ten
 
     Padding is attended, as in every pipeline that uses CLIP.
     """
-    ids, _ = tokenize(tokenizer, texts, tokenizer.model_max_length, "max_length", reader="CLIP")
+    ids, _ = tokenize(encoder, tokenizer, texts, tokenizer.model_max_length, "max_length", reader="CLIP")
     layer = getattr(encoder, "text_model", encoder).encoder.layers[-2]
-    (found,), answer = layer_answers([layer], lambda: encoder(ids.to(device_of(encoder))))
+    (found,), answer = layer_answers([layer], lambda: encoder(ids))
     projected = getattr(answer, "text_embeds", None)
     return _states(found), answer.pooler_output if projected is None else projected
 
 
 def t5_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> Tensor:
     """T5's last hidden states (B, limit, D); padding is attended (FLUX and SD3 were trained so)."""
-    ids, _ = tokenize(tokenizer, texts, limit, "max_length")
-    return encoder(ids.to(device_of(encoder)))[0]
+    ids, _ = tokenize(encoder, tokenizer, texts, limit, "max_length")
+    return encoder(ids)[0]
 
 
 def masked_t5_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[Tensor, Tensor]:
     """T5's last hidden states (B, L, D) and their mask (B, L), L tokens of the longest text."""
-    ids, mask = (part.to(device_of(encoder)) for part in tokenize(tokenizer, texts, limit))
+    ids, mask = tokenize(encoder, tokenizer, texts, limit)
     return encoder(ids, attention_mask=mask)[0], mask
 
 
 def decoder_states(encoder: Any, tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[Tensor, Tensor]:
     """A language model's last hidden states but one (B, L, D) and their mask (B, L), L tokens of the longest text."""
-    ids, mask = (part.to(device_of(encoder)) for part in tokenize(tokenizer, texts, limit))
+    ids, mask = tokenize(encoder, tokenizer, texts, limit)
     return layer_states(encoder, ids, mask, [len(encoder.layers) - 1])[0], mask
 
 

@@ -36,8 +36,7 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def stored_dtypes(path: Path) -> set[str]:
     """In which types the weights of a part are stored, in the names of safetensors ("F32", "BF16")."""
-    files = weight_paths(path)
-    return {kind for file in files for kind in guarded(file, partial(_types, file))}
+    return {kind for file in weight_paths(path) for kind in guarded(file, partial(_types, file))}
 
 
 def weight_files(path: Path) -> dict[str, Path]:

@@ -75,7 +75,7 @@ def lasting(run: Run) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def most_kept(run: Run) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from apexflow.comparison.chart import lines_chart
 from apexflow.comparison.plan import IMAGES, TEACHER, Plan
 from apexflow.comparison.scores import grid_prompts, strips
@@ -22,9 +20,10 @@ from apexflow.comparison.tables import (
     task_table,
 )
 from apexflow.comparison.train import run_folder
+from apexflow.evaluation.files import open_picture
 from apexflow.objectives import objectives
 from apexflow.reporting import curves, pictures
-from apexflow.reporting.markup import section, tag, text
+from apexflow.reporting.markup import section, table, tag, text
 from apexflow.reporting.report import page, write
 from apexflow.training.journal import read_metrics
 
@@ -65,10 +64,8 @@ def _papers(plan: Plan, rows: dict[str, Any]) -> str:
 def shown(rows: list[list[str]]) -> str:
     """A table as markup."""
     head, *rest = rows
-    top = tag("tr", tag("td") + "".join(tag("th", text(cell), scope="col") for cell in head[1:]))
-    lines = [tag("tr", tag("th", text(r[0]), scope="row") + "".join(tag("td", text(c)) for c in r[1:])) for r in rest]
-    whole = tag("table", tag("thead", top) + tag("tbody", "".join(lines)), class_="scores")
-    return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label="comparison")
+    heads = "".join(tag("th", text(cell), scope="col") for cell in head[1:])
+    return table("comparison", heads, ((row[0], "".join(tag("td", text(cell)) for cell in row[1:])) for row in rest))
 
 
 def _nfe_charts(rows: dict[str, Any], nfe: list[int]) -> str:
@@ -111,7 +108,7 @@ def grid(plan: Plan, rows: dict[str, Any], kind: str, heads: list[str]) -> Path:
     """A sheet with a row a method and a column a prompt or a number of steps, names beside and above."""
     labels = {name: f"{name}-{row['stages'][IMAGES]}" for name, row in rows.items() if "stages" in row}
     found = {
-        name: [_opened(path) for path in paths]
+        name: [open_picture(path) for path in paths]
         for name, label in ({TEACHER: TEACHER} | labels).items()
         if (paths := strips(plan, label, kind))
     }
@@ -119,8 +116,3 @@ def grid(plan: Plan, rows: dict[str, Any], kind: str, heads: list[str]) -> Path:
     path = plan.output / f"grid-{kind}.png"
     sheet.save(path)
     return path
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")

@@ -87,8 +87,8 @@ class Plan:
             raise UserError(f"guidance must be a number, got {self.guidance}")
         if not self.nfe or min(self.nfe) < 1:
             raise UserError(f"nfe must be at least 1 each, got {self.nfe}")
+        known = (*EVERYONE, *(name for name in VARIANTS if name not in EVERYONE))
         for name in self.methods:
-            known = {**dict.fromkeys(EVERYONE), **VARIANTS}
             if name not in known:
                 raise UserError(f"unknown method {name!r}{suggest(name, known)}; methods: {', '.join(known)}")
 

@@ -18,8 +18,8 @@ from apexflow.comparison.plan import BASIS, IMAGES, TEACHER, TIME, Plan
 from apexflow.comparison.scores import draw_strips, grid_prompts, score_at, true_pictures
 from apexflow.comparison.tables import main_score, markdown
 from apexflow.comparison.train import costs, once, stages, sweep, train_to_budgets
-from apexflow.errors import UserError, is_taken, writing
-from apexflow.files import read_json, write_json, write_text
+from apexflow.errors import UserError, is_taken
+from apexflow.files import make_folder, read_json, write_json, write_text
 from apexflow.generator import load
 from apexflow.locking import alone_in
 from apexflow.progress import console
@@ -81,8 +81,7 @@ def _claim(plan: Plan) -> None:
         return
     if is_taken(plan.output):
         raise UserError(f"output {plan.output} exists and holds no comparison: choose another folder with -o")
-    with writing(plan.output):
-        plan.output.mkdir(parents=True, exist_ok=True)
+    make_folder(plan.output)
     write_json(marker, plan.identity())
 
 

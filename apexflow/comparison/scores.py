@@ -21,6 +21,7 @@ from apexflow.comparison.prompts import held_out_prompts
 from apexflow.data.cache import CachedSet
 from apexflow.data.pictures import PICTURES
 from apexflow.data.scenes import scenes
+from apexflow.data.shards import groups
 from apexflow.evaluation.drawing import features
 from apexflow.evaluation.fid import fid_from_statistics, statistics
 from apexflow.evaluation.files import open_picture
@@ -97,8 +98,8 @@ def own_sampler(plan: Plan, name: str, steps: int) -> dict[str, Any]:
 def _pictures_features(generator: Generator, folder: Path) -> Tensor:
     paths = sorted(path for path in folder.rglob("*") if path.suffix in PICTURES)
     parts = []
-    for begin in range(0, len(paths), MAX_BATCH):
-        pictures = [open_picture(path) for path in paths[begin : begin + MAX_BATCH]]
+    for group in groups(paths, MAX_BATCH):
+        pictures = [open_picture(path) for path in group]
         shape = generator.backbone.latent_shape((pictures[0].height, pictures[0].width))
         parts.append(pooled(features(generator, pictures).reshape(len(pictures), *shape)))
     return torch.cat(parts)
@@ -133,8 +134,7 @@ def true_pictures(plan: Plan, count: int) -> dict[str, Any]:
 
 def _cached_statistics(data: CachedSet, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     most = 256 if len(data.buckets) == 1 else 1  # latents of several shapes are not read at once
-    parts = [pooled(data.latents(list(rows[i : i + most]))) for i in range(0, len(rows), most)]
-    return statistics(torch.cat(parts).numpy())
+    return statistics(torch.cat([pooled(data.latents(group)) for group in groups(rows, most)]).numpy())
 
 
 def draw_strips(plan: Plan, name: str, model: Callable[[], Generator], folder: Path) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apexflow.errors import writing
-from apexflow.files import SUFFIX, replacing, write_text
+from apexflow.files import SUFFIX, make_folder, replacing, write_text
 
 GOES_ON = "free some space; the same command then goes on"
 Fields = Mapping[str, type | tuple[type, ...]]
@@ -19,8 +18,7 @@ Fields = Mapping[str, type | tuple[type, ...]]
 
 def others_in(folder: Path, claim: Path) -> list[Path]:
     """What a folder, which is made where it is not there, holds beside a claim and what processes at work have half written."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return [path for path in folder.iterdir() if path != claim and path.suffix not in (SUFFIX, ".lock")]
 
 

@@ -13,17 +13,16 @@ from apexflow.backbones import load_backbone, resolve
 from apexflow.data.cache import read_index
 from apexflow.data.caching import CacheSettings, make_cache
 from apexflow.data.synthesize import Synthesis, synthesize
-from apexflow.data.workers import Share
+from apexflow.data.workers import own_share
 from apexflow.devices import worker_device
 from apexflow.generator import load, suited_dtype
-from apexflow.progress import console
 
 
 def cache_command(
     source: Path, folder: Path, model: str, settings: CacheSettings, device: str
 ) -> dict[str, Any] | None:
     """What `apexflow cache` does, its share of it under torchrun; a summary with what was skipped, by whoever speaks."""
-    share, place = _own_share(), worker_device(device)
+    share, place = own_share(), worker_device(device)
     home = resolve(model)
     with share.alone_in(folder):
         backbone = load_backbone(model, "cpu", suited_dtype(model, place))
@@ -49,14 +48,8 @@ def synthesize_command(
     lora: Sequence[str] | None = None,
 ) -> dict[str, Any] | None:
     """What `apexflow synthesize` does, its share of it under torchrun; a summary, by whoever speaks."""
-    share, place = _own_share(), worker_device(device)
+    share, place = own_share(), worker_device(device)
     with share.alone_in(folder):
         generator = load(model, place, storage=storage, lora=lora)  # type: ignore[arg-type]
         result = synthesize(prompts, folder, generator, settings, share)
     return result if share.leads else None
-
-
-def _own_share() -> Share:
-    share = Share.from_environment()
-    console.quiet = not share.leads
-    return share

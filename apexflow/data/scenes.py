@@ -8,8 +8,9 @@ Eight pairs of shape and colour are held out: they occur in no training caption 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -179,6 +180,22 @@ def prompt_text(metadata: dict) -> str:
     return f"a photo of {article(names[0])} and {article(names[1])}"
 
 
+def metadata_of(
+    tag: str, pairs: Sequence[tuple[str, str]], named: bool, count: int = 1, relation: str | None = None
+) -> dict[str, Any]:
+    """GenEval metadata, caption and all, that ask for `count` of each pair of shape and, where `named`, colour; the second pair
+    stands in `relation` to the first."""
+    clauses: list[dict[str, Any]] = [
+        {"class": shape, "count": count} | ({"color": color} if named else {}) for shape, color in pairs
+    ]
+    if relation is not None:
+        clauses[1]["position"] = [relation, 0]
+    metadata: dict[str, Any] = {"tag": tag, "include": clauses}
+    if tag == "counting":
+        metadata["exclude"] = [{"class": pairs[0][0], "count": count + 1}]
+    return metadata | {"prompt": prompt_text(metadata)}
+
+
 def draw_scene(rng: np.random.Generator, task: str | None = None) -> Scene:
     """One random scene with its caption; `task` is one of GenEval's six tags, drawn by `TASK_WEIGHTS` when None."""
     task = task or str(rng.choice(list(TASK_WEIGHTS), p=list(TASK_WEIGHTS.values())))
@@ -190,15 +207,8 @@ def draw_scene(rng: np.random.Generator, task: str | None = None) -> Scene:
             pairs = [_pair(rng), _pair(rng)]
     # Half of the relations and counts also name colours, so that the words combine freely.
     named = task in ("colors", "color_attr") or (task in ("position", "counting") and rng.random() < 0.5)
-    clauses = [{"class": shape, "count": 1} | ({"color": color} if named else {}) for shape, color in pairs]
-    if task == "counting":
-        clauses = [clauses[0] | {"count": count}]
-    if relation is not None:
-        clauses[1]["position"] = [relation, 0]
-    metadata: dict = {"tag": task, "include": clauses}
-    if task == "counting":
-        metadata["exclude"] = [{"class": pairs[0][0], "count": count + 1}]
-    metadata["prompt"] = prompt_text(metadata)
+    asked, each = (pairs[:1], count) if task == "counting" else (pairs, 1)
+    metadata = metadata_of(task, asked, named, each, relation)
     things = tuple(
         Thing(shape, color, *spot) for (shape, color), spot in zip(pairs, place(count, relation, rng), strict=True)
     )

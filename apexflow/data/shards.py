@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from apexflow.data.scenes import Scene, render
-from apexflow.errors import writing
-from apexflow.files import replacing
+from apexflow.files import make_folder, replacing
 
 Item = TypeVar("Item")
 Record = tuple[str, Image.Image, str, Mapping[str, Any]]  # key, picture, caption, what else is known of it
@@ -22,8 +21,7 @@ Record = tuple[str, Image.Image, str, Mapping[str, Any]]  # key, picture, captio
 
 def write_scenes(scenes: Iterable[Scene], folder: Path, per_shard: int = 5000) -> int:
     """Draw scenes into shards; how many there were."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     start = 0
     for group in groups(scenes, per_shard):
         records = [(f"{i:07d}", render(s.things), s.caption, s.metadata) for i, s in enumerate(group, start)]

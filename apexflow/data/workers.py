@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from apexflow.locking import alone_in
-from apexflow.progress import Progress
+from apexflow.progress import Progress, console
 from apexflow.torchrun import rank_and_world
 
 Thing = TypeVar("Thing")
@@ -53,3 +53,10 @@ class Share:
                 time.sleep(WAIT)
                 before, left = len(left), [thing for thing in left if not is_there(thing)]
                 progress.advance(before - len(left))
+
+
+def own_share() -> Share:
+    """This process's share under torchrun; its progress is shown where it speaks to the user."""
+    share = Share.from_environment()
+    console.quiet = not share.leads
+    return share

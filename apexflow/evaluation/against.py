@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from apexflow.data.cache import checksum
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.pictures import PICTURES
 from apexflow.data.shards import groups
@@ -137,20 +138,16 @@ class AgainstPictures(OneFileEach):
         """The rows of some pictures, once their features are on disk."""
         rows: list[Row] = []
         features: dict[str, torch.Tensor] = {}
-        batch: list[tuple[Picture, Image.Image]] = []
         opened = partial(extract, self.network, pictures, lambda picture: open_picture(picture.path))
-        for picture, image, feature in opened(self.protocol, self.size or 0):
-            if isinstance(image, Unreadable):
-                rows.append({"filename": picture.name, "error": str(image)})
-                continue
-            if feature is not None:
-                features[picture_key(picture.path, picture.name)] = feature
-            batch.append((picture, image))
-            if len(batch) == BATCH:
-                rows += self._rows(batch)
-                batch = []
+        for part in groups(opened(self.protocol, self.size or 0), BATCH):
+            for picture, image, feature in part:
+                if isinstance(image, Unreadable):
+                    rows.append({"filename": picture.name, "error": str(image)})
+                elif feature is not None:
+                    features[picture_key(picture.path, picture.name)] = feature
+            rows += self._rows([(picture, image) for picture, image, _ in part if not isinstance(image, Unreadable)])
         store.add(features)
-        return rows + self._rows(batch)
+        return rows
 
     def _rows(self, batch: Sequence[tuple[Picture, Image.Image]]) -> list[Row]:
         scores: list[float | None] = [None] * len(batch)
@@ -220,7 +217,7 @@ class AgainstPictures(OneFileEach):
     def _reference_sha256(self) -> str:
         """Of the file, or of what tells the pictures from others."""
         if self.statistics_file is not None:
-            return hashlib.sha256(self.statistics_file.read_bytes()).hexdigest()
+            return checksum(self.statistics_file)
         return hashlib.sha256("".join(f"{one.identity}\n" for one in self.reference_pictures).encode()).hexdigest()
 
     def _add_reference(self, network: Inception, pictures: Sequence[Reference], store: FeatureStore) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 from apexflow.backbones.parts import SAFELY
 from apexflow.data.pictures import square
@@ -94,14 +95,14 @@ class Clip:
         """(N, D) unit-length features."""
         size = self.model.config.vision_config.image_size
         pixels = torch.stack([preprocess(image, size) for image in images]).to(self.device)
-        return _unit(_features(self.model.get_image_features(pixel_values=pixels)))
+        return normalize(_features(self.model.get_image_features(pixel_values=pixels)), dim=-1)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """(N, D) unit-length features; long texts are cut before their end token, never through it."""
         length = min(CONTEXT_LENGTH, self.model.config.text_config.max_position_embeddings)
         ids = tokenize(self.tokenizer, texts, length).to(self.device)
-        return _unit(_features(self.model.get_text_features(input_ids=ids)))
+        return normalize(_features(self.model.get_text_features(input_ids=ids)), dim=-1)
 
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
@@ -115,7 +116,3 @@ class Clip:
 def _features(output: Any) -> torch.Tensor:
     """transformers 5 wraps the projected features in an output object, earlier versions return the tensor."""
     return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
-
-
-def _unit(features: torch.Tensor) -> torch.Tensor:
-    return features / features.norm(dim=-1, keepdim=True)

@@ -119,10 +119,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Draw a suite's pictures and score them, or score pictures that are there."""
-    from apexflow.data.workers import Share
+    from apexflow.data.workers import own_share
     from apexflow.devices import worker_device
     from apexflow.evaluation.suite import EvaluationSettings, Tools
-    from apexflow.progress import console
 
     if images is not None:
         _refuse_for_images(ctx)
@@ -133,8 +132,7 @@ def evaluate(
     homes = _homes(output, read_numbers(steps, "--steps", int) if steps is not None else [None])
     if output is not None and images is None:
         _check_drawn_into(output, homes.values())
-    share = Share.from_environment()
-    console.quiet = not share.leads
+    share = own_share()
     place = str(worker_device(device))
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     # Not a check of the suite, which also draws for a comparison, and that takes a distance of its own.

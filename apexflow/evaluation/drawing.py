@@ -14,7 +14,7 @@ from apexflow.data.workers import Share
 from apexflow.evaluation.files import Unreadable, is_whole, open_picture, save_picture
 from apexflow.evaluation.suite import Drawing, EvaluationSettings, Prompt, Suite
 from apexflow.files import write_json, write_text
-from apexflow.generator import AHEAD, MAX_BATCH, Generator, pictures_at_once
+from apexflow.generator import AHEAD, MAX_BATCH, Generator, picture_grid, pictures_at_once
 from apexflow.progress import Progress
 
 EVALUATIONS = "evaluations.json"  # network calls a picture, counted while drawing
@@ -48,7 +48,8 @@ def draw(
                 for drawing, samples in _draw_group(generator, settings, group, size):
                     if not (folder / EVALUATIONS).is_file():
                         write_json(folder / EVALUATIONS, generator.evaluations)
-                    save_picture(_grid(samples), pictures / drawing.path)
+                    sheet = picture_grid(samples, min(len(samples), 2), gap=0)  # as official grids lie
+                    save_picture(sheet, pictures / drawing.path)
                 progress.advance(len(group))
 
 
@@ -74,17 +75,6 @@ def _draw_group(
         count = len(drawing.samples)
         yield drawing, samples[:count]
         samples = samples[count:]
-
-
-def _grid(samples: Sequence[Image.Image]) -> Image.Image:
-    """One picture as it is; four as top left, top right, bottom left, bottom right, without a gap."""
-    if len(samples) == 1:
-        return samples[0]
-    width, height = samples[0].size
-    sheet = Image.new("RGB", (2 * width, 2 * height))
-    for index, sample in enumerate(samples):
-        sheet.paste(sample, ((index % 2) * width, (index // 2) * height))
-    return sheet
 
 
 def _readable(paths: Sequence[Path]) -> list[Image.Image]:

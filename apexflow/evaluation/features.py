@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from apexflow.data.shards import groups
 from apexflow.errors import UserError, first_line
 from apexflow.evaluation.fid import Array, RunningStatistics
 from apexflow.evaluation.files import Item, Unreadable, read_ahead, stamp
@@ -91,27 +92,14 @@ def extract(
         image = read(item)
         return image, None if network is None else prepare(image, protocol, size)
 
-    waiting: list[tuple[Item, Image.Image, torch.Tensor]] = []
-    for item, found in read_ahead(items, prepared, threads=8):
-        if isinstance(found, Unreadable):
-            yield item, found, None
-        elif network is None or found[1] is None:
-            yield item, found[0], None
-        else:
-            waiting.append((item, found[0], found[1]))
-            if len(waiting) == BATCH:
-                yield from _through(network, waiting)
-                waiting = []
-    if network is not None and waiting:
-        yield from _through(network, waiting)
-
-
-def _through(
-    network: Inception, batch: Sequence[tuple[Item, Image.Image, torch.Tensor]]
-) -> Iterator[tuple[Item, Image.Image, torch.Tensor]]:
-    features = network.features(torch.stack([prepared for _, _, prepared in batch]))
-    for (item, image, _), row in zip(batch, features, strict=True):
-        yield item, image, row
+    for part in groups(read_ahead(items, prepared, threads=8), BATCH):
+        seen = [found[1] for _, found in part if not isinstance(found, Unreadable) and found[1] is not None]
+        features = iter(network.features(torch.stack(seen)) if network is not None and seen else ())
+        for item, found in part:
+            if isinstance(found, Unreadable):
+                yield item, found, None
+            else:
+                yield item, found[0], next(features, None)
 
 
 def read_statistics(path: Path) -> tuple[Array, Array]:

@@ -72,7 +72,6 @@ class Mplug:
             raise UserError(f"mPLUG needs modelscope, which does not load ({error}): see docs/evaluation.md") from None
         if not folder.is_dir():
             raise UserError(f"no mPLUG at {folder}: name the folder of mplug_visual-question-answering_coco_large_en")
-        self.name = "mplug"
         self.pipeline: Any = pipeline("visual-question-answering", model=str(folder))
 
     def __call__(self, messages: Sequence[Message]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from apexflow.data.scenes import COLORS, HELD_OUT, NUMBERS, RELATIONS, SHAPES, prompt_text
+from apexflow.data.scenes import COLORS, HELD_OUT, NUMBERS, RELATIONS, SHAPES, metadata_of
 from apexflow.evaluation.detector import Detection, detect
 from apexflow.evaluation.geneval import evaluate_image, filter_detections, overall_error, summarize
 
@@ -34,22 +34,24 @@ def held_out_prompts() -> list[dict[str, Any]]:
     rng = np.random.default_rng(PROMPT_SEED + 1)
     unseen, allowed = sorted(HELD_OUT), [(s, c) for s in SHAPES for c in COLORS if (s, c) not in HELD_OUT]
     half = HELD_OUT_PROMPTS // 2
-    single = [_metadata("colors", [unseen[i % len(unseen)]]) for i in range(half)]
+    single = [metadata_of("colors", [unseen[i % len(unseen)]], named=True) for i in range(half)]
     double = []
     for index in range(half):
         pair = unseen[index % len(unseen)]
         others = [p for p in allowed if p[0] != pair[0] and p[1] != pair[1]]
-        double.append(_metadata("color_attr", [pair, others[int(rng.integers(len(others)))]]))
+        double.append(metadata_of("color_attr", [pair, others[int(rng.integers(len(others)))]], named=True))
     return single + double
 
 
 def _draw(tag: str, rng: np.random.Generator, allowed: Sequence[tuple[str, str]]) -> dict[str, Any]:
     first, second = _two_pairs(rng, allowed)
+    named = tag in ("colors", "color_attr")
     if tag in ("single_object", "colors"):
-        return _metadata(tag, [first])
+        return metadata_of(tag, [first], named)
     if tag == "counting":
-        return _metadata(tag, [first], count=int(rng.integers(min(NUMBERS), max(NUMBERS) + 1)))
-    return _metadata(tag, [first, second], relation=str(rng.choice(RELATIONS)) if tag == "position" else None)
+        return metadata_of(tag, [first], named, int(rng.integers(min(NUMBERS), max(NUMBERS) + 1)))
+    relation = str(rng.choice(RELATIONS)) if tag == "position" else None
+    return metadata_of(tag, [first, second], named, relation=relation)
 
 
 def _two_pairs(rng: np.random.Generator, allowed: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -58,21 +60,6 @@ def _two_pairs(rng: np.random.Generator, allowed: Sequence[tuple[str, str]]) -> 
         first, second = (allowed[int(i)] for i in rng.choice(len(allowed), 2, replace=False))
         if first[0] != second[0] and first[1] != second[1]:
             return first, second
-
-
-def _metadata(
-    tag: str, pairs: Sequence[tuple[str, str]], count: int = 1, relation: str | None = None
-) -> dict[str, Any]:
-    named = tag in ("colors", "color_attr")
-    include: list[dict[str, Any]] = [
-        {"class": shape, "count": count} | ({"color": color} if named else {}) for shape, color in pairs
-    ]
-    if relation:
-        include[1]["position"] = [relation, 0]
-    metadata: dict[str, Any] = {"tag": tag, "include": include}
-    if tag == "counting":
-        metadata["exclude"] = [{"class": pairs[0][0], "count": count + 1}]
-    return metadata | {"prompt": prompt_text(metadata)}
 
 
 def score_picture(image: Image.Image, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.storage import stored_kind
 from apexflow.data.fingerprint import fingerprint
 from apexflow.data.workers import Share
-from apexflow.errors import UserError, writing
+from apexflow.errors import UserError
 from apexflow.evaluation.drawing import EVALUATIONS, diversity, draw, pending
 from apexflow.evaluation.files import is_whole
 from apexflow.evaluation.scoring import Scored, score
 from apexflow.evaluation.suite import EvaluationSettings, Found, Prompt, Suite, Tools, prompts_sha256
 from apexflow.evaluation.suites import make_suite
-from apexflow.files import read_json, write_json
+from apexflow.files import make_folder, read_json, write_json
 from apexflow.generator import Generator
 from apexflow.locking import alone_in
 
@@ -102,9 +102,7 @@ def score_folder(
 
 
 def _suite(settings: EvaluationSettings, tools: Tools | None) -> Suite:
-    if (settings.per_prompt is not None and settings.per_prompt < 1) or (
-        settings.limit is not None and settings.limit < 1
-    ):
+    if any(number is not None and number < 1 for number in (settings.per_prompt, settings.limit)):
         raise UserError("per_prompt and limit must be at least 1")
     return make_suite(settings.suite, tools or Tools(), settings.per_prompt)
 
@@ -180,8 +178,7 @@ def versions() -> dict[str, str]:
 
 def _claim(folder: Path, marker: str, settings: dict[str, Any]) -> None:
     """Take a new folder, or go on in one with the same settings; UserError if it holds anything else."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     # Listed before the marker is looked for: a process beside this one writes the marker first.
     foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     path = folder / marker

@@ -39,7 +39,7 @@ from apexflow.backbones.parts import check_whole, index_entry
 from apexflow.backbones.weights import weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.factors import Factors, factor
-from apexflow.export.lora import check_loadable, save_pairs
+from apexflow.export.lora import check_loadable, is_loadable, save_pairs
 from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import Scheduler, call_options, samples_as, stock_scheduler_config
 from apexflow.files import new_folder
@@ -224,13 +224,10 @@ def _whole(found: Source, partial: Path) -> None:
 
 
 def _lora(found: Source, partial: Path) -> None:
-    import diffusers
-
     if found.lora is None:
         raise ValueError("no LoRA to write")
-    pipeline = read_index(found.model)["_class_name"]
-    if not hasattr(getattr(diffusers, pipeline), "load_lora_weights"):
-        raise UserError(f"{pipeline} of diffusers loads no LoRA: pass --merge")
+    if not is_loadable(found.backbone):
+        raise UserError(f"{found.backbone.pipeline} of diffusers loads no LoRA: pass --merge")
     pairs = read_lora(found.lora, found.backbone)
     check_lora(found.lora, pairs, found.model / found.backbone.network_part)
     with safe_open(found.lora, "pt") as opened:
@@ -278,7 +275,6 @@ def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chose
 
 def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any], output: Path) -> str:
     """A README: the lines that draw a picture with stock diffusers."""
-    pipeline = read_index(found.model)["_class_name"]
     loaded = found.base if kind == "lora" else str(output)
     if kind == "lora" and loaded in built_in():
         loaded = str(BUILT_IN / loaded)  # diffusers knows neither our names
@@ -287,11 +283,13 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     if chosen == "any-step":
         lines.append("import apexflow.export  # the scheduler's class")
     dtype = suited_on_gpu(found.model, found.name, found.settings.card)  # what our own loader takes
+    pipeline = found.backbone.pipeline
     lines.append(f'pipe = diffusers.{pipeline}.from_pretrained({loaded!r}, torch_dtype={dtype}).to("cuda")')
     if kind == "lora":
         lines.append(f"pipe.load_lora_weights({str(output)!r})")
         if chosen != "original":
-            name = "apexflow.export.AnyStepScheduler" if chosen == "any-step" else STOCK
+            own = chosen == "any-step"
+            name = "apexflow.export.AnyStepScheduler" if own else "diffusers.FlowMatchEulerDiscreteScheduler"
             lines.append(f'pipe.scheduler = {name}.from_pretrained({str(output)!r}, subfolder="scheduler")')
     call = ", ".join(f"{name}={value!r}" for name, value in options.items())
     lines.append(f'picture = pipe(prompt="a red cube", {call}).images[0]')
@@ -313,6 +311,3 @@ def _cautions(found: Source, chosen: Scheduler) -> list[str]:
             f"{settings.order}. The scheduler here goes from step to step in its own way, so its pictures may differ."
         )
     return cautions
-
-
-STOCK = "diffusers.FlowMatchEulerDiscreteScheduler"

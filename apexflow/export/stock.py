@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apexflow.backbones import Backbone, Settings
-from apexflow.sampler import check_times, shift_times, time_grid
+from apexflow.sampler import check_times, shift_times
 
 Scheduler = Literal["stock", "any-step", "original"]
 
@@ -31,7 +31,7 @@ def stock_scheduler_config(
     given: Any = settings_or_times
     renoised = isinstance(given, Settings) and given.rho == 1
     if isinstance(given, Settings):
-        given = _times(given, time_shift)
+        given = given.grid(given.steps, time_shift)
     times = torch.as_tensor(given, dtype=torch.float64)
     check_times(times)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(
@@ -55,13 +55,6 @@ def samples_as(settings: Settings, scheduler: Scheduler) -> bool:
     return scheduler == "any-step" and settings.order == 1
 
 
-def _times(settings: Settings, time_shift: float) -> Tensor:
-    """The grid (steps + 1,) on which a model is sampled."""
-    if settings.times is not None and len(settings.times) == settings.steps + 1:
-        return torch.tensor(settings.times, dtype=torch.float64)
-    return shift_times(time_grid(settings.steps), time_shift)
-
-
 def call_options(backbone: Backbone, settings: Settings, stock: bool) -> dict[str, Any]:
     """Keyword arguments of the stock pipeline's call that sample as `settings` say; `stock`: by the stock scheduler.
 
@@ -73,5 +66,5 @@ def call_options(backbone: Backbone, settings: Settings, stock: bool) -> dict[st
     if stock:
         options["sigmas"] = stock_scheduler_config(settings, backbone.time_shift)["sigmas"]
     elif not backbone.flow_scheduler:
-        options |= backbone.stock_places(_times(settings, backbone.time_shift))
+        options |= backbone.stock_places(settings.grid(settings.steps, backbone.time_shift))
     return options | backbone.stock_options(settings)

@@ -212,13 +212,9 @@ class APEX(Objective):
     @property
     def needs(self) -> tuple[str, ...]:
         """Roles that this reading calls, beside the student."""
-        teacher = (self.path_velocity == "teacher" and self.path_weight > 0) or (
-            self.real == "teacher" and self.endpoint_weight > 0
-        )
-        reference = (self.reference == "reference" and self.path_weight > 0) or (
-            self.real == "reference" and self.endpoint_weight > 0
-        )
-        return ("teacher",) * teacher + ("reference",) * reference
+        path = (self.path_velocity, self.reference) if self.path_weight > 0 else ()
+        asked = (*path, self.real) if self.endpoint_weight > 0 else path
+        return tuple(role for role in ("teacher", "reference") if role in asked)
 
     @property
     def needs_pictures(self) -> bool:

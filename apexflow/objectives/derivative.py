@@ -42,10 +42,11 @@ def derivative(
 def speed(t: Tensor, transport: Transport) -> Tensor:
     """(B,): how fast `x_t` moves with t for a unit of the prediction F at fixed x_t; 1 for linear transport."""
     alpha, gamma = transport.alpha(t), transport.gamma(t)
-    d_alpha, d_gamma = (_rate(schedule, t) for schedule in (transport.alpha, transport.gamma))
+    d_alpha, d_gamma = (rate_of(schedule, t) for schedule in (transport.alpha, transport.gamma))
     return (d_gamma * alpha - d_alpha * gamma) / transport.determinant(t)
 
 
-def _rate(schedule: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+def rate_of(schedule: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """(B,): how fast a function of the time alone changes at times t (B,)."""
     tangent: Any = torch.func.jvp(schedule, (t,), (torch.ones_like(t),))[1]
     return tangent

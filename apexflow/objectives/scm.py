@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from apexflow.conditioning import Condition
 from apexflow.objectives import Batch, Losses, Networks, Objective
-from apexflow.objectives.derivative import Kind, derivative
+from apexflow.objectives.derivative import Kind, derivative, rate_of
 from apexflow.objectives.distances import mean_square
 from apexflow.objectives.teacher import teach
 from apexflow.objectives.times import TimeLaw
@@ -123,7 +123,7 @@ class SCM(Objective):
             x_s = transport.interpolate(x, z, s)
             return angular_prediction(networks.student(x_s, s, c), x_s, s, transport)
 
-        rate: Any = torch.func.jvp(lambda s: angle(s, transport), (t,), (torch.ones_like(t),))[1]
+        rate = rate_of(lambda s: angle(s, transport), t)
         return derivative(along, t, self.derivative, self.epsilon, networks.round_time) / expand(rate, x)
 
     def _normalised(self, g: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -30,6 +30,13 @@ def section(title: str, inner: str, note: str = "") -> str:
         return ""
     told = tag("p", text(note), class_="note") if note else ""
     return tag("section", tag("h2", text(title)) + told + inner)
+
+
+def table(name: str, heads: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A table that scrolls by itself: under `heads` a row for each (title, cells). Heads and cells are markup."""
+    lines = "".join(tag("tr", tag("th", text(title), scope="row") + cells) for title, cells in rows)
+    whole = tag("table", tag("thead", tag("tr", tag("td") + heads)) + tag("tbody", lines), class_="scores")
+    return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label=name)
 
 
 def label(key: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from apexflow.reporting.markup import NOTHING, is_number, label, minus, number, section, setting, tag, text
+from apexflow.reporting.markup import NOTHING, is_number, label, minus, number, section, setting, table, tag, text
 
 Scores = Mapping[str, Any]
 Column = tuple[str, str]  # ("", key) for a number of the scores themselves, (group, key) for one of a mapping in them
@@ -65,16 +65,13 @@ def _rank(column: Column) -> int:
 def _score_table(columns: list[Column], rows: Mapping[str, Mapping[Column, float]]) -> str:
     if not columns:
         return ""
-    head = tag("td") + "".join(
+    heads = "".join(
         tag("th", text(label(key)), scope="col", class_="main" if (group, key) == ("", "overall") else None)
         for group, key in columns
     )
-    body = "".join(
-        tag("tr", tag("th", text(name), scope="row") + "".join(_cell(row, column) for column in columns))
-        for name, row in rows.items()
+    return table(
+        "scores", heads, ((name, "".join(_cell(row, column) for column in columns)) for name, row in rows.items())
     )
-    table = tag("table", tag("thead", tag("tr", head)) + tag("tbody", body), class_="scores")
-    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="scores")
 
 
 def _cell(row: Mapping[Column, float], column: Column) -> str:
@@ -93,21 +90,18 @@ def score(value: float | None) -> str:
 
 def data_section(sources: Sequence[Mapping[str, Any]], steps: float | None, batch: Any) -> str:
     """A table of the sets that a run was trained on: rows, share of the run's rows, and how often each row was seen by then."""
-    head = tag("td") + "".join(tag("th", text(name), scope="col") for name in ("Rows", "Share", "Times seen"))
-    lines = "".join(_source(source, steps, batch) for source in sources)
-    table = tag("table", tag("thead", tag("tr", head)) + tag("tbody", lines), class_="scores") if lines else ""
-    return section(
-        "Data", tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="data") if table else ""
-    )
+    heads = "".join(tag("th", text(name), scope="col") for name in ("Rows", "Share", "Times seen"))
+    rows = [_source(source, steps, batch) for source in sources]
+    return section("Data", table("data", heads, rows) if rows else "")
 
 
-def _source(source: Mapping[str, Any], steps: float | None, batch: Any) -> str:
+def _source(source: Mapping[str, Any], steps: float | None, batch: Any) -> tuple[str, str]:
     rows, share = (value if is_number(value := source.get(key)) else None for key in ("rows", "share"))
     known = rows and share is not None and steps is not None and is_number(batch)
     seen = number(steps * batch * share / rows, 2) if known else NOTHING  # type: ignore[operator]
     name = str(source.get("source")) + ("" if source.get("pictures", True) else " (prompts alone)")
     cells = (number(rows), NOTHING if share is None else minus(f"{share:.1%}"), seen)
-    return tag("tr", tag("th", text(name), scope="row") + "".join(tag("td", cell) for cell in cells))
+    return name, "".join(tag("td", cell) for cell in cells)
 
 
 def recipe_section(recipe: Mapping[str, Any]) -> str:

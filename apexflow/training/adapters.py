@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +71,15 @@ class LoraRoles:
         if (second := second_time.second_time_of(self.backbone.transformer)) is not None:
             second.active = name if name is not None and name in second.embedders else None
 
+    @contextmanager
+    def _active(self, name: str | None) -> Iterator[None]:
+        """Within, an adapter other than the student's answers; None: the base alone."""
+        self._activate(name)
+        try:
+            yield
+        finally:
+            self._activate("default")
+
     @property
     def modules(self) -> list[nn.Module]:
         """The module that holds the trained adapter."""
@@ -84,12 +93,8 @@ class LoraRoles:
 
     def _as(self, name: str | None, field: Field) -> Field:
         def answer(x_t: Tensor, t: Tensor, c: Condition, s: Tensor | None = None) -> Tensor:
-            self._activate(name)
-            try:
-                with not_recomputed(self.backbone.transformer):
-                    return field(x_t, t, c, s)
-            finally:
-                self._activate("default")
+            with self._active(name), not_recomputed(self.backbone.transformer):
+                return field(x_t, t, c, s)
 
         return answer
 
@@ -144,14 +149,9 @@ class LoraRoles:
             second_time.attach(plain).embedders["default"].load_state_dict(averaged)
         return plain.eval().requires_grad_(False)
 
-    @contextmanager
-    def shipped(self) -> Iterator[None]:
+    def shipped(self) -> AbstractContextManager[None]:
         """Within, the backbone answers with the averaged adapter."""
-        self._activate("ema")
-        try:
-            yield
-        finally:
-            self._activate("default")
+        return self._active("ema")
 
 
 def inject_adapters(

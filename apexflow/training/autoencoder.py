@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apexflow.data.captioned import Skipped, read_captioned
-from apexflow.data.pictures import to_bytes
+from apexflow.data.pictures import centred, to_bytes
 from apexflow.errors import UserError
 from apexflow.progress import Progress
 
@@ -33,7 +33,7 @@ def fit_autoencoder(
     error = torch.tensor(0.0)
     with Progress("fitting the autoencoder", steps) as progress:
         for _ in range(steps):
-            x = images[torch.randint(len(images), (16,), generator=generator)].float() / 127.5 - 1
+            x = centred(images[torch.randint(len(images), (16,), generator=generator)])
             loss, error = reconstruction_loss(vae, x, generator)
             optimizer.zero_grad()
             loss.backward()

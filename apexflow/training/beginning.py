@@ -8,6 +8,7 @@ from pathlib import Path
 from apexflow.backbones import Backbone
 from apexflow.backbones.lora_targets import target_modules
 from apexflow.errors import UserError, in_a_shell
+from apexflow.lora.added import MEND
 from apexflow.lora.merge import Pair, file_of, read_lora
 from apexflow.training.config import Recipe
 
@@ -21,9 +22,7 @@ def read_start(recipe: Recipe, backbone: Backbone) -> dict[str, Pair]:
         return {}
     file = file_of(Path(recipe.tuning.start))
     if not file.is_file():
-        raise UserError(
-            f"tuning.start: {file} does not exist: name a LoRA file, the lora/ of a run, or the folder that an export wrote"
-        )
+        raise UserError(f"tuning.start: {file} does not exist: {MEND}")
     pairs = read_lora(file, backbone)
     check_start(file, pairs, recipe, backbone)
     return pairs

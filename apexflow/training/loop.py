@@ -20,9 +20,9 @@ from apexflow.backbones.storage import storing
 from apexflow.conditioning import Condition
 from apexflow.data.mixture import Cached
 from apexflow.devices import device_name
-from apexflow.errors import Stopped, UserError, in_a_shell, is_out_of_memory, is_taken, printable, writing
+from apexflow.errors import Stopped, UserError, in_a_shell, is_out_of_memory, is_taken, printable
 from apexflow.evaluation.runner import EvaluationSettings, evaluate
-from apexflow.files import write_json
+from apexflow.files import make_folder, write_json
 from apexflow.generator import load
 from apexflow.objectives import Objective
 from apexflow.progress import Progress, console
@@ -114,8 +114,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
         console.print(f"{folder} holds no checkpoint: the run begins at its first step")
     with together():
         if leads():
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_json(folder / RECIPE, recipe.to_dict())
             _tell_sources(recipe, folder, made.data)
     return run

@@ -167,9 +167,7 @@ def loaded_dtype(recipe: Recipe) -> torch.dtype:
 
 def checkpointed(tuning: Tuning, transformer: nn.Module) -> bool:
     """Whether activations are computed again in backward: as the recipe says, or from half a billion parameters on."""
-    if tuning.checkpointing is not None:
-        return tuning.checkpointing
-    return is_large(transformer)
+    return is_large(transformer) if tuning.checkpointing is None else tuning.checkpointing
 
 
 @torch.no_grad()

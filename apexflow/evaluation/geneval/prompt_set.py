@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from apexflow.data.scenes import NUMBERS, RELATIONS, article, plural
+from apexflow.data.scenes import RELATIONS, prompt_text
 from apexflow.errors import UserError
 
 # In the detector's index order. Three names differ from COCO's (computer mouse, tv remote, computer keyboard), so
@@ -92,53 +92,41 @@ def _draw_all(rng: np.random.Generator) -> list[dict[str, Any]]:
     entries = [_single(NAMES[i]) for i in rng.choice(len(NAMES), size=len(NAMES), replace=False)]
     for draw in (_two_objects, _counting, _colors, _position, _color_attribution):
         entries += [draw(rng) for _ in range(DRAWS)]
-    return entries
+    return [entry | {"prompt": prompt_text(entry)} for entry in entries]
 
 
 def _single(name: str) -> dict[str, Any]:
-    return {"tag": "single_object", "include": [_clause(name)], "prompt": f"a photo of {article(name)}"}
+    return {"tag": "single_object", "include": [_clause(name)]}
 
 
 def _two_objects(rng: np.random.Generator) -> dict[str, Any]:
     first, second = (NAMES[i] for i in rng.choice(len(NAMES), size=2, replace=False))
-    prompt = f"a photo of {article(first)} and {article(second)}"
-    return {"tag": "two_object", "include": [_clause(first), _clause(second)], "prompt": prompt}
+    return {"tag": "two_object", "include": [_clause(first), _clause(second)]}
 
 
 def _counting(rng: np.random.Generator) -> dict[str, Any]:
     name = NAMES[rng.choice(len(NAMES))]
     count = int(rng.integers(2, 4, endpoint=True))
-    return {
-        "tag": "counting",
-        "include": [_clause(name, count)],
-        "exclude": [_clause(name, count + 1)],
-        "prompt": f"a photo of {NUMBERS[count]} {plural(name)}",
-    }
+    return {"tag": "counting", "include": [_clause(name, count)], "exclude": [_clause(name, count + 1)]}
 
 
 def _colors(rng: np.random.Generator) -> dict[str, Any]:
     name = NAMES[rng.choice(len(NAMES) - 1) + 1]  # + 1 skips "person": no coloured people
     color = COLORS[rng.choice(len(COLORS))]
-    prompt = f"a photo of {article(f'{color} {name}')}"
-    return {"tag": "colors", "include": [_clause(name) | {"color": color}], "prompt": prompt}
+    return {"tag": "colors", "include": [_clause(name) | {"color": color}]}
 
 
 def _position(rng: np.random.Generator) -> dict[str, Any]:
     subject, target = (NAMES[i] for i in rng.choice(len(NAMES), size=2, replace=False))
     relation = RELATIONS[rng.choice(len(RELATIONS))]
-    return {
-        "tag": "position",
-        "include": [_clause(target), _clause(subject) | {"position": [relation, 0]}],
-        "prompt": f"a photo of {article(subject)} {relation} {article(target)}",
-    }
+    return {"tag": "position", "include": [_clause(target), _clause(subject) | {"position": [relation, 0]}]}
 
 
 def _color_attribution(rng: np.random.Generator) -> dict[str, Any]:
     names = [NAMES[i + 1] for i in rng.choice(len(NAMES) - 1, size=2, replace=False)]
     colors = [COLORS[i] for i in rng.choice(len(COLORS), size=2, replace=False)]
-    phrases = [article(f"{color} {name}") for color, name in zip(colors, names, strict=True)]
     include = [_clause(name) | {"color": color} for color, name in zip(colors, names, strict=True)]
-    return {"tag": "color_attr", "include": include, "prompt": f"a photo of {' and '.join(phrases)}"}
+    return {"tag": "color_attr", "include": include}
 
 
 def _clause(name: str, count: int = 1) -> dict[str, Any]:

@@ -90,11 +90,8 @@ def relative_position(a: ArrayLike, b: ArrayLike) -> set[str]:
         return set()
     # Divided by the norm of the offset before shrinking: boxes that nearly touch can miss the 0.5 on both axes.
     dx, dy = shrunk / np.linalg.norm(offset)
-    relations = set()
-    for found, relation in ((dx < -0.5, "left of"), (dx > 0.5, "right of"), (dy < -0.5, "above"), (dy > 0.5, "below")):
-        if found:
-            relations.add(relation)
-    return relations
+    found = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {relation for relation, holds in found.items() if holds}
 
 
 def _corners(box: ArrayLike) -> Array:

@@ -6,12 +6,12 @@ Needs --data (ELLA's dpg_bench folder, or its dpg_bench.csv) and --judge. --prot
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from apexflow.data.cache import checksum
 from apexflow.data.readers import text_of
 from apexflow.errors import UserError
 from apexflow.evaluation import dpg
@@ -77,7 +77,7 @@ class DpgBench(OneFileEach):
         return f"{prompt.metadata['item_id']}.png"
 
     def settings(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.csv.read_bytes()).hexdigest()
+        digest = checksum(self.csv)
         comparable = self.official_answers and self.mode == dpg.MODES[0]
         return {**self.panel.identity, "mode": self.mode, "questions_sha256": digest, "comparable": comparable}
 

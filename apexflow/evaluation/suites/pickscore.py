@@ -18,6 +18,7 @@ from PIL import Image
 
 from apexflow.data.captioned import Skipped, read_captioned
 from apexflow.data.fingerprint import fingerprint
+from apexflow.data.shards import groups
 from apexflow.errors import UserError
 from apexflow.evaluation.clip import Clip
 from apexflow.evaluation.files import Unreadable, open_picture, read_ahead
@@ -56,17 +57,12 @@ class PickScore(OneFileEach):
         return {"clip_weights": fingerprint(self.clip.model)}
 
     def score(self, pictures: Sequence[Picture], work: Path) -> Iterator[Row]:
-        batch: list[tuple[Picture, Image.Image]] = []
-        for picture, image in read_ahead(pictures, lambda picture: open_picture(picture.path)):
-            if isinstance(image, Unreadable):
-                yield {"filename": picture.name, "error": str(image)}
-                continue
-            batch.append((picture, image))
-            if len(batch) == BATCH:
-                yield from self._rows(batch)
-                batch = []
-        if batch:
-            yield from self._rows(batch)
+        for part in groups(read_ahead(pictures, lambda picture: open_picture(picture.path)), BATCH):
+            for picture, image in part:
+                if isinstance(image, Unreadable):
+                    yield {"filename": picture.name, "error": str(image)}
+            if whole := [(picture, image) for picture, image in part if not isinstance(image, Unreadable)]:
+                yield from self._rows(whole)
 
     def _rows(self, batch: Sequence[tuple[Picture, Image.Image]]) -> list[Row]:
         prompts = [picture.metadata["prompt"] for picture, _ in batch]
