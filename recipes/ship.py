@@ -55,8 +55,10 @@ def card(backbone: Backbone, name: str, recipes: Sequence[str]) -> str:
     made = backbone.settings.card
     parts = {one: steps for each in recipes for one, steps in lineage(recipe_of(each)).items()}
     listed = "\n".join(f"- `recipes/{one}.yaml`, {count:,}" for one, count in parts.items())
-    several = f"The weights are the mean of those of {' and '.join(recipes)}.\n" if len(recipes) > 1 else ""
+    told = f"The weights are the mean of those of {' and '.join(recipes)}.\n" if len(recipes) > 1 else ""
     recipe, minutes = yaml.safe_dump(made["recipe"], sort_keys=False), made["seconds"] / 60
+    teachers = " and ".join(f"`recipes/{one}.yaml`" for one in parts_of(made["recipe"].get("teacher")))
+    told += f"Their teacher is the mean of what {teachers} made.\n" if teachers else ""
     weights = sum(
         p.numel() for part in ("transformer", "vae", "text_encoder") for p in getattr(backbone, part).parameters()
     )
@@ -70,7 +72,7 @@ Made in {sum(parts.values()):,} steps, by these recipes; each names the model th
 {listed}
 
 The last, below, took {minutes:.0f} minutes on {made["device"]}.
-{several}Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
+{told}Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
 
 <!-- {name} -->
 <!-- /{name} -->
@@ -83,11 +85,15 @@ Recipe, with its seed:
 
 
 def lineage(recipe: Mapping[str, Any]) -> dict[str, int]:
-    """Steps of a recipe, and of those before it from whose models it goes on, first to last; A+B is the mean of two."""
-    before: dict[str, int] = {}
-    for earlier in Path(recipe["model"]).parent.name.split("+"):
-        before |= lineage(recipe_of(earlier)) if recipe_file(earlier).is_file() else {}
+    """Steps of a recipe, and of those before it from whose models it goes on, first to last."""
+    before = {one: steps for earlier in parts_of(recipe["model"]) for one, steps in lineage(recipe_of(earlier)).items()}
     return before | {Path(recipe["output"]).name: recipe["steps"]}
+
+
+def parts_of(model: str | None) -> list[str]:
+    """The recipes that made a model in runs/: none, one, or those of a mean, whose folder is called A+B."""
+    names = Path(model or "").parent.name.split("+")
+    return [name for name in names if name and recipe_file(name).is_file()]
 
 
 def recipe_of(name: str) -> dict[str, Any]:
