@@ -307,10 +307,10 @@ def test_a_run_of_its_own_goes_on_where_the_shorter_diverged(plan: Plan, monkeyp
 
 def test_a_stop_in_a_comparison_says_how_to_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(recipe: Any, resume: bool = False) -> Path:
-        raise Stopped("saved at step 1; go on with the same command and --resume")
+        raise Stopped("saved at step 1; resume with the same command and --resume")
 
     monkeypatch.setattr(training, "train", stop)
-    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+    with pytest.raises(Stopped, match="run the same command to resume") as stopped:
         run_comparison(plan)
     assert "--resume" not in str(stopped.value)
 

@@ -154,7 +154,7 @@ def find_source(source: str, base: str | None) -> Source:
     of_run = is_run(path)
     is_lora = not of_run and (path.suffix == ".safetensors" or (path / FILE).is_file())
     if base is not None and of_run:
-        raise UserError(f"{source} is a run, which knows its base: leave out --base")
+        raise UserError(f"{source} is a run, which records its base: leave out --base")
     if of_run:
         return _run(path)
     if is_lora:

@@ -81,7 +81,7 @@ def steps(run: Run) -> None:
                 journal.show(run.step, {f"previews/{name}": value for name, value in preview(run).items()})
             if stopped:
                 journal.close()
-                raise Stopped(f"saved at step {run.step}; go on with the same command and --resume")
+                raise Stopped(f"saved at step {run.step}; resume with the same command and --resume")
     journal.close()
 
 

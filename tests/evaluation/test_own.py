@@ -178,7 +178,7 @@ def test_nothing_to_score_with_is_refused_before_a_model_is_loaded(
 ) -> None:
     model = () if "--images" in drawing else ("--model", "no-such-model")
     given = ("evaluate", *model, "--suite", "own", "--data", noise, *drawing)
-    refused(run(*given), "nothing would be scored: name --inception")
+    refused(run(*given), "nothing would be scored: give --inception")
 
 
 def test_what_is_about_fid_needs_its_network(noise: Path, tmp_path: Path) -> None:

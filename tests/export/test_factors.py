@@ -120,7 +120,7 @@ def test_a_run_knows_its_base(folder_of, tmp_path):
     (folder / "recipe.json").write_text(json.dumps(recipe))
     assert export(str(folder), tmp_path / "out", rank=RANK)["kept"] > 0.999
     assert f"from_pretrained({str(base)!r}" in (tmp_path / "out" / "README.md").read_text()
-    refused(("knows its base", "leave out --base"), str(folder), tmp_path / "o", rank=RANK, base=str(base))
+    refused(("records its base", "leave out --base"), str(folder), tmp_path / "o", rank=RANK, base=str(base))
     recipe["tuning"]["text_encoder"] = True
     (folder / "model" / "apexflow.json").write_text(json.dumps({"card": {"recipe": recipe}}))
     refused(("text encoder", "leave out --rank"), str(folder), tmp_path / "o", rank=RANK)
