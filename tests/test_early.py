@@ -43,8 +43,8 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown family": (lambda model: write(model / "model_index.json", '{"_class_name": "Other"}'), "is a Other"),
     "cut transformer": (lambda model: cut(model, "transformer"), "transformer"),
     "cut autoencoder": (lambda model: cut(model, "vae"), "vae"),
-    "other autoencoder": (lambda model: other(model, "vae"), "another network's"),
-    "other text encoder": (lambda model: other(model, "text_encoder"), "another network's"),
+    "other autoencoder": (lambda model: other(model, "vae"), "of another network"),
+    "other text encoder": (lambda model: other(model, "text_encoder"), "of another network"),
 }
 
 

@@ -97,7 +97,7 @@ def test_what_names_no_set_of_the_hub_is_told(
     ("error", "words"),
     [
         (GatedRepoError, "https://huggingface.co/datasets/owner/some.set"),
-        (RepositoryNotFoundError, "it knows no such set"),
+        (RepositoryNotFoundError, "the hub has no such set"),
         (RevisionNotFoundError, "check the name"),
         (TimeoutError, "check the name and the network"),
     ],
