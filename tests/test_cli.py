@@ -269,7 +269,7 @@ def test_a_demo_replaces_an_earlier_one_and_no_other_run(run: Run, tmp_path: Pat
     folder = tmp_path / "run"
     folder.mkdir()
     write(folder / "recipe.json", json.dumps(short_recipe("run", objective={}).to_dict()))
-    refused(run("demo", "-o", folder, "--force"), "something else than a demo")
+    refused(run("demo", "-o", folder, "--force"), "something other than a demo")
     assert (folder / "recipe.json").is_file()
     write(folder / "recipe.json", json.dumps(demo_recipe(tmp_path / "moved", 2.0).to_dict()))
     assert holds_demo(folder)

@@ -94,7 +94,7 @@ def test_what_lies_in_the_place_of_the_curves_is_named(recipe_file: Path, tmp_pa
         shutil.rmtree(board)
         board.write_text("mine")
     with pytest.raises(
-        UserError, match="tensorboard: a file lies where" if "curves" in odd else "cannot read .*metrics"
+        UserError, match="tensorboard: a file is in the way" if "curves" in odd else "cannot read .*metrics"
     ):
         train(load_recipe(recipe_file, ["steps=4"]), resume=True)
     assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1

@@ -65,7 +65,7 @@ def test_a_cache_of_another_model_is_refused(
     whole: Path, recipe_file: Path, tiny_model: Path, tmp_path: Path, part: str, named: str
 ) -> None:
     model = change(tiny_model, part, tmp_path / "other")
-    with pytest.raises(UserError, match=f"another model's {named}: name that model"):
+    with pytest.raises(UserError, match=f"another model's {named}: use that model"):
         start(load_recipe(recipe_file, [f"data.source={whole}", f"model={model}"]), resume=False)
     if part == "text_encoder":  # which is trained here, so the cached embeddings are not read
         start(load_recipe(recipe_file, [f"data.source={whole}", f"model={model}", "tuning.text_encoder=true"]), False)

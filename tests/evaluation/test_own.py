@@ -150,7 +150,7 @@ def test_a_column_of_one_row_alone_leaves_the_others_in_their_places() -> None:
     [
         ((), ("--data is missing", "captioned pictures")),
         (("--data", "absent"), ("--data absent", "not there")),
-        (("--data", "empty"), ("empty", "it reads")),
+        (("--data", "empty"), ("empty", "formats: ")),
         (("--data", "bare"), ("no caption", "a.txt")),
         (("--data", "blank"), ("no usable record", "caption empty")),
         (("--data", "noise", "--limit", 1), ("FID needs at least two pictures", "gives 1", "--limit")),
