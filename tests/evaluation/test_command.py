@@ -60,7 +60,7 @@ def test_a_model_with_another_lora_is_another_model(run: Run, tiny_model: Path, 
     assert report["name"] == f"{tiny_model} + {file}:0.5"
     assert run(*common, "--lora", f"{file}:0.50")[0] == 0  # goes on
     for other in ((), ("--lora", file), ("--lora", f"{file}:0.5", "--lora", f"{file}:0.5")):
-        refused(run(*common, *other), "other weights and lora")
+        refused(run(*common, *other), "different weights and lora")
     refused(run("evaluate", "--images", tmp_path, "--lora", file), "--lora cannot be used with --images")
 
 
@@ -79,7 +79,7 @@ def test_several_steps_are_each_what_one_is_and_go_on(run: Run, tiny_model: Path
     code, text, _ = run(*both)
     assert code == 0 and text.count("mini-GenEval") == 1 and "steps 1" in text and "steps 2" in text
     drawn = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    # It goes on, as an evaluation with other settings would be refused.
+    # It goes on, as an evaluation with different settings would be refused.
     alone = json.loads(run(*common, "--steps", 2, "-o", out / "steps-2", "--json")[1])
     results = json.loads(run(*both, "--json")[1])["results"]
     assert results[1] == alone and [result["evaluations"] for result in results] == [2, 4]
@@ -181,7 +181,7 @@ def test_a_full_disk_is_one_line(
 
 
 def test_options_that_cannot_apply_are_told(run: Run, tmp_path: Path) -> None:
-    refused(run("evaluate", "--protocol", "clean"), "--protocol cannot apply to the suite mini-geneval")
+    refused(run("evaluate", "--protocol", "clean"), "--protocol cannot be used with the suite mini-geneval")
     refused(run("evaluate", "--suite", "geneval", "--fid-size", 8, "--judge", "x"), "--judge and --fid-size", "geneval")
     drawing = ("--model", "m", "--seeds", 2, "--steps", 4, "--no-score")
     refused(
@@ -196,7 +196,7 @@ def test_a_network_is_kept_as_asked(run: Run, tiny_model: Path, tmp_path: Path) 
     assert run(*common, "--storage", "fp8")[0] == 0
     drawn = json.loads((tmp_path / "e" / "seed-0" / "generation.json").read_text())
     assert drawn["storage"] == "fp8"
-    refused(run(*common), "an evaluation with other", "storage")
+    refused(run(*common), "an evaluation with different", "storage")
 
 
 def test_what_cannot_be_scored_is_told_before_anything_is_drawn(run: Run, tmp_path: Path) -> None:
