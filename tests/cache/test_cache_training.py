@@ -155,7 +155,7 @@ def test_prompts_alone_train_what_starts_from_noise_and_nothing_else(recipe_file
         second = training_step(other)
         assert first["loss"] == second["loss"] and first["grad_norm"] == second["grad_norm"]
     for overrides in ([], ["method=flow_matching"], ["objective.path_velocity=sample", *both]):
-        with pytest.raises(UserError, match=r"prompts alone.*starts from pictures.*apexflow synthesize"):
+        with pytest.raises(UserError, match=r"only prompts.*starts from pictures.*apexflow synthesize"):
             start(load_recipe(recipe_file, [source, *overrides, f"output={tmp_path / 'no'}"]), resume=False)
 
 
