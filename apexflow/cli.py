@@ -37,7 +37,7 @@ from apexflow.training.command import plan, train
 STOPPED = 130  # exit code after Ctrl-C
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Create datasets.")
 app.add_typer(data_app, name="data")
 
 
@@ -53,38 +53,39 @@ def options(
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Tune a text-to-image model into one that answers in one network evaluation, and prove it."""
+    """Turn a text-to-image model into a one-step generator, and measure the result."""
 
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="A run, one of its checkpoints, a model, or a LoRA file (then with --base).")
+        str, typer.Argument(help="A run, one of its checkpoints, a model, or a LoRA file (with --base).")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the LoRA into the weights: a whole model folder.")
+        bool, typer.Option("--merge", help="Merge the LoRA into the weights and write a model folder.")
     ] = False,
     base: Annotated[
-        str | None, typer.Option(help="The model that a LoRA file belongs to, or with --rank a model was tuned from.")
+        str | None, typer.Option(help="Base model of a LoRA file or, with --rank, of a fully tuned model.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Take a LoRA of this rank out of a model that was tuned whole.")
+        int | None, typer.Option(min=1, help="Extract a LoRA of this rank from a fully tuned model.")
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="stock (needs nothing of ours; the default), any-step (ours) or original.")
+        str | None,
+        typer.Option(help="stock (plain diffusers), any-step (apexflow's) or original. Default: what suits the model."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Hand a student to stock diffusers: a LoRA file (of Qwen-Image and FLUX.1 for ComfyUI too) or a folder, with a scheduler."""
+    """Export a model for stock diffusers: a LoRA file (for Qwen-Image and FLUX.1, ComfyUI too) or a folder, with a scheduler."""
     from apexflow.export import export as hand_over
     from apexflow.locking import alone_in
     from apexflow.training.recall import export_checkpoint, is_checkpoint
 
     if scheduler not in (None, "stock", "any-step", "original"):
-        raise UserError(f"unknown scheduler {scheduler!r}: take stock, any-step or original")
+        raise UserError(f"unknown scheduler {scheduler!r}: use stock, any-step or original")
     of_run = is_checkpoint(Path(source))
     if of_run and base is not None:
-        raise UserError(f"{source} is a checkpoint, whose run knows its base: leave out --base")
+        raise UserError(f"{source} is a checkpoint, whose run records its base: leave out --base")
     with alone_in(output):
         if of_run:
             result = export_checkpoint(Path(source), output, scheduler, merge, rank)
@@ -95,12 +96,12 @@ def export(
 
 
 def data_scenes(
-    folder: Annotated[Path, typer.Argument(help="Where the webdataset shards go.")],
-    count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 1000,
+    folder: Annotated[Path, typer.Argument(help="Output folder for the webdataset shards.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same scenes.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Draw captioned scenes: circles, stars, hearts ... with GenEval-style captions."""
+    """Draw scenes of circles, stars, hearts ... with GenEval-style captions."""
     from apexflow.data.scenes import scenes
     from apexflow.data.shards import write_scenes
     from apexflow.progress import counted
@@ -108,63 +109,61 @@ def data_scenes(
     if is_taken(folder):
         raise UserError(f"output {folder} exists: choose another folder")
     # Its shards are whole, and it would be taken for the set that was asked for.
-    with going_on(
-        lambda: f"{folder} may hold the first of the scenes alone: delete it, and the same command draws all"
-    ):
+    with going_on(lambda: f"{folder} may hold only some of the scenes: delete it and run the same command again"):
         written = write_scenes(counted("drawing scenes", scenes(count, seed), count), folder)
     show({"folder": str(folder), "scenes": written}, as_json, f"{folder}: {written} scenes")
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(min=0, max=1e6, help="How long to tune the teacher.")] = 2.5,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(min=0, max=1e6, help="Minutes of tuning.")] = 2.5,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn the shipped teacher into a one-step generator, score it before and after, and write a report."""
+    """Turn the bundled teacher into a one-step generator, score it before and after, and write a report."""
     from apexflow.demo import run_demo
     from apexflow.evaluation.table import score_table
 
     try:
         result = run_demo(output, minutes, force)
     except (KeyboardInterrupt, Stopped):
-        raise Stopped("a demo does not go on; the same command with --force starts anew") from None
+        raise Stopped("a demo cannot be resumed; run the same command with --force to start over") from None
     if speaks():
         show(result, as_json, score_table(result["scores"]) + f"\nreport: {result['report']}")
 
 
 def compare(
     methods: Annotated[
-        list[str] | None, typer.Argument(help="Methods, the one that sets the wall time first. Default: every one.")
+        list[str] | None, typer.Argument(help="Methods; the first one sets the wall time. Default: all.")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the comparison; an interrupted one goes on.")
+        Path, typer.Option("--output", "-o", help="Output folder; an interrupted comparison resumes.")
     ] = Path("runs/compare"),
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Recipe with teacher, data, batch, tuning, and settings of its own method. Default: the miniature on scenes."
+            help="Recipe with teacher, data, batch, tuning, and its own method's settings. Default: the miniature on scenes."
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Training pictures that each method sees.")] = 3000,
+    images: Annotated[int, typer.Option(min=1, help="Training pictures per method.")] = 3000,
     runs: Annotated[
-        int, typer.Option(min=1, help="Trainings of each, with seeds of their own; a finished folder takes more.")
+        int, typer.Option(min=1, help="Training runs per method, each with its own seed; more can be added later.")
     ] = 1,
-    nfe: Annotated[str, typer.Option(help="Network evaluations a picture, with commas.")] = "1,2,4,8,20",
-    rates: Annotated[str, typer.Option(help="Learning rates that are tried for each, with commas.")] = "3e-4,1e-3",
-    guidance: Annotated[float, typer.Option(help="Scale that is trained into every method that can.")] = 2.5,
+    nfe: Annotated[str, typer.Option(help="Network evaluations per picture, separated by commas.")] = "1,2,4,8,20",
+    rates: Annotated[str, typer.Option(help="Learning rates to try per method, separated by commas.")] = "3e-4,1e-3",
+    guidance: Annotated[float, typer.Option(help="Guidance scale to train into each method that supports it.")] = 2.5,
     timed: Annotated[
-        bool, typer.Option("--timed/--untimed", help="At equal wall time too; not on a machine with other work.")
+        bool, typer.Option("--timed/--untimed", help="Compare at equal wall time too; needs an otherwise idle machine.")
     ] = True,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the evaluation.")] = 3,
-    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
-    limit: Annotated[int | None, typer.Option(min=2, help="Only this many prompts.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of evaluation seeds.")] = 3,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 2,
+    limit: Annotated[int | None, typer.Option(min=2, help="Use only this many prompts.")] = None,
     clip: Annotated[
-        Path | None, typer.Option(help="Folder of CLIP ViT-L/14: the CLIP score too, where the data are no scenes.")
+        Path | None, typer.Option(help="Folder of CLIP ViT-L/14, for a CLIP score where the data is not scenes.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train every method from one teacher at equal budgets, and score them side by side: tables, curves, pictures, one page."""
+    """Train every method from one teacher at equal budgets, and score them on one page of tables, curves and pictures."""
     from apexflow.comparison.command import compare_command
 
     given: dict[str, Any] = {"images": images, "runs": runs, "guidance": guidance, "timed": timed}
@@ -178,21 +177,19 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="MODEL:STEPS:GUIDANCE",
-            help="What is timed against the first; steps and guidance may be left out. Default: mini-teacher mini-student.",
+            help="Models to time against the first; steps and guidance are optional. Default: mini-teacher mini-student.",
         ),
     ] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Pictures at once for the throughput, and rows of a training step.")
-    ] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size for the throughput and the training step.")] = 10,
     size: Size = None,
     train: Annotated[
         Literal["full", "lora"] | None,
-        typer.Option(help="Time a training step of the first model too, by this tuning: APEX against flow matching."),
+        typer.Option(help="Also time a training step of the first model with this tuning: APEX against flow matching."),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Time models on this machine: seconds for one picture, pictures a second, and what a training step costs."""
+    """Benchmark models on this machine: latency, throughput, and the cost of a training step."""
     from apexflow.bench import Case, bench_table
     from apexflow.bench import bench as measure
 
@@ -239,10 +236,10 @@ def _told(error: Exception) -> str | None:
     if type(error).__module__.startswith(("click", "typer")):  # usage errors of the argument parser
         return error.format_message() if hasattr(error, "format_message") else str(error)
     if is_out_of_memory(error):
-        narrower = "generate, evaluate, synthesize: or keep its network in fewer bits with --storage fp8 or nf4"
-        return f"out of memory: ask for fewer or smaller pictures at a time, or take a smaller model ({narrower})"
+        narrower = "in generate, evaluate and synthesize, or store it in fewer bits with --storage fp8 or nf4"
+        return f"out of memory: generate fewer or smaller pictures at a time, or use a smaller model ({narrower})"
     if is_full_disk(error):
-        return f"no room to write ({error}): free some space; what was written before is whole"
+        return f"no space left to write ({error}): free some; files written before are intact"
     return no_path(error)
 
 

@@ -41,14 +41,14 @@ def run_demo(output: Path, minutes: float, force: bool = False) -> dict[str, Any
     """Tune, score, draw and report; paths and scores. UserError if the folder exists (unless `force`)."""
     if is_taken(output):
         if output.is_symlink():
-            raise UserError(f"output {output} is a link, and no folder of its own: name {output.resolve()}")
+            raise UserError(f"output {output} is a link, not a folder: give {output.resolve()}")
         if not force:
             raise UserError(
                 f"output {output} exists: pass --force to replace the earlier demo, or choose another with -o"
             )
         if not holds_demo(output):
             raise UserError(
-                f"output {output} holds something else than a demo, which --force would delete: choose another with -o"
+                f"output {output} holds something other than a demo, which --force would delete: choose another with -o"
             )
         with alone_in(output):
             shutil.rmtree(output)

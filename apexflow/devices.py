@@ -15,10 +15,10 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"unknown device {name!r}: take auto, cpu or cuda")
+        raise UserError(f"unknown device {name!r}: use auto, cpu or cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
-            f"device {name!r} is not there (no GPU, or torch's CPU build): take cpu, or install torch for CUDA"
+            f"device {name!r} is not available (no GPU, or a CPU build of torch): use cpu, or install torch with CUDA"
         )
     return name
 

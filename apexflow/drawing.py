@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help='What to draw: "a photo of a red star left of a blue ring".')],
+    prompts: Annotated[list[str], typer.Argument(help='Prompts, such as "a photo of a red star left of a blue ring".')],
     model: Model = "mini-student",
     lora: Lora = None,
     output: Annotated[
@@ -43,14 +43,14 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="PNG to write, several pictures as one grid; or a folder, such as pictures/, for a PNG of each.",
+            help="PNG to write, a grid if there are several pictures; or a folder, such as pictures/, for one PNG each.",
         ),
     ] = "out.png",
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
     size: Sides = None,
-    count: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="Pictures per prompt.")] = 1,
     kappa: Kappa = None,
     rho: Rho = None,
     order: Order = None,
@@ -59,7 +59,7 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing pictures.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Draw pictures from prompts."""
+    """Generate pictures from prompts."""
     import time
 
     from apexflow.generator import NOT_FINITE, load
@@ -77,8 +77,8 @@ def generate(
     seconds = time.perf_counter() - began
     if lost := generator.finite.count(False):
         raise UserError(
-            f"{lost} of {len(pictures)} pictures are not finite, and {path} is not written: {NOT_FINITE}; restore the model"
-            f"{_wider(generator, storage)}, or lower those"
+            f"{lost} of {len(pictures)} pictures are not finite, so {path} was not written: {NOT_FINITE}; restore the model"
+            f"{_wider(generator, storage)}, or lower those settings"
         )
     files = _write_each(pictures, repeated, path) if each else _write_grid(pictures, path, count)
     result = {
@@ -107,7 +107,7 @@ def _check_output(path: Path, each: bool, force: bool) -> None:
     if not each and path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"cannot write a picture as {str(path)!r}: end the name with .png, or with / for a folder")
     if not each and path.is_dir():
-        raise UserError(f"{path} is a folder: end the name with / for a PNG of each picture, or choose another with -o")
+        raise UserError(f"{path} is a folder: end the name with / for one PNG per picture, or choose another with -o")
     if (is_taken(path) if each else path.exists()) and not force:
         raise UserError(f"{path} exists: pass --force to overwrite what is there, or choose another with -o")
 
@@ -149,4 +149,4 @@ def _wider(generator: Generator, storage: str | None) -> str:
         return ", leave out --storage"
     # A large model draws in bfloat16 on a GPU.
     full = compute_dtype(generator.backbone.transformer) == float32
-    return "" if full else ", draw with --device cpu (in float32, which takes long)"
+    return "" if full else ", use --device cpu (in float32, which is slow)"

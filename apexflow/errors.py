@@ -108,7 +108,9 @@ def writing(path: Path, mend: str = CHECK_ROOM) -> Iterator[None]:
         yield
     except (FileExistsError, NotADirectoryError) as error:
         there = error.filename2 or error.filename  # of two, the one that was to be
-        raise UserError(f"cannot write {path}: a file lies where a folder should ({there})") from error
+        raise UserError(
+            f"cannot write {path}: a file is in the way of a folder ({there}); move it or choose another path"
+        ) from error
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         raise UserError(f"cannot write {path} ({_reason(error)}): {mend}") from error
 

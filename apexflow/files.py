@@ -79,5 +79,5 @@ def read_json(path: Path, what: str, kind: type = dict) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {what} at {path}: {error}") from None
     if not isinstance(content, kind):
-        raise UserError(f"cannot read {what} at {path}: it holds something else; restore or delete it")
+        raise UserError(f"cannot read {what} at {path}: its content is unexpected; restore or delete it")
     return content

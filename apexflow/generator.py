@@ -98,7 +98,7 @@ class Generator:
         seeds = [(whole(seed, "seed"), index) for index in range(len(prompts))]
         _warn_of_size(self.backbone.default_size if size is None else size, self.backbone.default_size)
         if not all(prompt.strip() for prompt in prompts):
-            warnings.warn("the prompt is empty: the picture follows nothing", stacklevel=2)
+            warnings.warn("the prompt is empty: the picture will follow nothing", stacklevel=2)
         for prompt in self.backbone.unknown_words(prompts):
             warnings.warn(f"the model knows no word of {quoted(prompt)}: the picture will not follow it", stacklevel=2)
         return self._draw(prompts, seeds, plan)
@@ -161,7 +161,7 @@ class Generator:
             images = (self.decode or self.backbone.decode)(drawn)
             self.finite += images.isfinite().flatten(1).all(1).tolist()
             if not all(self.finite):
-                warnings.warn(f"the model's answer is not finite: {NOT_FINITE}", stacklevel=2)
+                warnings.warn(f"the model's output is not finite: {NOT_FINITE}", stacklevel=2)
             pictures += to_pictures(images)
         return pictures
 
@@ -234,10 +234,10 @@ def check_sampling(guidance: float, kappa: float, rho: float, order: int, jumps:
     if not 0 <= kappa < math.inf:
         raise UserError(f"kappa is {kappa}: the extrapolation ratio is at least 0")
     if order not in (1, 2):
-        raise UserError(f"order is {order!r}: take 1, or 2 for Heun's correction")
+        raise UserError(f"order is {order!r}: use 1, or 2 for Heun's correction")
     if jumps and (order != 1 or kappa > 0):
         what = f"kappa is {kappa}" if kappa > 0 else f"order is {order}"
-        raise UserError(f"{what}: a model with a second time jumps along the path, so take order 1 and kappa 0")
+        raise UserError(f"{what}: a model with a second time jumps along the path, so use order 1 and kappa 0")
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
@@ -260,9 +260,9 @@ def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int =
 def _check_text(prompt: str) -> None:
     """UserError for what is no string, or cannot be written as UTF-8, as what a shell passes in another encoding."""
     if not isinstance(prompt, str):
-        raise UserError(f"prompt {prompt!r} is no text: give a string, or a list of them")
+        raise UserError(f"prompt {prompt!r} is not text: give a string, or a list of them")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"prompt {quoted(prompt)} holds bytes that are no text: write it in UTF-8")
+        raise UserError(f"prompt {quoted(prompt)} holds bytes that are not text: write it in UTF-8")
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -277,7 +277,7 @@ def _warn_of_size(size: int | tuple[int, int], own: int) -> None:
     """Warn of a size (one side, or height and width) that is far above a model's own, in pixels a side."""
     height, width = sides(size)
     if max(height, width) > LARGER * own:
-        told = f"the model draws at {own}, and {width}x{height} is asked: it takes long, and no such picture was learnt"
+        told = f"the model generates at {own}: {width}x{height} is slow, and it was not trained on such pictures"
         warnings.warn(told, stacklevel=3)
 
 
@@ -319,7 +319,9 @@ def load(
     room = room_on(place)
     storing(storage, kind, place)(backbone.transformer)
     if in_turn := weight_bytes(backbone) > room:
-        told = f"{place} has no room for all of {path_or_id}: its text encoder and its network take turns there, which takes time"
+        told = (
+            f"{place} cannot hold all of {path_or_id}: its text encoder and network take turns there, which is slower"
+        )
         warnings.warn(told, stacklevel=2)
     backbone.place(place, ("vae",) if in_turn else ROLES)
     return Generator(backbone, InTurn(backbone, place) if in_turn else None, loras=additions.loras if additions else ())
@@ -328,7 +330,7 @@ def load(
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise UserError(f"dtype is {dtype!r}: take float32, bfloat16 or float16")
+        raise UserError(f"dtype is {dtype!r}: use float32, bfloat16 or float16")
     return found
 
 

@@ -30,9 +30,9 @@ def alone_in(folder: Path, part: str = "", wait: bool = False) -> Iterator[None]
     except BlockingIOError:
         if not wait:
             raise UserError(
-                f"another apexflow command works in {folder}: wait until it has ended, or choose another folder"
+                f"another apexflow command is using {folder}: wait until it ends, or choose another folder"
             ) from None
-        console.print(f"waiting for another apexflow command that works in {folder}")
+        console.print(f"waiting for another apexflow command that is using {folder}")
         file = _take(path, fcntl.LOCK_EX)
     try:
         yield

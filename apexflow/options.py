@@ -16,8 +16,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Model = Annotated[
     str, typer.Option(help="mini-student, mini-teacher, a diffusers folder, a run, or a hub id (owner/name).")
 ]
-Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. Default: what the model was made for.")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps. Default: the model's own.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance scale; 1 is off. Default: the model's own.")
+]
 MOST_SIDE = 8192
 Size = Annotated[int | None, typer.Option(min=1, max=MOST_SIDE, help="Side in pixels. Default: the model's own.")]
 Sides = Annotated[
@@ -34,14 +36,12 @@ Order = Annotated[int | None, typer.Option(help="1, or 2 for Heun's correction. 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Lora = Annotated[
     list[str] | None,
-    typer.Option(metavar="FILE[:STRENGTH]", help="Add a LoRA, or the one in a folder; given again, a further one."),
+    typer.Option(metavar="FILE[:STRENGTH]", help="Add a LoRA file or folder; repeat the option to add several."),
 ]
-Storage = Annotated[
-    str | None, typer.Option(help="Keep the network in fp8, or in nf4 (four bits), for a card too small for it.")
-]
+Storage = Annotated[str | None, typer.Option(help="Store the network in fp8 or nf4 (four bits), to fit a smaller GPU.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="For example steps=100 optimizer.learning_rate=1e-4."),
+    typer.Argument(metavar="KEY=VALUE", help="Recipe overrides, such as steps=100 optimizer.learning_rate=1e-4."),
 ]
 
 
@@ -50,7 +50,7 @@ def read_numbers(text: str, option: str, kind: type) -> list[Any]:
     try:
         return list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
-        raise UserError(f"{option} must be numbers with commas between them, got {text!r}") from None
+        raise UserError(f"{option} must be numbers separated by commas, got {text!r}") from None
 
 
 def read_sides(text: str | None) -> int | tuple[int, int] | None:

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     given = parser.parse_args(arguments)
     if given.cases != [TINY] and not torch.cuda.is_available():
         parser.error(f"real sizes need a GPU; --cases {TINY} checks the same path on a CPU")
-    warnings.filterwarnings("ignore", message="the model's answer is not finite")  # of random weights
+    warnings.filterwarnings("ignore", message="the model's output is not finite")  # of random weights
     results = []
     for name in given.cases:
         if torch.cuda.is_available():

@@ -97,7 +97,7 @@ def test_another_rank_or_other_modules_are_refused(
     told("lacks transformer_blocks.0.attn1.to_q", "--merge -o FOLDER")
     more = {f"transformer.proj_out.lora_{side}.weight": torch.ones(RANK, RANK) for side in "AB"}
     save_file(tensors | more, file)
-    told("has more than is trained", "proj_out", "--merge")
+    told("has modules that are not trained", "proj_out", "--merge")
     save_file({name.replace("attn1", "attn9"): tensor for name, tensor in tensors.items()}, file)
     told("another model", "has no transformer_blocks.0.attn9.to_k")
     wide = {f"{module}.lora_A.weight": torch.ones(RANK, 1), f"{module}.lora_B.weight": torch.ones(1, RANK)}

@@ -184,6 +184,8 @@ def test_moments_in_eight_bits_are_resumed(recipe_file: Path, monkeypatch: pytes
     states = [list(one.trainees["student"].optimizer.state.values()) for one in (run, again)]
     assert [s["step"] for s in states[0]] == [s["step"] for s in states[1]] and states[0][0]["step"] == 3
     # Deleting the checkpoint, as one that is damaged, would lose its steps and help nothing.
-    with pytest.raises(UserError, match=r"with optimizer.kind adamw instead of adamw8bit: give what it had") as refusal:
+    with pytest.raises(
+        UserError, match=r"with optimizer.kind adamw instead of adamw8bit: restore the setting"
+    ) as refusal:
         start(load_recipe(recipe_file, ["steps=4"]), resume=True)
     assert "delete" not in str(refusal.value)

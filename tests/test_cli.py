@@ -186,7 +186,7 @@ def test_an_existing_output_is_never_overwritten(run: Run, recipe_file: Path, ti
     assert run("train", recipe_file, "steps=1")[0] == 0
     refused(run("train", recipe_file, "steps=1"), "exists", "--resume")
     write(tmp_path / "mine.txt", "mine")
-    refused(run("train", recipe_file, "--resume", f"output={tmp_path}"), str(tmp_path), "something else than a run")
+    refused(run("train", recipe_file, "--resume", f"output={tmp_path}"), str(tmp_path), "is not the output of a run")
     picture = write(tmp_path / "o.png", "mine")
     refused(run("generate", "a star", "--model", tiny_model, "-o", picture), "o.png", "--force")
     assert picture.read_text() == "mine"
@@ -269,7 +269,7 @@ def test_a_demo_replaces_an_earlier_one_and_no_other_run(run: Run, tmp_path: Pat
     folder = tmp_path / "run"
     folder.mkdir()
     write(folder / "recipe.json", json.dumps(short_recipe("run", objective={}).to_dict()))
-    refused(run("demo", "-o", folder, "--force"), "something else than a demo")
+    refused(run("demo", "-o", folder, "--force"), "something other than a demo")
     assert (folder / "recipe.json").is_file()
     write(folder / "recipe.json", json.dumps(demo_recipe(tmp_path / "moved", 2.0).to_dict()))
     assert holds_demo(folder)

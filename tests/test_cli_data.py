@@ -97,7 +97,7 @@ def test_a_cache_of_other_data_or_a_damaged_cache_is_refused(run: Run, recipe_fi
     names = [str(i) for i in range(6)]
     other = fill(tmp_path / "own", dict.fromkeys(names, picture_bytes()), dict.fromkeys(names, "a red square"))
     again = (f"data.cache={cache}", f"output={tmp_path / 'again'}")
-    refused(run(*with_data(recipe_file, other), *again), "cache", "from other files than the set has now")
+    refused(run(*with_data(recipe_file, other), *again), "cache", "from other files than the dataset has now")
     refused(run("train", recipe_file, "steps=1", f"data.source={cache}", "data.size=32", *again[1:]), "size 64", "32")
 
 

@@ -307,10 +307,10 @@ def test_a_run_of_its_own_goes_on_where_the_shorter_diverged(plan: Plan, monkeyp
 
 def test_a_stop_in_a_comparison_says_how_to_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(recipe: Any, resume: bool = False) -> Path:
-        raise Stopped("saved at step 1; go on with the same command and --resume")
+        raise Stopped("saved at step 1; resume with the same command and --resume")
 
     monkeypatch.setattr(training, "train", stop)
-    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+    with pytest.raises(Stopped, match="run the same command to resume") as stopped:
         run_comparison(plan)
     assert "--resume" not in str(stopped.value)
 
@@ -356,7 +356,7 @@ def test_prompts_alone_are_refused_before_anything_is_made(plan: Plan, tmp_path:
     """Even for methods that train on them: there would be nothing to measure against."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red star\na blue ring\n")
-    with pytest.raises(UserError, match=r"prompts alone, and a comparison measures against true pictures.*synthesize"):
+    with pytest.raises(UserError, match=r"only prompts, and a comparison needs true pictures.*synthesize"):
         run_comparison(
             replace(plan, recipe=replace(plan.recipe, data=Data(source=str(prompts))), methods=("apex-endpoint",))
         )
@@ -379,7 +379,7 @@ def test_a_refusal_says_that_settings_come_from_a_recipe_and_leaves_a_folder_tha
 def test_a_folder_with_something_else_is_refused(plan: Plan) -> None:
     plan.output.mkdir()
     (plan.output / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="holds no comparison"):
+    with pytest.raises(UserError, match="is not a comparison"):
         run_comparison(plan)
 
 

@@ -140,9 +140,9 @@ def test_every_caption_of_a_scene_is_one(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused(plan: Plan, any_aspect: Path, scene_folder: Path, tmp_path: Path) -> None:
     on_scenes = replace(plan.recipe, data=Data(source=str(scene_folder)))
-    with pytest.raises(UserError, match=r"--clip cannot apply to .*scenes"):
+    with pytest.raises(UserError, match=r"--clip cannot be used with .*scenes"):
         run_comparison(replace(plan, recipe=on_scenes, clip=tmp_path))
-    with pytest.raises(UserError, match=r"--clip .*absent is not there"):
+    with pytest.raises(UserError, match=r"--clip .*absent does not exist"):
         run_comparison(replace(plan, clip=tmp_path / "absent"))
     few = write(tmp_path / "few", [f"a star, {index} cats" for index in range(7)])
     with pytest.raises(UserError, match=r"7 pictures and holds out 1, .* give 8 pictures or more"):

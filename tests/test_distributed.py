@@ -292,7 +292,7 @@ def test_a_run_in_the_folder_of_another_stops_with_one_line(recipe: Path, tmp_pa
         both = launch(command, 2, "train", str(recipe), errors=tmp_path / "errors")
         assert wait(both) == [2, 2]
     (line,) = spoken(tmp_path / "errors")
-    assert "another apexflow command works in" in line
+    assert "another apexflow command is using" in line
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown family": (lambda model: write(model / "model_index.json", '{"_class_name": "Other"}'), "is a Other"),
     "cut transformer": (lambda model: cut(model, "transformer"), "transformer"),
     "cut autoencoder": (lambda model: cut(model, "vae"), "vae"),
-    "other autoencoder": (lambda model: other(model, "vae"), "another network's"),
-    "other text encoder": (lambda model: other(model, "text_encoder"), "another network's"),
+    "other autoencoder": (lambda model: other(model, "vae"), "of another network"),
+    "other text encoder": (lambda model: other(model, "text_encoder"), "of another network"),
 }
 
 
@@ -68,7 +68,7 @@ def test_a_bad_model_is_told_before_scenes_are_drawn(
         (["objective.share=0.9"], ("batch 4 is too small", "0.9", "path objective")),
         (["data.count=3"], ("batch 4 is more than the 3 records of scenes", "set batch to 3")),
         (["teacher=nosuch"], ("'nosuch' not found",)),
-        (["tuning.kind=lora", "tuning.text_encoder=true"], ("tuning.kind=full only",)),
+        (["tuning.kind=lora", "tuning.text_encoder=true"], ("needs tuning.kind=full",)),
     ],
     ids=lambda value: value[-1],
 )

@@ -76,7 +76,7 @@ def test_a_file_that_we_may_not_read_is_not_called_damaged(
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    told = "a file lies where a folder should"
+    told = "a file is in the way of a folder"
     with pytest.raises(UserError, match=told), replacing(tmp_path / "file" / "below") as partial:
         partial.write_text("")
     with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "file" / "below"):
@@ -98,7 +98,9 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("mine")
     with pytest.raises(UserError) as told, new_folder(tmp_path / "model"):
         pass
-    assert str(told.value).endswith(f"a file lies where a folder should ({tmp_path / 'model'})")
+    assert str(told.value).endswith(
+        f"a file is in the way of a folder ({tmp_path / 'model'}); move it or choose another path"
+    )
     assert (tmp_path / "model").read_text() == "mine"
 
 

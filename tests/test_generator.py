@@ -68,7 +68,7 @@ def test_a_model_brings_its_sampler_and_a_call_may_say_otherwise(
         ({"size": (64, 64, 3)}, "one side, or height and width"),
         ({"guidance": "2"}, "guidance is '2': give a number"),
         ({"rho": "1"}, "rho is '1': give a number"),
-        ({"order": "1"}, "order is '1': take 1, or 2"),
+        ({"order": "1"}, "order is '1': use 1, or 2"),
     ],
     ids=str,
 )
@@ -78,9 +78,9 @@ def test_what_is_no_number_is_told(model: Generator, options: dict[str, Any], wo
 
 
 def test_what_is_no_prompt_is_told_and_an_empty_one_is_warned_of(model: Generator) -> None:
-    with pytest.raises(UserError, match="prompt 3 is no text"):
+    with pytest.raises(UserError, match="prompt 3 is not text"):
         model.generate([3])  # type: ignore[list-item]
-    with pytest.raises(UserError, match="prompt None is no text"):
+    with pytest.raises(UserError, match="prompt None is not text"):
         model.generate(None)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="the prompt is empty"):
         model.generate([PROMPT, " "])
@@ -99,7 +99,7 @@ def test_a_dtype_may_be_named(dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["half-ish", "int64", torch.int32, 16])
 def test_a_dtype_that_is_none_is_refused(dtype: Any) -> None:
-    with pytest.raises(UserError, match=r"dtype is .*: take float32"):
+    with pytest.raises(UserError, match=r"dtype is .*: use float32"):
         apexflow.load("mini-student", dtype=dtype)
 
 
@@ -107,7 +107,7 @@ def test_a_long_prompt_is_shown_by_its_beginning() -> None:
     generator = apexflow.load("mini-student", "cpu")
     with pytest.warns(UserWarning, match="knows no word of 'xyzzy xyzzy .*…': the picture will not follow it") as told:
         generator.generate("xyzzy " * 20_000)
-    with pytest.raises(UserError, match="bytes that are no text") as refused:
+    with pytest.raises(UserError, match="bytes that are not text") as refused:
         generator.generate("\udcff" + "x" * 100_000)
     assert all(len(str(message)) < 300 for message in (refused.value, *(one.message for one in told)))
 

@@ -52,7 +52,7 @@ def test_the_second_command_in_a_folder_stops_at_once(
         ("evaluate", "-o", folder, "--model", tiny_model, "--seeds", 2),
         ("evaluate", "-o", folder, "--images", tmp_path),
     ):
-        refused(run(*command), f"another apexflow command works in {folder}", "choose another folder")
+        refused(run(*command), f"another apexflow command is using {folder}", "choose another folder")
     assert not list(folder.glob("[!.]*")) and other.poll() is None
     assert run("evaluate", "-o", folder, "--model", tiny_model, "--seed", 1, "--steps", 1, "--limit", 12)[0] == 0
 
@@ -60,7 +60,7 @@ def test_the_second_command_in_a_folder_stops_at_once(
 def test_two_exports_into_one_folder_do_not_mix(run: Run, folder: Path, tiny_model: Path) -> None:
     """The second would empty what the first is filling."""
     with alone_in(folder):
-        refused(run("export", tiny_model, "-o", folder), f"another apexflow command works in {folder}")
+        refused(run("export", tiny_model, "-o", folder), f"another apexflow command is using {folder}")
     assert run("export", tiny_model, "-o", folder)[0] == 0 and [entry.name for entry in folder.parent.iterdir()] == [
         "out"
     ]
@@ -68,7 +68,7 @@ def test_two_exports_into_one_folder_do_not_mix(run: Run, folder: Path, tiny_mod
 
 def test_a_running_demo_is_not_replaced(run: Run, folder: Path, other: subprocess.Popen) -> None:
     write(folder / "recipe.json", json.dumps(demo_recipe(folder, 1.0).to_dict()))
-    refused(run("demo", "-o", folder, "--force"), "another apexflow command works in")
+    refused(run("demo", "-o", folder, "--force"), "another apexflow command is using")
     assert (folder / "recipe.json").is_file()
 
 

@@ -98,7 +98,7 @@ def test_a_gpu_without_room_leaves_it_to_the_cpu_and_says_so(monkeypatch: pytest
     assert torch.equal(decoded(backbone, latents), latents)
     assert backbone.decoded == [(GPU, 1), (CPU, 1), (CPU, 1)]
     (line,) = lines
-    assert "could not be decoded on cuda (CUDA out of memory.): the CPU does it" in line
+    assert "could not be decoded on cuda (CUDA out of memory.): the CPU decodes them" in line
     with pytest.raises(torch.OutOfMemoryError):  # there is no other place left
         decoded(OnGpu(fails_on=(GPU, CPU)), latents)
 

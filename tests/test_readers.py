@@ -101,19 +101,19 @@ def test_several_caption_columns_of_parquet(tmp_path: Path) -> None:
 def test_a_path_of_no_kind_or_of_two_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not found"):
         recognise(tmp_path / "none")
-    with pytest.raises(UserError, match=r"is empty; it reads: pictures with same-name \.txt; "):
+    with pytest.raises(UserError, match=r"is empty; formats: pictures with same-name \.txt; "):
         recognise(tmp_path)
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(UserError, match="holds no kind of data that apexflow reads"):
+    with pytest.raises(UserError, match="holds no data in a format that apexflow reads"):
         recognise(tmp_path)
     for name in ("bare/1.png", "bare/2.JPG", "1.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(picture("red"))
     with pytest.raises(
-        UserError, match=r"bare has pictures and no caption: put 1\.txt beside 1\.png and one beside each"
+        UserError, match=r"bare has pictures but no captions: put 1\.txt beside 1\.png and so on for each"
     ):
         recognise(tmp_path / "bare")
-    with pytest.raises(UserError, match=r"1\.webp holds no kind of data"):
+    with pytest.raises(UserError, match=r"1\.webp holds no data in a format"):
         recognise(tmp_path / "1.webp")
     (tmp_path / "1.webp").unlink()
     both = folder(tmp_path / "both")

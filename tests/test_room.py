@@ -143,7 +143,7 @@ def test_a_text_that_cannot_be_encoded_leaves_the_denoiser_where_it_stood(tiny_m
 def test_a_model_without_room_is_drawn_in_turn_and_one_with_room_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with_room = load("mini-student", "cpu", torch.float32)
     monkeypatch.setattr(drawing, "room_on", lambda device: weight_bytes(with_room.backbone) - 1)
-    with pytest.warns(UserWarning, match="cpu has no room for all of mini-student"):
+    with pytest.warns(UserWarning, match="cpu cannot hold all of mini-student"):
         without = load("mini-student", "cpu", torch.float32)
     assert isinstance(without.encode, InTurn) and not isinstance(with_room.encode, InTurn)
     np.testing.assert_array_equal(array(without.generate(PROMPTS)), array(with_room.generate(PROMPTS)))
@@ -186,7 +186,7 @@ def test_a_denoiser_in_fewer_bits_draws_nearly_the_same(
 
 
 def test_another_storage_is_refused() -> None:
-    with pytest.raises(UserError, match="storage is 'int2': take fp8 or nf4"):
+    with pytest.raises(UserError, match="storage is 'int2': use fp8 or nf4"):
         load("mini-student", storage="int2")  # type: ignore[arg-type]
 
 

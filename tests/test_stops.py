@@ -42,9 +42,9 @@ def test_a_cache(
     within = ("train", recipe_file, "steps=1")
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_file", ctrl_c_at("shard-000002", files.save_file))
-        kept = f"finished shards of 8 records kept in {tmp_path / 'cache'}: 2; the same command goes on"
+        kept = f"finished shards of 8 records kept in {tmp_path / 'cache'}: 2; run the same command to resume"
         stopped(run(*alone), kept)
-        stopped(run(*within), f"kept in {tmp_path / 'run'}: go on with the same command and --resume")
+        stopped(run(*within), f"kept in {tmp_path / 'run'}: resume with the same command and --resume")
     assert run(*alone)[0] == run(*within, "--resume")[0] == 0
 
 
@@ -54,7 +54,10 @@ def test_a_synthesis(run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: py
     command = ("synthesize", prompts, "-o", tmp_path / "set", "--model", tiny_model, "--steps", 1)
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_add", ctrl_c_at("0000001.txt", shards._add))
-        stopped(run(*command), f"finished shards of 1 pictures kept in {tmp_path / 'set'}: 1; the same command goes on")
+        stopped(
+            run(*command),
+            f"finished shards of 1 pictures kept in {tmp_path / 'set'}: 1; run the same command to resume",
+        )
     assert run(*command)[0] == 0
 
 
@@ -63,7 +66,12 @@ def test_scenes_that_are_not_all_drawn_are_not_taken_for_the_set(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_add", ctrl_c_at("0000001.txt", shards._add))
-        stopped(run("data", "scenes", tmp_path / "set", "--count", 3), str(tmp_path / "set"), "delete it", "draws all")
+        stopped(
+            run("data", "scenes", tmp_path / "set", "--count", 3),
+            str(tmp_path / "set"),
+            "delete it",
+            "run the same command again",
+        )
 
 
 def test_a_comparison_between_two_trainings(
@@ -71,11 +79,12 @@ def test_a_comparison_between_two_trainings(
 ) -> None:
     monkeypatch.setattr("apexflow.comparison.results.costs", ctrl_c_at("", print))
     stopped(
-        run("compare", "-o", tmp_path / "c", "--recipe", recipe_file), f"{tmp_path / 'c'}: the same command goes on"
+        run("compare", "-o", tmp_path / "c", "--recipe", recipe_file),
+        f"{tmp_path / 'c'}: run the same command to resume",
     )
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Stopped("go on with the same command and --resume")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Stopped("resume with the same command and --resume")])
 def test_a_demo_which_has_no_resume(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
@@ -84,7 +93,7 @@ def test_a_demo_which_has_no_resume(
 
     monkeypatch.setattr("apexflow.demo.train", train)
     result = run("demo", "-o", tmp_path / "demo")
-    stopped(result, "the same command with --force starts anew")
+    stopped(result, "the same command with --force to start over")
     assert "--resume" not in result[2]
 
 

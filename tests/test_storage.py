@@ -196,5 +196,5 @@ def test_four_bits_are_an_extra(recipe_file: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(UserError, match=r"storage nf4 needs bitsandbytes: pip install 'apexflow\[4bit\]'"):
         start(load_recipe(recipe_file, ["tuning.kind=lora", "tuning.storage=nf4"]), resume=False)
-    with pytest.raises(UserError, match="not with parallel=fsdp"):
+    with pytest.raises(UserError, match="does not work with parallel=fsdp"):
         load_recipe(recipe_file, ["tuning.kind=lora", "tuning.storage=nf4", "parallel=fsdp"])

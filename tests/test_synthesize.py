@@ -147,7 +147,7 @@ def test_a_set_knows_how_its_network_was_kept(run: Run, prompts: Path, tiny_mode
     common = ("synthesize", prompts, "-o", tmp_path / "set", "--model", tiny_model, "--steps", 1)
     refused(run(*common, "--storage", "int2"), "int2", "fp8 or nf4")
     assert run(*common, "--storage", "fp8")[0] == 0
-    refused(run(*common), "drawn otherwise", "storage 'fp8'")
+    refused(run(*common), "made with other settings", "storage 'fp8'")
 
 
 def test_a_set_of_a_model_with_a_lora_is_another_set(run: Run, prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_set_of_a_model_with_a_lora_is_another_set(run: Run, prompts: Path, ti
     assert run(*common, tmp_path / "set")[0] == run(*common, tmp_path / "added", *lora)[0] == 0
     assert shards(tmp_path / "set") != shards(tmp_path / "added")
     assert run(*common, tmp_path / "set", "--lora", f"{lora[1]}:0")[0] == 0  # the same model, so the same set
-    refused(run(*common, tmp_path / "set", *lora), "drawn otherwise", "model ")
+    refused(run(*common, tmp_path / "set", *lora), "made with other settings", "model ")
 
 
 def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -175,24 +175,24 @@ def test_other_settings_or_another_folder_are_refused(prompts: Path, tiny_model:
         "order": (2, 1),
     }
     for name, (other, own) in others.items():
-        with pytest.raises(UserError, match=f"drawn otherwise.*{name} {own}"):
+        with pytest.raises(UserError, match=f"made with other settings.*{name} {own}"):
             draw(prompts, folder, tiny_model, **{name: other})
     claim = folder / "synthesis.json"
     said = json.loads(claim.read_text())
     claim.write_text(json.dumps({key: value for key, value in said.items() if key not in ("kappa", "rho", "order")}))
     draw(prompts, folder, tiny_model)  # as of before sets named their sampler
     claim.write_text(json.dumps(said | {"rho": 1.0}))
-    with pytest.raises(UserError, match=r"drawn otherwise.*rho 1"):
+    with pytest.raises(UserError, match=r"made with other settings.*rho 1"):
         draw(prompts, folder, tiny_model)
     claim.write_text(json.dumps(said))
     prompts.write_text("a star\n")
-    with pytest.raises(UserError, match=r"drawn otherwise.*prompts"):
+    with pytest.raises(UserError, match=r"made with other settings.*prompts"):
         draw(prompts, folder, tiny_model)
     assert shards(folder) == before
     (folder / "synthesis.json").write_text("[]")
-    with pytest.raises(UserError, match=r"synthesis\.json cannot be read \(no JSON object\)"):
+    with pytest.raises(UserError, match=r"synthesis\.json cannot be read \(not a JSON object\)"):
         draw(prompts, folder, tiny_model)
-    with pytest.raises(UserError, match="exists and holds no set"):
+    with pytest.raises(UserError, match="exists and is not a dataset"):
         draw(prompts, tmp_path, tiny_model)
     with pytest.raises(UserError, match="steps must be at least 1"):
         draw(prompts, tmp_path / "none", tiny_model, steps=0)
@@ -209,7 +209,7 @@ def test_a_set_of_oblong_pictures_goes_on(prompts: Path, tiny_model: Path, tmp_p
     assert draw(prompts, tmp_path / "set", model, size=(64, 96))["complete"]
     images = [record.image for record in read_captioned(tmp_path / "set", Skipped())]
     assert [image and image.size for image in images] == [(96, 64)] * 8
-    with pytest.raises(UserError, match=r"drawn otherwise \(size \[64, 96\]"):
+    with pytest.raises(UserError, match=r"made with other settings \(size \[64, 96\]"):
         draw(prompts, tmp_path / "set", model, size=(96, 64))
 
 
@@ -247,7 +247,7 @@ def test_pictures_that_are_not_finite_are_left_out_counted_and_listed(
     generator.backbone.decode = broken_once  # type: ignore[method-assign]
     folder, settings = tmp_path / "set", Synthesis(steps=1, guidance=1.0, skip_limit=0.3)
     with pytest.raises(
-        UserError, match=r"1 of 3 pictures are not finite, more than the share 0\.3.*damaged or overflow"
+        UserError, match=r"1 of 3 pictures are not finite, more than the limit of 0\.3.*damaged or overflow"
     ):
         synthesize(prompts, folder, generator, settings)
     assert not shards(folder)
@@ -279,7 +279,7 @@ def test_under_torchrun_the_first_process_alone_speaks(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     alone = run(command, prompts, "-o", tmp_path / "alone", *options)
-    assert alone[0] == 0 and "this process has done its part" in alone[1]
+    assert alone[0] == 0 and "this process is done" in alone[1]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert run(command, prompts, "-o", tmp_path / "set", *options) == (0, "", "")
     monkeypatch.setenv("RANK", "0")

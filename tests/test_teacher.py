@@ -103,17 +103,17 @@ def test_encoders_are_read_where_their_files_differ_and_let_go(
 def test_a_teacher_on_another_path_is_refused(recipe_file: Path, tiny_model: Path) -> None:
     student, teacher = (load_backbone(str(tiny_model)) for _ in range(2))
     teacher.transport = TRIGONOMETRIC
-    with pytest.raises(UserError, match="another transport than model"):
+    with pytest.raises(UserError, match="a different transport than model"):
         check_teaches(load_recipe(recipe_file, ["teacher=other"]), (student, teacher), (tiny_model, tiny_model))
 
 
 @pytest.mark.parametrize(
     ("shape", "overrides", "said"),
     [
-        ({"encoders": False}, [], "another autoencoder than model"),
+        ({"encoders": False}, [], "a different autoencoder than model"),
         ({}, ["tuning.kind=lora"], "a LoRA learns from its own base"),
-        ({}, ["method=flow_matching"], "asks no teacher"),
-        ({}, ["model=miniature"], "name a finished model"),
+        ({}, ["method=flow_matching"], "uses no teacher"),
+        ({}, ["model=miniature"], "use a finished model"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_one_line(

@@ -120,7 +120,7 @@ def test_a_run_whose_scoring_fails_leaves_its_model_and_its_report(
     run = start(load_recipe(recipe_file, ["steps=1", "suite=mini-geneval"]), resume=False)
     loop.steps(run)
     with pytest.raises(
-        UserError, match=r"out of memory in scoring.*apexflow evaluate --model \S*model --suite mini-geneval"
+        UserError, match=r"out of memory while scoring.*apexflow evaluate --model \S*model --suite mini-geneval"
     ):
         loop.finish(run)
     assert (run.folder / "report.html").is_file() and load_backbone(str(run.folder / "model"))
@@ -262,7 +262,7 @@ def test_a_stop_while_losses_are_not_finite_deletes_no_checkpoint(recipe_file: P
 def test_weights_that_are_not_finite_are_not_saved_as_a_model(recipe_file: Path, tmp_path: Path, tuned: str) -> None:
     run = start(load_recipe(recipe_file, [tuned]), resume=False)
     list(run.roles.average.values())[-1].view(-1)[0] = float("nan")
-    with pytest.raises(Diverged, match=r"are not finite, and no model is saved .*--resume"):
+    with pytest.raises(Diverged, match=r"are not finite, so no model was saved: .*--resume"):
         loop.finish(run)
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "lora").exists()
 

@@ -39,7 +39,7 @@ def test_records_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         "2": "picture missing",
         "3": "caption empty",
         "4": "caption missing",
-        "5": "unreadable (no JSON object with file_name)",
+        "5": "unreadable (not a JSON object with file_name)",
         "6": "corrupt picture",
         "7": "corrupt picture",
     }
@@ -103,8 +103,8 @@ def test_hard_links_in_a_tar_are_read_and_other_links_are_counted(tmp_path: Path
     skipped = Skipped()
     assert [(r.key, r.caption) for r in read_captioned(path, skipped)] == [(f"a.tar:{n}", "red") for n in range(3)]
     assert {name.rpartition(":")[2]: reason for name, reason in skipped.reasons.items()} == {
-        "3": "unreadable (3.png is no plain file)",
-        "4": "unreadable (4.png is no plain file)",
+        "3": "unreadable (3.png is not a regular file)",
+        "4": "unreadable (4.png is not a regular file)",
     }
 
 
@@ -134,7 +134,7 @@ def test_sparse_members_of_a_tar_are_counted(tmp_path: Path) -> None:
         file.addfile(member)
     skipped = Skipped()
     assert len(list(read_captioned(tmp_path, skipped))) == 1
-    assert list(skipped.reasons.values()) == ["unreadable (1.txt is no plain file)"]
+    assert list(skipped.reasons.values()) == ["unreadable (1.txt is not a regular file)"]
 
 
 def test_what_has_the_name_of_a_list_of_records_and_is_none(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_no_more_than_files_of_the_set_itself_are_read(
     for path, odd in ((tmp_path / "set", ["picture missing"]), (Path(folder.name), ["picture missing"]), (other, [])):
         skipped = Skipped()
         assert len(list(read_captioned(path, skipped))) == 2
-        outside = ["unreadable (outside of the set's folder)"] * (skipped.seen - 2 - len(odd))
+        outside = ["unreadable (outside the dataset's folder)"] * (skipped.seen - 2 - len(odd))
         assert list(skipped.reasons.values()) == outside + odd
 
 
@@ -268,5 +268,5 @@ def test_a_damaged_manifest_and_lost_pictures_are_named(tmp_path: Path) -> None:
     (path / "text_to_image.json").write_text('{"a": 1}')
     skipped = Skipped()
     assert not list(read_captioned(path, skipped))
-    with pytest.raises(UserError, match=r"text_to_image\.json: no JSON list"):
+    with pytest.raises(UserError, match=r"text_to_image\.json: not a JSON list"):
         skipped.check(1, path)

@@ -61,7 +61,7 @@ def check_shift(backbone: Backbone, a: float, b: float) -> None:
         best = backbone.shift_defaults
         raise UserError(
             f"the shift a={a}, b=0 gives no contrast: {backbone.family} normalises the text, so F(a c) = F(c) for "
-            f"a > 0; take a < 0 or b other than 0, such as a={best[0]}, b={best[1]}"
+            f"a > 0; use a < 0 or b other than 0, such as a={best[0]}, b={best[1]}"
         )
 
 
@@ -81,7 +81,7 @@ def resolve(path_or_id: str) -> Path:
     what is none of these, or both the first and the second.
     """
     if not path_or_id:
-        raise UserError("the name of the model is empty: give a diffusers folder, a hub id or a built-in name")
+        raise UserError("the model name is empty: give a diffusers folder, a hub id or a built-in name")
     if path_or_id in built_in():
         check_built_in(path_or_id, "the model that ships with apexflow")
         return BUILT_IN / path_or_id
@@ -99,17 +99,17 @@ def resolve(path_or_id: str) -> Path:
 def _no_model(folder: Path) -> str:
     """What a folder without an index is, and how to get a model of it: all of these are left by our own commands."""
     if (folder / "model" / INDEX).is_file():
-        return f"{folder} is no model, but holds one: name {folder / 'model'}"
-    what = "a run that is not finished" if is_run(folder) else "no model"
+        return f"{folder} is not a model but holds one: use {folder / 'model'}"
+    what = "an unfinished run" if is_run(folder) else "not a model"
     saved = folder if (folder / "state.json").is_file() else max((folder / CHECKPOINTS).glob("step-*"), default=None)
     if saved is not None:
         command = f"apexflow export {in_a_shell(saved)} -o MODEL"
-        return f"{folder} is {what}: `{command}` makes one of what was trained (of a LoRA with --merge)"
+        return f"{folder} is {what}: make one from its checkpoint with `{command}` (for a LoRA add --merge)"
     if is_run(folder):
-        return f"{folder} is {what}, and has no checkpoint yet: go on with `apexflow train` and --resume"
+        return f"{folder} is {what} without a checkpoint: resume it with `apexflow train` and --resume"
     if loras := sorted(folder.glob("*lora*.safetensors")):
-        return f"{folder} is a LoRA, no whole model: {with_lora(loras[0])}"
-    return f"{folder} is no diffusers checkpoint: {INDEX} is missing"
+        return f"{folder} is a LoRA, not a full model: {with_lora(loras[0])}"
+    return f"{folder} is not a diffusers checkpoint: {INDEX} is missing"
 
 
 def load_backbone(
@@ -122,7 +122,7 @@ def load_backbone(
     folder = resolve(path_or_id)
     if folder.is_file():
         if folder.name == INDEX:
-            raise UserError(f"{folder} is the index of a diffusers checkpoint: give the folder that it lies in")
+            raise UserError(f"{folder} is the index of a diffusers checkpoint: give the folder that it is in")
         pickled = folder.suffix in PICKLES
         what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
         lora = folder.with_suffix(".safetensors")
@@ -136,7 +136,7 @@ def load_backbone(
         raise UserError(f"{folder / INDEX} names no pipeline (_class_name): restore it from the original checkpoint")
     table = backbones()
     if pipeline not in table:
-        raise UserError(f"{folder} is a {pipeline}; apexflow serves {', '.join(table)}")
+        raise UserError(f"{folder} is a {pipeline}, which is not supported: use one of {', '.join(table)}")
     backbone = table[pipeline].load(folder, torch.device(device), dtype, hollow)
     if torch.device(device).type != "meta":
         second_time.load(backbone.transformer, folder)

@@ -42,7 +42,7 @@ class DiscreteVP:
         """From a diffusers scheduler; UserError unless it has a table and predicts epsilon."""
         predicts = scheduler.config.get("prediction_type", "epsilon")
         if predicts != "epsilon":
-            raise UserError(f"this model predicts {predicts!r}; of the DDPM line, apexflow serves epsilon models")
+            raise UserError(f"this model predicts {predicts!r}: of DDPM models, use one that predicts epsilon")
         signal = getattr(scheduler, "alphas_cumprod", None)
         if signal is None:
             raise UserError(f"the scheduler {type(scheduler).__name__} has no DDPM table: restore the original")

@@ -199,7 +199,7 @@ class Backbone(Encoders, ABC):
             raise UserError(f"{wrong}both sides must be multiples of {multiple}")
         most = self.max_tokens_a_side
         if most is not None and max(size) > most * multiple:
-            raise UserError(f"{wrong}sides go up to {most * multiple}")
+            raise UserError(f"{wrong}sides can be at most {most * multiple}")
         return (self.channels, size[0] // self.factor, size[1] // self.factor)
 
     def round_time(self, t: Tensor) -> Tensor:

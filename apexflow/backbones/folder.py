@@ -41,7 +41,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = read_object(folder / INDEX)
     for name in index:
         if not PLAIN.fullmatch(name):
-            raise UserError(f"{folder / INDEX} names a part {name!r}, which is no plain name: restore the original")
+            raise UserError(f"{folder / INDEX} names a part {name!r}, which is not a plain name: restore the original")
     return index
 
 
@@ -54,8 +54,8 @@ def with_lora(file: Path | str) -> str:
     """What can be done with a LoRA's file that was given as a model."""
     name = in_a_shell(file)
     return (
-        f"generate and evaluate draw with it by `--model MODEL --lora {name}`, and `apexflow export {name} --base MODEL --merge "
-        "-o FOLDER` makes a model of it and of the one that it was trained on"
+        f"generate and evaluate use it with `--model MODEL --lora {name}`, and `apexflow export {name} --base MODEL --merge "
+        "-o FOLDER` merges it into its base model"
     )
 
 
@@ -67,7 +67,7 @@ def read_object(path: Path) -> dict[str, Any]:
         damaged = f"cannot read {path}: it is not valid JSON; restore it from the original checkpoint"
         raise UserError(no_path(error) or damaged) from error
     if not isinstance(content, dict):
-        raise UserError(f"cannot read {path}: it is no JSON object; restore it from the original checkpoint")
+        raise UserError(f"cannot read {path}: it is not a JSON object; restore it from the original checkpoint")
     return content
 
 
@@ -94,7 +94,7 @@ def _shards(index: Path) -> list[str]:
     files: list[Any] = list(named.values()) if isinstance(named, dict) else [named]
     for file in files:
         if not (isinstance(file, str) and PLAIN.fullmatch(file) and file.endswith(".safetensors")):
-            raise UserError(f"{index} names the file {file!r}, no plain name of safetensors: restore the original")
+            raise UserError(f"{index} names the file {file!r}, not a plain safetensors name: restore the original")
     return sorted(set(files))
 
 
@@ -103,7 +103,7 @@ def is_there(file: Path) -> bool:
     if file.is_dir():
         raise UserError(f"{file} is a folder, where a file should be: restore it from the original checkpoint")
     if file.is_symlink() and not file.exists():
-        raise UserError(f"{file} is a broken link: restore the file that it leads to, or copy it there")
+        raise UserError(f"{file} is a broken link: restore its target, or copy the file there")
     return file.is_file()
 
 

@@ -19,13 +19,15 @@ def download(hub_id: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=[INDEX]))
         if not (folder / INDEX).is_file():
-            raise UserError(f"{hub_id!r} is no diffusers checkpoint: the hub has no {INDEX} of it{_instead(hub_id)}")
+            raise UserError(
+                f"{hub_id!r} is not a diffusers checkpoint: the hub has no {INDEX} for it{_instead(hub_id)}"
+            )
         parts = [f"{name}/{ending}" for name in components(folder) for ending in READ]
         return Path(snapshot_download(hub_id, allow_patterns=[INDEX, *OWN, *parts], ignore_patterns=list(TWINS)))
     except UserError:
         raise
     except Exception as error:  # the hub raises many kinds
-        told = f"{hub_id!r} is no folder here, and cannot be fetched from the hub"
+        told = f"{hub_id!r} is not a local folder, and cannot be downloaded from the hub"
         raise UserError(f"{told}: {why_not(hub_id, error, 'model')}") from error
 
 
@@ -37,7 +39,7 @@ def _instead(hub_id: str) -> str:
     if not loose:
         return ""
     return (
-        f". If {loose[0]} there is a LoRA, `hf download {hub_id} {in_a_shell(loose[0])} --local-dir .` fetches it; "
+        f". If {loose[0]} there is a LoRA, `hf download {hub_id} {in_a_shell(loose[0])} --local-dir .` downloads it; "
         f"{with_lora(loose[0])}"
     )
 
@@ -50,7 +52,7 @@ def why_not(page: str, error: Exception, what: str) -> str:
         where = f"https://huggingface.co/{page}"
         return f"accept its owners' terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
-        return f"it knows no such {what}: check the name, or log in with `hf auth login` if it is private"
+        return f"the hub has no such {what}: check the name, or log in with `hf auth login` if it is private"
     if is_full_disk(error):
-        return "no space is left; HF_HOME says where it goes"
+        return "no space is left: free some, or set HF_HOME to a folder on another disk"
     return f"check the name and the network ({type(error).__name__})"

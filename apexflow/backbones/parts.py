@@ -92,7 +92,7 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
     held, described = sum(map(math.prod, shapes.values())), sum(p.numel() for p in network.parameters())
     if described > 2 * held:  # a few missing tensors are named when they are read
         raise UserError(
-            f"{config} describes {described:,} parameters, and the weights beside it are another network's with {held:,}: "
+            f"{config} describes {described:,} parameters, but the weights beside it have {held:,}, of another network: "
             "restore both from the original checkpoint"
         )
     if beyond := [name for name in shapes if _is_beyond(network, name)]:
@@ -117,13 +117,13 @@ def _weights(path: Path, kind: Any, options: dict[str, Any]) -> nn.Module:
     model, info = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = {
         "are missing": info["missing_keys"],
-        "have another shape": info["mismatched_keys"],
-        "are too many": unread(model, info["unexpected_keys"]),
+        "have a different shape": info["mismatched_keys"],
+        "are unexpected": unread(model, info["unexpected_keys"]),
     }
     for what, found in wrong.items():
         if found:
             names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found)
-            raise ValueError(f"the weights are another network's: {len(names)} tensors {what}, such as {names[0]}")
+            raise ValueError(f"the weights are of another network: {len(names)} tensors {what}, such as {names[0]}")
     return model
 
 
@@ -233,7 +233,9 @@ def check_factors(part: str, config: Mapping[str, Any], names: Iterable[str]) ->
         value = config.get(name, 1.0)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not (number and value):
-            raise UserError(f"{part}/config.json of the model says {name} = {value!r}, no factor: restore the original")
+            raise UserError(
+                f"{part}/config.json of the model says {name} = {value!r}, not a usable factor: restore the original"
+            )
 
 
 def check_named(folder: Path, names: Iterable[str]) -> None:

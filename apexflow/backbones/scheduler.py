@@ -45,9 +45,7 @@ def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{told} that cannot be computed ({error}): {mend}") from error
     if not 1 / MOST_SHIFT <= shift <= MOST_SHIFT:
-        raise UserError(
-            f"{told} of {shift:g} for a picture of {tokens} tokens: {mend}, or draw at a size nearer its own"
-        )
+        raise UserError(f"{told} of {shift:g} for a picture of {tokens} tokens: {mend}, or use a size nearer its own")
     return shift
 
 

@@ -93,7 +93,7 @@ def time_module(network: nn.Module) -> nn.Module:
     if len(found) != 1:
         raise UserError(
             f"{type(network).__name__} cannot take a second time: it has {len(found)} modules named "
-            f"{', '.join(TIME_MODULES)}, where one embeds the time; choose a method without, such as scm or apex"
+            f"{', '.join(TIME_MODULES)}, and needs exactly one; choose a method without a second time, such as scm or apex"
         )
     return found[0]
 

@@ -25,7 +25,7 @@ KEPT = ("pos_embed", "norm", "lora_", second_time.NAME)
 def check_kind(kind: str | None) -> None:
     """UserError for a kind that is unknown, or whose library is not installed: told before a large model is read for minutes."""
     if kind not in (None, *get_args(Kind)):
-        raise UserError(f"storage is {kind!r}: take fp8 or nf4, or leave it out")
+        raise UserError(f"storage is {kind!r}: use fp8 or nf4, or leave it out")
     if kind == "nf4":
         four_bit_functions()
 

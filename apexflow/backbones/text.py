@@ -30,7 +30,9 @@ def tokenize(
     texts = list(texts)
     if max(len(ids) for ids in tokenizer(texts).input_ids) > limit:
         most = limit if kept is None else kept
-        warnings.warn(f"a prompt is longer than the {most} tokens that {reader} reads: its rest is cut", stacklevel=2)
+        warnings.warn(
+            f"a prompt is longer than the {most} tokens that {reader} reads: the rest is cut off", stacklevel=2
+        )
     tokens = tokenizer(texts, padding=padding, max_length=limit, truncation=True, return_tensors="pt")
     device = device_of(encoder)
     return tokens.input_ids.to(device), tokens.attention_mask.to(device)

@@ -24,9 +24,9 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     files = weight_paths(path)
     if not files:
         others = [file.name for file in sorted(path.glob("*.safetensors"))]
-        but = f": {others[0]} has another name" if others else ""
+        but = f": {others[0]} is named differently" if others else ""
         raise UserError(
-            f"{path.parent} is incomplete: {path.name}/ holds no safetensors that {READERS} would read{but}"
+            f"{path.parent} is incomplete: {path.name}/ holds no safetensors file that {READERS} would load{but}"
         )
     for file in files:
         if not is_there(file):

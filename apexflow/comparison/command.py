@@ -20,7 +20,7 @@ def compare_command(
 ) -> tuple[dict[str, Any], str]:
     """Carry out a comparison; its results and what to print. UserError under torchrun."""
     if Share.from_environment().world > 1:
-        raise UserError("compare works in one process, so that times compare: start it without torchrun")
+        raise UserError("compare runs in one process, so that times are comparable: start it without torchrun")
     shared = comparison_recipe()
     if recipe is not None:
         read = load_recipe(recipe)
@@ -34,7 +34,7 @@ def compare_command(
         rates=tuple(read_numbers(rates, "--rates", float)),
         **given,
     )
-    with going_on(lambda: f"what is finished is kept in {output}: the same command goes on"):
+    with going_on(lambda: f"finished runs are kept in {output}: run the same command to resume"):
         results = run_comparison(plan)
     rows = budget_table(results["rows"], "images", list(plan.nfe), results.get("true_pictures"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

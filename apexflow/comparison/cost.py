@@ -38,7 +38,7 @@ def check_pictures(plan: Plan) -> None:
         pictures = data.drawn or recognise(located(str(data.source))).kind.pictures
     if not pictures:
         raise UserError(
-            f"{data.told} holds prompts alone, and a comparison measures against true pictures: draw them with "
+            f"{data.told} holds only prompts, and a comparison needs true pictures to measure against: make them with "
             "`apexflow synthesize`"
         )
 
@@ -49,7 +49,7 @@ def check_clip(plan: Plan) -> None:
         return
     if plan.scenes:
         raise UserError(
-            f"--clip cannot apply to {plan.recipe.data.told}, scenes that mini-GenEval scores: leave it out"
+            f"--clip cannot be used with {plan.recipe.data.told}, scenes that mini-GenEval scores: leave it out"
         )
     needs(plan.clip, "--clip", CLIP, Path.is_dir)
 

@@ -78,7 +78,7 @@ class Plan:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if len(self.recipe.data.parts) > 1:
-            raise UserError(f"a comparison takes one set, and its recipe names {self.recipe.data.told}: name one")
+            raise UserError(f"a comparison takes one dataset, and its recipe has {self.recipe.data.told}: keep one")
         if self.limit is not None and self.limit < 2:
             raise UserError(f"limit must be at least 2, since a distance needs several pictures; got {self.limit}")
         if not self.rates or not all(0 < rate < math.inf for rate in self.rates):

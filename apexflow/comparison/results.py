@@ -76,11 +76,11 @@ def _claim(plan: Plan) -> None:
             write_json(marker, plan.identity())
         elif differs:
             raise UserError(
-                f"{plan.output} holds a comparison with other {' and '.join(differs)}: choose another folder with -o"
+                f"{plan.output} holds a comparison with different {' and '.join(differs)}: choose another folder with -o"
             )
         return
     if is_taken(plan.output):
-        raise UserError(f"output {plan.output} exists and holds no comparison: choose another folder with -o")
+        raise UserError(f"output {plan.output} exists and is not a comparison: choose another folder with -o")
     make_folder(plan.output)
     write_json(marker, plan.identity())
 

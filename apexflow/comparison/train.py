@@ -143,7 +143,7 @@ def _trained(recipe: Recipe, name: str) -> dict[str, Any]:
     except Diverged as error:
         diverged = {"diverged": str(error)}
     except Stopped:
-        raise Stopped("everything is saved; the same command goes on from here") from None
+        raise Stopped("everything is saved; run the same command to resume") from None
     lines = read_metrics(folder)  # none, where the first step diverged
     spent = {"seconds": lines[-1]["seconds"], "seconds_a_step": seconds_a_step(lines)} if lines else {"seconds": 0.0}
     return {"steps": len(lines), "images": len(lines) * recipe.batch, **spent, **diverged}

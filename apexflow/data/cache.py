@@ -24,7 +24,7 @@ from apexflow.errors import UserError, no_path
 
 INDEX = "cache.json"
 NULL = "null.safetensors"
-AGAIN = "make it again as it was made (apexflow cache, or the run that it lies in), which makes the missing part only"
+AGAIN = "make it again as before (apexflow cache, or the run that it is in); only the missing part is made"
 INDEX_FIELDS: Fields = {
     "made_by": dict,
     "rows": int,
@@ -247,26 +247,26 @@ def check_made_by(folder: Path, found: Mapping[str, Any], expected: Mapping[str,
     by_model = [key for key in of_model if key in differs]
     if by_model:
         raise UserError(
-            f"cache {folder} was made with another model's {' and '.join(by_model)}: name that model, or make a cache for "
+            f"cache {folder} was made with another model's {' and '.join(by_model)}: use that model, or make a cache for "
             "this one in another folder (apexflow cache)"
         )
     if differs:
         plain = [key for key in differs if key not in ("text encoder", "source")]
         settings = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in plain)
         # A set is known by a hash, which tells nobody that a picture was added to it.
-        told = ["from other files than the set has now, by names and sizes"] if "source" in differs else []
+        told = ["from other files than the dataset has now, by names and sizes"] if "source" in differs else []
         told += [f"with other settings ({settings})"] if settings else []
-        raise UserError(f"cache {folder} was made {', and '.join(told)}: delete the folder or name another")
+        raise UserError(f"cache {folder} was made {', and '.join(told)}: delete the folder or choose another")
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """Read every byte of a finished cache against its checksums; UserError names the first shard that differs."""
     if not is_cache(folder):
-        raise UserError(f"no finished cache at {folder}: name the folder of one, or finish it with apexflow cache")
+        raise UserError(f"no finished cache at {folder}: give the folder of one, or finish it with apexflow cache")
     cached = CachedSet(folder)
     shards = cached.index["shards"]
     if not all("captions" in entry for entry in shards):
-        raise UserError(f"cache {folder} has no checksums of its captions, as older ones: delete {INDEX} and {AGAIN}")
+        raise UserError(f"cache {folder} is an older one without checksums of its captions: delete {INDEX} and {AGAIN}")
     files = [(entry["file"], entry.get("sha256")) for entry in shards]
     files += [(sidecar(number), entry["captions"]) for number, entry in enumerate(shards)]
     files += [(NULL, cached.index["null"])] if cached.has_text else []

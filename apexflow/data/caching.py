@@ -298,6 +298,6 @@ def claim(folder: Path, made_by: dict[str, Any]) -> None:
             raise UserError(f"{marker} cannot be read ({error}): delete {folder} or choose another folder") from error
         check_made_by(folder, found, made_by)
     elif others:
-        raise UserError(f"output {folder} exists and holds no cache: choose another folder")
+        raise UserError(f"output {folder} exists and is not a cache: choose another folder")
     else:
         write_record(marker, made_by)

@@ -63,12 +63,12 @@ class Skipped:
         faults = [f"{name}: {reason}" for name, reason in (self.broken | self.reasons).items()]
         example = f"; first: {faults[0]}" if faults else ""
         if len(self.reasons) >= self.seen:
-            mend = "mend or remove what is named" if faults else "fill it"
-            raise UserError(f"{source} holds no usable record ({self.seen} looked at){example}; {mend}")
+            mend = "fix or remove what is named" if faults else "add records"
+            raise UserError(f"{source} holds no usable record ({self.seen} checked){example}; {mend}")
         for bad, total, what in ((len(self.broken), self.files, "files"), (len(self.reasons), self.seen, "records")):
             if bad > limit * total:
                 raise UserError(
-                    f"{bad} of {total} {what} of {source} cannot be used, more than the share {limit:g}{example}; mend or "
+                    f"{bad} of {total} {what} of {source} cannot be used, more than the limit of {limit:g}{example}; fix or "
                     "remove them, or raise the skip limit"
                 )
 

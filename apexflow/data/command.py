@@ -31,7 +31,7 @@ from apexflow.torchrun import speaks
 
 SkipLimit = Annotated[
     float,
-    typer.Option(min=0, max=1, help="Share of unusable records (or pictures) that is borne; more stops the command."),
+    typer.Option(min=0, max=1, help="Largest share of unusable records (or pictures) to skip; more is an error."),
 ]
 
 
@@ -39,29 +39,27 @@ def cache(
     source: Annotated[
         str,
         typer.Argument(
-            help="A set of captioned pictures of any kind (docs/data.md), hf://datasets/OWNER/NAME, or prompts.",
+            help="Captioned pictures in any known format (docs/data.md), hf://datasets/OWNER/NAME, or prompts.",
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the cache; an interrupted cache goes on.")
+        Path | None, typer.Option("--output", "-o", help="Cache folder; an interrupted cache resumes.")
     ] = None,
     model: Model = "mini-teacher",
     size: Size = None,
     buckets: Annotated[
-        bool, typer.Option("--buckets", help="Keep aspect ratios (1:2 to 2:1). Default: crop to the middle square.")
+        bool, typer.Option("--buckets", help="Keep aspect ratios (1:2 to 2:1). Default: crop to the center square.")
     ] = False,
     caption: Annotated[
         list[str] | None,
-        typer.Option(help="Field or column with captions; may be given again, one is then drawn for each picture."),
+        typer.Option(help="Field or column with captions; repeat it to pick one of several per picture."),
     ] = None,
     skip_limit: SkipLimit = 0.05,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="SOURCE is a finished cache: read it against its checksums.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Verify the checksums of SOURCE, a finished cache.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Turn captioned pictures into latents and text embeddings, once; train on them with data.source=FOLDER.
+    """Encode captioned pictures into latents and text embeddings once; train on them with data.source=FOLDER.
 
     Under torchrun the processes share the work.
     """
@@ -73,10 +71,10 @@ def cache(
     if verify:
         whole = check(Path(source))
         if speaks():
-            show(whole, as_json, f"{source}: whole, {whole['rows']} rows in {whole['shards']} shards")
+            show(whole, as_json, f"{source}: intact, {whole['rows']} rows in {whole['shards']} shards")
         return
     if output is None:
-        raise UserError("name the folder of the cache with -o FOLDER")
+        raise UserError("the cache folder is missing: give it with -o FOLDER")
     settings = CacheSettings(size, buckets, captions=tuple(caption or ()), skip_limit=skip_limit)
     with going_on(partial(_kept, output, "shard-*.json", f"{WINDOW} records")):
         result = cache_command(located(source), output, model, settings, device)
@@ -87,10 +85,10 @@ def cache(
 def synthesize(
     prompts: Annotated[
         str,
-        typer.Argument(help="A .txt or .jsonl file of prompts, or any set whose captions are to be drawn."),
+        typer.Argument(help="A .txt or .jsonl file of prompts, or a dataset whose captions to use."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the webdataset shards; an interrupted set goes on.")
+        Path, typer.Option("--output", "-o", help="Folder for the webdataset shards; an interrupted command resumes.")
     ],
     model: Model = "mini-teacher",
     lora: Lora = None,
@@ -103,14 +101,14 @@ def synthesize(
     size: Sides = None,
     caption: Annotated[
         list[str] | None,
-        typer.Option(help="Field or column with prompts; may be given again, one is then drawn for each picture."),
+        typer.Option(help="Field or column with prompts; repeat it to pick one of several per picture."),
     ] = None,
     skip_limit: SkipLimit = 0.05,
     device: Device = "auto",
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a captioned set from a model, as the paper does with its teacher; then cache it or train on it.
+    """Generate a captioned dataset with a model, as the paper does with its teacher; then cache it or train on it.
 
     Under torchrun the processes share the work.
     """
@@ -123,19 +121,21 @@ def synthesize(
         result = synthesize_command(located(prompts), output, model, settings, device, storage, lora)
     if result is None:
         return
-    more = "" if result["complete"] else "; this process has done its part, others are still to come"
+    more = "" if result["complete"] else "; this process is done, others are not yet"
     text = f"{output}: {result['pictures']} pictures, skipped {len(result['skipped'])}{more}"
     show(result, as_json, f"{text}{listed(result['skipped'])}\ntrain on it with data.source={in_a_shell(output)}")
 
 
 def _kept(folder: Path, shards: str, size: str) -> str:
     """What a stop leaves, and how to go on."""
-    return f"finished shards of {size} kept in {folder}: {len(list(folder.glob(shards)))}; the same command goes on"
+    return (
+        f"finished shards of {size} kept in {folder}: {len(list(folder.glob(shards)))}; run the same command to resume"
+    )
 
 
 def _cache_text(result: dict[str, Any]) -> str:
     if not result["complete"]:
-        return f"{result['cache']}: this process has done its part; the cache is finished when all have"
+        return f"{result['cache']}: this process is done; the cache is finished when all are"
     skipped = {**result["broken"], **result["skipped"]}
     text = f"{result['cache']}: {result['rows']} rows; skipped {len(skipped)} of {result['seen']}"
     return f"{text}{listed(skipped)}\ntrain on it with data.source={in_a_shell(result['cache'])}"

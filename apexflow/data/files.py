@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apexflow.files import SUFFIX, make_folder, replacing, write_text
 
-GOES_ON = "free some space; the same command then goes on"
+GOES_ON = "free some space and run the same command to resume"
 Fields = Mapping[str, type | tuple[type, ...]]
 
 
@@ -40,7 +40,7 @@ def read_record(path: Path, fields: Fields) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(content, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     for name, kind in fields.items():
         if not isinstance(content.get(name), kind):
             raise ValueError(f"lacks {name}")

@@ -29,15 +29,15 @@ def _fetched(source: str) -> Path:
     found = NAME.fullmatch(source)
     within = PurePosixPath(found["within"] or "") if found else PurePosixPath("..")
     if found is None or ".." in within.parts:
-        raise UserError(f"{source} is no set of the hub: write hf://datasets/OWNER/NAME, or .../NAME@REVISION/FOLDER")
+        raise UserError(f"{source} is not a hub dataset: write hf://datasets/OWNER/NAME, or .../NAME@REVISION/FOLDER")
     hub_id, start = f"{found['owner']}/{found['name']}", escape(str(within)) if within.parts else ""
     below = [f"{start and start + '/'}*{ending}" for suffix in READ for ending in (suffix, suffix.upper())]
     patterns = [start, *below] if start else below
     try:
         home = Path(snapshot_download(hub_id, repo_type="dataset", revision=found["revision"], allow_patterns=patterns))
     except Exception as error:  # the hub raises many kinds
-        reason = why_not(f"datasets/{hub_id}", error, "set")
-        raise UserError(f"{source} cannot be fetched from the hub: {reason}") from error
+        reason = why_not(f"datasets/{hub_id}", error, "dataset")
+        raise UserError(f"{source} cannot be downloaded from the hub: {reason}") from error
     if not (home / within).exists():
-        raise UserError(f"{source}: the set has no {str(within)!r} that could be read")
+        raise UserError(f"{source}: the dataset has no readable {str(within)!r}")
     return home / within

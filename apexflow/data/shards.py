@@ -40,7 +40,7 @@ def groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def write_shard(path: Path, records: Iterable[Record]) -> None:
     """Write one shard (.png, .txt, .json); UserError when the disk is full, and then no shard of that name appears."""
     with (
-        replacing(path, "free some space; the shards before it are whole") as partial,
+        replacing(path, "free some space; the shards before it are intact") as partial,
         tarfile.open(partial, "w") as tar,
     ):
         for key, picture, caption, facts in records:

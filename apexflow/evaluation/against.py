@@ -61,7 +61,7 @@ class AgainstPictures(OneFileEach):
     takes = ("data", "clip", "inception", "reference", "protocol", "fid_size")
     spread_limit = False
     needs_scorer = True
-    mend = "name --reference"  # what to do where reference pictures lack or cannot be read
+    mend = "give --reference"  # what to do where reference pictures lack or cannot be read
     asked: Sequence[Prompt] = ()
     size: int | None = None  # at which FID looks at the pictures, known once they are found
 
@@ -89,12 +89,12 @@ class AgainstPictures(OneFileEach):
     def check(self) -> None:
         given = [name for name in ("protocol", "fid_size", "reference") if getattr(self.tools, name) is not None]
         if given and self.tools.inception is None:
-            raise UserError(f"--{given[0].replace('_', '-')} is about FID: name --inception too, or leave it out")
+            raise UserError(f"--{given[0].replace('_', '-')} is for FID: give --inception too, or leave it out")
         if self.protocol not in PROTOCOLS:
             raise UserError(f"--protocol {self.protocol!r} is unknown: FID has {', '.join(PROTOCOLS)}")
         if self.tools.fid_size is not None and self.protocol != PROTOCOLS[0]:
             raise UserError(
-                f"--fid-size cannot apply to --protocol {self.protocol}, which resizes to 299: leave it out"
+                f"--fid-size cannot be used with --protocol {self.protocol}, which resizes to 299: leave it out"
             )
         if self.tools.inception is None and self.tools.clip is None and self.needs_scorer:
             raise UserError("--inception (for FID), --clip (for the CLIP score) or both are needed")
@@ -167,7 +167,7 @@ class AgainstPictures(OneFileEach):
             if count != len(rows):
                 raise UserError(
                     f"{work / 'features'} lacks {len(rows) - count} of {len(rows)} pictures: delete results.jsonl "
-                    "beside it, and they are looked at again"
+                    "beside it to compute them again"
                 )
             *reference, reference_count = self._reference(self.network, work)
             fid = fid_from_statistics(mean, covariance, *reference)
@@ -177,8 +177,8 @@ class AgainstPictures(OneFileEach):
             fewest = min(count, reference_count or count)
             if fewest < len(mean):
                 report["warning"] = (
-                    f"FID of {fewest:,} pictures is far too high, and compares only with that of as many: give at least "
-                    f"{len(mean):,}, as there are features"
+                    f"FID of {fewest:,} pictures is far too high, and comparable only at equal counts: use at least "
+                    f"{len(mean):,}, the number of features"
                 )
         if self.clip is not None:
             report["clip"] = sum(row["clip"] for row in rows) / len(rows)
@@ -233,7 +233,7 @@ def pictures_below(folder: Path, mend: str) -> list[Path]:
     """The picture files of a folder of references; UserError, with the mend, where there is none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not paths:
-        raise UserError(f"no reference picture below {folder}: {mend}")
+        raise UserError(f"no reference pictures in {folder}: {mend}")
     return paths
 
 

@@ -73,7 +73,7 @@ class Clip:
         # OpenAI's weights were trained with QuickGELU, LAION's with GELU; the other runs without complaint and moves every score.
         activations = {model.config.text_config.hidden_act, model.config.vision_config.hidden_act}
         if activations != {activation}:
-            raise UserError(f"the CLIP in {folder} uses {sorted(activations)}: take one with hidden_act {activation}")
+            raise UserError(f"the CLIP in {folder} uses {sorted(activations)}: use one with hidden_act {activation}")
         tokenizer = guarded(folder, lambda: AutoTokenizer.from_pretrained(folder, **SAFELY))
         # Without its files transformers makes an empty tokenizer, to which all texts are the same.
         words, known = len(tokenizer), model.config.text_config.vocab_size

@@ -48,32 +48,36 @@ def evaluate(
     ] = "mini-geneval",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for pictures, rows and report; an interrupted run goes on."),
+        typer.Option("--output", "-o", help="Folder for pictures, rows and report; an interrupted run resumes."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only this many prompts; the report says incomplete.")
+        int | None, typer.Option(min=1, help="Use only this many prompts; the report says incomplete.")
     ] = None,
-    per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt. Default: the suite's own.")] = None,
+    per_prompt: Annotated[
+        int | None, typer.Option(min=1, help="Pictures per prompt. Default: the suite's own.")
+    ] = None,
     model: Model = "mini-student",
     lora: Lora = None,
     steps: Annotated[
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Steps of the sampler; several, as 1,2,4,8, are scored side by side. Default: the model's own.",
+            help="Sampling steps; several, such as 1,2,4,8, are scored side by side. Default: the model's own.",
         ),
     ] = None,
     guidance: Guidance = None,
     size: Size = None,
     seed: Seed = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds from --seed on, each over the whole suite.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from --seed on, each over the whole suite.")] = 1,
     kappa: Kappa = None,
     rho: Rho = None,
     order: Order = None,
-    score: Annotated[bool, typer.Option("--score/--no-score", help="Or only draw, to score later.")] = True,
+    score: Annotated[bool, typer.Option("--score/--no-score", help="Or only generate, to score later.")] = True,
     images: Annotated[
         Path | None,
-        typer.Option(help="Score this folder, whoever drew it; no model is loaded.", rich_help_panel=SCORE),
+        typer.Option(
+            help="Score the pictures in this folder, whatever made them; no model is loaded.", rich_help_panel=SCORE
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -83,7 +87,8 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="Of dpg, wise, mjhq or own; see docs/evaluation.md.", rich_help_panel=SCORE)
+        str | None,
+        typer.Option(help="Scoring protocol (dpg, wise, mjhq, own); see docs/evaluation.md.", rich_help_panel=SCORE),
     ] = None,
     detector: Annotated[Path | None, typer.Option(help="Mask2Former folder (geneval).", rich_help_panel=SCORE)] = None,
     clip: Annotated[
@@ -101,7 +106,7 @@ def evaluate(
         typer.Option(
             min=1,
             max=MOST_SIDE,
-            help="Side at which FID looks at pictures (mjhq, own). Default: theirs.",
+            help="Side to resize pictures to for FID (mjhq, own). Default: their own.",
             rich_help_panel=SCORE,
         ),
     ] = None,
@@ -112,13 +117,13 @@ def evaluate(
         ),
     ] = None,
     judge_model: Annotated[
-        str | None, typer.Option(help="The model's name at that address.", rich_help_panel=SCORE)
+        str | None, typer.Option(help="Model name at the judge's address.", rich_help_panel=SCORE)
     ] = None,
     device: Device = "auto",
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a suite's pictures and score them, or score pictures that are there."""
+    """Generate a suite's pictures and score them, or score existing pictures."""
     from apexflow.data.workers import own_share
     from apexflow.devices import worker_device
     from apexflow.evaluation.suite import EvaluationSettings, Tools
@@ -126,9 +131,7 @@ def evaluate(
     if images is not None:
         _refuse_for_images(ctx)
     if seed + seeds - 1 > MOST_SEED:
-        raise UserError(
-            f"--seeds {seeds} goes from --seed {seed} beyond the last one, {MOST_SEED}: give less of either"
-        )
+        raise UserError(f"--seeds {seeds} from --seed {seed} goes past the largest seed, {MOST_SEED}: lower either")
     homes = _homes(output, read_numbers(steps, "--steps", int) if steps is not None else [None])
     if output is not None and images is None:
         _check_drawn_into(output, homes.values())
@@ -137,7 +140,7 @@ def evaluate(
     tools = Tools(data, detector, clip, inception, reference, judge, judge_model, protocol, fid_size, place)
     # Not a check of the suite, which also draws for a comparison, and that takes a distance of its own.
     if suite == "own" and score and inception is None and clip is None and (images or per_prompt in (None, 1)):
-        raise UserError("nothing would be scored: name --inception, --clip or both, or draw two pictures --per-prompt")
+        raise UserError("nothing would be scored: give --inception, --clip or both, or --per-prompt 2")
     settings = EvaluationSettings(suite, None, guidance, kappa, rho, order, per_prompt, seed, limit, size)
     planned = _planned(settings, homes, seeds)
     folders = [output] if images else [folder for _, folder in planned]
@@ -186,14 +189,14 @@ def _check_drawn_into(output: Path, homes: Collection[Path | None]) -> None:
         with writing(folder):
             visible = [entry.name for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
         if visible and not any(name.startswith(f"{kind}-") for name in visible):
-            raise UserError(f"output {folder} exists and holds no {kind} that evaluate drew: choose another folder")
+            raise UserError(f"output {folder} exists and holds no {kind}-* folder of evaluate: choose another folder")
 
 
 def _kept(output: Path | None) -> str:
     """What a stop leaves, and how to go on."""
     if output is None:
-        return "nothing is kept without a folder: name one with -o, and an interrupted run goes on"
-    return f"what was drawn, answered and scored is kept in {output}: the same command goes on"
+        return "nothing is kept without an output folder: give -o FOLDER, and an interrupted run resumes"
+    return f"pictures, answers and scores so far are kept in {output}: run the same command to resume"
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
@@ -207,7 +210,7 @@ def _refuse_for_images(ctx: typer.Context) -> None:
     given = [f"--{name}" for name in OF_DRAWING if _is_given(ctx, name)]
     given += [] if ctx.params["score"] else ["--no-score"]
     if given:
-        raise UserError(f"{' and '.join(given)} cannot apply to --images, which draws nothing: leave it out")
+        raise UserError(f"{' and '.join(given)} cannot be used with --images, which generates nothing: leave it out")
 
 
 def _draw_and_score(
@@ -237,8 +240,10 @@ def _warn_of_scenes(model: str, backbone: Backbone) -> None:
     from apexflow.data.scenes import SIZE
 
     if backbone.default_size > FAR * SIZE:
-        told = f"mini-geneval knows the miniature's scenes alone, and {model} draws at {backbone.default_size} pixels"
-        warnings.warn(f"{told}: for a score that means something name a suite, such as --suite geneval", stacklevel=2)
+        told = (
+            f"mini-geneval knows only the miniature's scenes, and {model} generates at {backbone.default_size} pixels"
+        )
+        warnings.warn(f"{told}: for a meaningful score choose a suite, such as --suite geneval", stacklevel=2)
 
 
 def _show(reports: list[dict[str, Any]], seeds: int, as_json: bool) -> None:
@@ -258,29 +263,31 @@ def _show(reports: list[dict[str, Any]], seeds: int, as_json: bool) -> None:
     lines = []
     for report in waiting:
         left = report["pending"]
-        told = f"{left} pictures are still to be drawn" if left else "all drawn"
+        told = f"{left} pictures left to generate" if left else "all generated"
         lines.append(f"{report['folder']}: {told}; not scored")
     show({"results": waiting} if len(by_steps) > 1 else waiting[0], as_json, "\n".join(lines))
 
 
 def convert_detector(
     checkpoint: Annotated[Path, typer.Argument(help="The official mmdet weights as a safetensors file.")],
-    folder: Annotated[Path, typer.Argument(help="Where the transformers folder goes.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder, in the transformers layout.")],
     as_json: Json = False,
 ) -> None:
-    """Turn GenEval's official Mask2Former weights into a folder for --detector."""
+    """Convert GenEval's official Mask2Former weights into a folder for --detector."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from apexflow.evaluation.geneval.convert import save_detector
 
     if checkpoint.suffix != ".safetensors":
-        raise UserError(f"{checkpoint} is no safetensors file: docs/evaluation.md says how to make one of the official")
+        raise UserError(
+            f"{checkpoint} is not a safetensors file: docs/evaluation.md says how to convert the official one"
+        )
     if folder.exists():
         raise UserError(f"output {folder} exists: choose another folder")
     try:
         tensors = load_file(checkpoint)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {checkpoint} ({error}): fetch it again") from None
+        raise UserError(f"cannot read {checkpoint} ({error}): download it again") from None
     save_detector(tensors, folder)
     show({"folder": str(folder)}, as_json, f"{folder}: detector converted")

@@ -40,7 +40,7 @@ def draw(
     mine = suite.drawings(prompts)[share.rank :: share.world]
     todo = [drawing for drawing in mine if not is_whole(pictures / drawing.path)]
     size = settings.size or generator.backbone.default_size
-    with Progress(f"{title}: drawing", len(mine), len(mine) - len(todo)) as progress:
+    with Progress(f"{title}: generating", len(mine), len(mine) - len(todo)) as progress:
         for window in groups(todo, AHEAD):
             generator.encode_ahead([drawing.text for drawing in window])
             # Drawings that fill a batch; one with more samples than that is drawn in several.

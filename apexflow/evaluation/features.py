@@ -63,7 +63,7 @@ def _keys(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["keys"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-        raise UserError(f"{path} is damaged: delete its folder and results.jsonl, all is looked at again") from None
+        raise UserError(f"{path} is damaged: delete its folder and results.jsonl to compute it again") from None
 
 
 def statistics(store: FeatureStore, keys: Iterable[str]) -> tuple[Array, Array, int]:
@@ -73,7 +73,7 @@ def statistics(store: FeatureStore, keys: Iterable[str]) -> tuple[Array, Array, 
         running = running or RunningStatistics(chunk.shape[1])
         running.add(chunk)
     if running is None:
-        raise UserError("FID has no picture to look at: all are missing or unreadable")
+        raise UserError("FID has no pictures: all are missing or unreadable")
     return *running.result(), running.count
 
 

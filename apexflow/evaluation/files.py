@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in whole.splitlines() if line.endswith("}")]
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, its rows will be made again") from None
+        raise UserError(f"{path} is damaged ({error}): delete it, and its rows are computed again") from None
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -78,7 +78,7 @@ class Inception:
         try:
             return cls(load_file(files[0]), device)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {files[0]} ({error}): make it again") from None
+            raise UserError(f"cannot read {files[0]} ({error}): convert it again") from None
         except KeyError as error:
             raise UserError(f"{files[0]} lacks {error}: it is not the FID Inception of docs/evaluation.md") from None
 

@@ -66,7 +66,7 @@ class Judge:
             )
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise UserError(
-                "the judge's key holds a line break or another sign that no key has: set OPENAI_API_KEY anew"
+                "the judge's API key holds a line break or another invalid character: set OPENAI_API_KEY again"
             )
         if self.attempts < 1:
             raise UserError(f"judge attempts is {self.attempts}: allow at least one")
@@ -141,7 +141,7 @@ def _reply_text(body: bytes) -> str:
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise _Retry(f"the body is no chat completion: {body[:80]!r}") from None
+        raise _Retry(f"the body is not a chat completion: {body[:80]!r}") from None
     if not isinstance(content, str):
         raise _Retry("the reply holds no text")
     return content

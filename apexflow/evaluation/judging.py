@@ -32,12 +32,12 @@ class Panel:
 def check_judge(tools: Tools) -> None:
     """UserError for a judge that is not named, a server without a model name, or such a name without a server."""
     if tools.judge is None:
-        raise UserError("--judge is missing: name an http:// address or the folder of a vision-language model")
+        raise UserError("--judge is missing: give an http:// address or the folder of a vision-language model")
     served = isinstance(tools.judge, str) and tools.judge.startswith("http")
     if served and not tools.judge_model:
-        raise UserError(f"--judge-model is missing: name the model to ask for at {tools.judge}")
+        raise UserError(f"--judge-model is missing: give the name of the model at {tools.judge}")
     if tools.judge_model and not served:
-        raise UserError("--judge-model cannot apply to a judge that is no http:// address: leave it out")
+        raise UserError("--judge-model cannot be used with a judge that is not an http:// address: leave it out")
 
 
 def make_panel(tools: Tools, options: Mapping[str, Any]) -> Panel:
@@ -77,7 +77,7 @@ def ask_about(
         if len(part) == chunk and collected.failed and not collected.replies:
             raise UserError(
                 f"the judge answered none of {len(asked)} requests ({next(iter(collected.failed.values()))}); "
-                "what it answered before is kept: run again to go on"
+                "its earlier answers are kept: run again to resume"
             )
         for picture in part:
             yield picture, _outcome(wanted[picture.name], collected.replies, collected.failed)

@@ -24,7 +24,7 @@ def load_network(kind: Any, folder: str | Path, unused: tuple[str, ...] = ()) ->
     lacking = [name for name in sorted(info["missing_keys"]) if not name.endswith(unused)]
     if lacking:
         raise UserError(
-            f"{folder} lacks {len(lacking)} weights of a {kind.__name__} (such as {lacking[0]}): name the folder that "
+            f"{folder} lacks {len(lacking)} weights of a {kind.__name__} (such as {lacking[0]}): give the folder that "
             "docs/evaluation.md asks for"
         )
     return model

@@ -28,14 +28,14 @@ class LocalJudge:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if not folder.is_dir():
-            raise UserError(f"no judge at {folder}: name an http:// address or the folder of a vision-language model")
+            raise UserError(f"no judge at {folder}: give an http:// address or the folder of a vision-language model")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         how: dict[str, Any] = {**SAFELY, "use_safetensors": True, "dtype": dtype}
         try:
             self.processor: Any = guarded(folder, lambda: AutoProcessor.from_pretrained(folder, **SAFELY))
         except UserError as error:
             if isinstance(error.__cause__, ImportError):  # Qwen's look into videos through torchvision
-                raise UserError(f"{error}; pip install 'apexflow[judge]' brings what it asks for") from error
+                raise UserError(f"{error}; pip install 'apexflow[judge]' installs what it needs") from error
             raise
         model: Any = guarded(folder, lambda: AutoModelForImageTextToText.from_pretrained(folder, **how))
         self.model = model.to(device).eval()
@@ -71,7 +71,7 @@ class Mplug:
         except ImportError as error:
             raise UserError(f"mPLUG needs modelscope, which does not load ({error}): see docs/evaluation.md") from None
         if not folder.is_dir():
-            raise UserError(f"no mPLUG at {folder}: name the folder of mplug_visual-question-answering_coco_large_en")
+            raise UserError(f"no mPLUG at {folder}: give the folder of mplug_visual-question-answering_coco_large_en")
         self.pipeline: Any = pipeline("visual-question-answering", model=str(folder))
 
     def __call__(self, messages: Sequence[Message]) -> str:

@@ -100,7 +100,7 @@ class Suite(ABC):
         self.per_prompt = self.pictures_a_prompt if per_prompt is None else per_prompt
         if self.allowed and self.per_prompt not in self.allowed:
             numbers = " or ".join(map(str, self.allowed))
-            raise UserError(f"{self.per_prompt} pictures a prompt do not fit this suite: take {numbers}")
+            raise UserError(f"{self.per_prompt} pictures per prompt do not fit this suite: use {numbers}")
 
     @abstractmethod
     def prompts(self) -> list[dict[str, Any]]:
@@ -153,9 +153,9 @@ def prompts_sha256(prompts: Sequence[Mapping[str, Any]]) -> str:
 def needs(value: Path | None, option: str, what: str, is_there: Callable[[Path], bool] = Path.exists) -> Path:
     """The path that the user gave for a scorer; UserError when there is none or nothing lies there."""
     if value is None:
-        raise UserError(f"{option} is missing: name {what}; docs/evaluation.md says where to get it")
+        raise UserError(f"{option} is missing: give {what}; docs/evaluation.md says where to get it")
     if not is_there(value):
-        raise UserError(f"{option} {value} is not there: name {what}; docs/evaluation.md says where to get it")
+        raise UserError(f"{option} {value} does not exist: give {what}; docs/evaluation.md says where to get it")
     return value
 
 

@@ -150,7 +150,7 @@ def _image_score(row: Mapping[str, Any], protocol: str) -> float | None:
 
 def _protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
-        raise UserError(f"WISE protocol {name!r} is unknown: take one of {', '.join(PROTOCOLS)}")
+        raise UserError(f"WISE protocol {name!r} is unknown: use one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
@@ -167,7 +167,7 @@ def records(root: str | Path, protocol: str) -> list[dict[str, Any]]:
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"cannot read the WISE prompts in {path}: {error}") from None
     if not all(isinstance(record, dict) for record in found):
-        raise UserError(f"the WISE prompts in {root} are no records: check out PKU-YuanGroup/WISE again")
+        raise UserError(f"the WISE prompts in {root} are not records: check out PKU-YuanGroup/WISE again")
     return sorted(found, key=_prompt_id)
 
 

@@ -46,13 +46,11 @@ def factor(student: Path, base: Path, targets: Collection[str], rank: int) -> Fa
     UserError where the two are not of one shape, or do not differ there.
     """
     if weight_shapes(student) != weight_shapes(base):
-        raise UserError(
-            f"{student.parent} was not tuned from {base.parent}, whose weights are others: name its own base"
-        )
+        raise UserError(f"{student.parent} was not tuned from {base.parent}, whose weights differ: give its own base")
     ours, theirs = weight_files(student), weight_files(base)
     pairs: dict[str, Pair] = {}
     inside = outside = kept = 0.0
-    with Progress("taking a LoRA out", len(ours)) as progress, torch.random.fork_rng(devices=[]):
+    with Progress("extracting a LoRA", len(ours)) as progress, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name in sorted(ours):
             difference = _tensor(ours[name], name).float() - _tensor(theirs[name], name).float()
@@ -70,8 +68,8 @@ def factor(student: Path, base: Path, targets: Collection[str], rank: int) -> Fa
             progress.advance()
     if not inside:
         raise UserError(
-            f"{student.parent} equals {base.parent} where a LoRA lies: there is no difference to take one out of; name the model "
-            "that it was tuned from with --base"
+            f"{student.parent} equals {base.parent} where a LoRA would apply, so there is none to extract: give the model that "
+            "it was tuned from with --base"
         )
     return Factors(pairs, min(kept / inside, 1.0), outside / (inside + outside))
 

@@ -44,7 +44,7 @@ from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import Scheduler, call_options, samples_as, stock_scheduler_config
 from apexflow.files import new_folder
 from apexflow.generator import suited_on_gpu
-from apexflow.lora.added import warn_of_own
+from apexflow.lora.added import MEND, warn_of_own
 from apexflow.lora.foreign import is_foreign
 from apexflow.lora.merge import FILE, check_lora, file_of, merge_into, read_lora
 
@@ -94,10 +94,10 @@ def export(
     found = find_source(source, base)
     check_asked(source, found.lora is not None, _tuned_text_encoder(found.settings), merge, rank)
     if base is not None and found.lora is None and rank is None:
-        raise UserError(f"{source} is no LoRA file, so it belongs to no other model: leave out --base")
+        raise UserError(f"{source} is not a LoRA file, so it has no base: leave out --base")
     if rank is not None and not found.base:
         raise UserError(
-            f"--rank takes a LoRA out of what tuning changed: name the model that {source} started as with --base"
+            f"--rank extracts a LoRA from what tuning changed: give the model that {source} was tuned from with --base"
         )
     if rank is not None:
         check_loadable(found.backbone)
@@ -142,33 +142,33 @@ def check_asked(source: str, is_lora: bool, text_encoder: bool, merge: bool, ran
         raise UserError(f"{source} is a LoRA already: leave out --rank")
     if rank is not None and text_encoder:
         raise UserError(
-            f"the text encoder of {source} was tuned too, which no LoRA of its denoiser holds: leave out --rank"
+            f"the text encoder of {source} was tuned too, which a LoRA of its denoiser cannot hold: leave out --rank"
         )
 
 
 def find_source(source: str, base: str | None) -> Source:
     """What a name given to `apexflow export` stands for; UserError if it is nothing that can be exported."""
     if not source:
-        raise UserError("the name of what to export is empty: give the folder of a run, a model, or a LoRA file")
+        raise UserError("the source to export is empty: give the folder of a run, a model, or a LoRA file")
     path = Path(source)
     of_run = is_run(path)
     is_lora = not of_run and (path.suffix == ".safetensors" or (path / FILE).is_file())
     if base is not None and of_run:
-        raise UserError(f"{source} is a run, which knows its base: leave out --base")
+        raise UserError(f"{source} is a run, which records its base: leave out --base")
     if of_run:
         return _run(path)
     if is_lora:
         file = file_of(path)
         if not file.is_file():
-            raise UserError(f"{file} does not exist")
+            raise UserError(f"{file} does not exist: {MEND}")
         if base is None:
-            raise UserError(f"{source} is a LoRA: name the model that it belongs to with --base")
+            raise UserError(f"{source} is a LoRA: give its base model with --base")
         model, backbone = resolve(base), load_backbone(base, "meta")
         warn_of_own(file, backbone.settings, base)
         backbone.follow(read_settings(file.parent, backbone.settings))
         return Source(str(model_of(Path(base))), model, backbone, backbone.settings, file, base)
     if path.is_dir() and not (path / INDEX).is_file():
-        raise UserError(f"{source} is no run, no model folder and no LoRA: give the output folder of a recipe")
+        raise UserError(f"{source} is not a run, a model folder or a LoRA: give the output folder of a training run")
     backbone = load_backbone(source, "meta")
     return Source(source, resolve(source), backbone, backbone.settings, base=base or "")
 
@@ -177,8 +177,8 @@ def _run(folder: Path) -> Source:
     model, file = model_of(folder), folder / "lora" / FILE
     if model == folder:
         raise UserError(
-            f"the run {folder} is not finished: export one of its checkpoints ({folder / 'checkpoints' / 'step-...'}), or go on "
-            "with `apexflow train` and --resume"
+            f"the run {folder} is not finished: export one of its checkpoints ({folder / 'checkpoints' / 'step-...'}), or "
+            "resume it with `apexflow train` and --resume"
         )
     try:
         recipe = json.loads((folder / RECIPE).read_text())
@@ -195,7 +195,9 @@ def _run(folder: Path) -> Source:
 
 def _scheduler(backbone: Backbone, settings: Settings, asked: Scheduler | None) -> Scheduler:
     if not backbone.flow_scheduler and asked in ("stock", "any-step"):
-        raise UserError(f"the stock pipeline of {backbone.family} runs no flow scheduler: take --scheduler original")
+        raise UserError(
+            f"the stock pipeline of {backbone.family} cannot use a flow scheduler: use --scheduler original"
+        )
     if asked or not backbone.flow_scheduler:
         return asked or "original"
     return "any-step" if samples_as(settings, "any-step") and not samples_as(settings, "stock") else "stock"
@@ -227,7 +229,7 @@ def _lora(found: Source, partial: Path) -> None:
     if found.lora is None:
         raise ValueError("no LoRA to write")
     if not is_loadable(found.backbone):
-        raise UserError(f"{found.backbone.pipeline} of diffusers loads no LoRA: pass --merge")
+        raise UserError(f"diffusers' {found.backbone.pipeline} cannot load a LoRA: pass --merge")
     pairs = read_lora(found.lora, found.backbone)
     check_lora(found.lora, pairs, found.model / found.backbone.network_part)
     with safe_open(found.lora, "pt") as opened:
@@ -302,12 +304,12 @@ def _cautions(found: Source, chosen: Scheduler) -> list[str]:
     settings, cautions = found.settings, []
     if found.jumps and settings.rho == 0:
         cautions.append(
-            "Take one step: the model has a second time, which stock pipelines do not tell it of. They ask it for data at every "
-            "step, so several steps there are not those of `apexflow generate`."
+            "Use one step: the model takes a second time, which stock pipelines do not pass. They ask it for data at every step, "
+            "so several steps there differ from those of `apexflow generate`."
         )
     if not samples_as(found.elsewhere, chosen):
         cautions.append(
             f"`apexflow generate` takes {settings.steps} steps with kappa {settings.kappa:g}, rho {settings.rho:g} and order "
-            f"{settings.order}. The scheduler here goes from step to step in its own way, so its pictures may differ."
+            f"{settings.order}. The scheduler here steps in its own way, so its pictures may differ."
         )
     return cautions

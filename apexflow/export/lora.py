@@ -67,7 +67,7 @@ def save_pairs(pairs: Mapping[str, Pair], backbone: Backbone, folder: Path) -> P
 def check_loadable(backbone: Backbone) -> None:
     """UserError for a family whose stock pipeline loads no LoRA."""
     if not is_loadable(backbone):
-        raise UserError(f"{backbone.pipeline} of diffusers loads no LoRA: export the whole model instead")
+        raise UserError(f"diffusers' {backbone.pipeline} cannot load a LoRA: export the full model instead")
 
 
 def _write(backbone: Backbone, tensors: Mapping[str, Tensor], folder: Path, metadata: Any = None) -> Path:

@@ -13,7 +13,7 @@ from apexflow.backbones import Backbone, Settings, load_backbone, read_settings,
 from apexflow.errors import UserError, quoted
 from apexflow.lora.merge import FILE, Pair, add_pairs, check_lora, file_of, read_lora
 
-MEND = "name a LoRA file, the lora/ of a run, or the folder that an export wrote"
+MEND = "give a LoRA file, the lora/ folder of a run, or the folder of an export"
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def warn_of_own(file: Path, settings: Settings, model: str) -> None:
     recipe = read_settings(file.parent, Settings()).card.get("recipe")
     tuning = recipe.get("tuning") if isinstance(recipe, dict) else None
     if isinstance(tuning, dict) and tuning.get("kind") == "lora" and recipe == settings.card.get("recipe"):
-        told = f"{model} has the LoRA of the run that {file} is of in its weights already, and it is added once more"
-        warnings.warn(f"{told}: leave it out, or name the model that the run started as", stacklevel=2)
+        told = f"{model} already has the LoRA of {file}'s run merged in, and it is added again"
+        warnings.warn(f"{told}: leave it out, or use the model that the run started from", stacklevel=2)
 
 
 def _strength(said: str, file: str) -> float:

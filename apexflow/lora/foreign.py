@@ -47,11 +47,9 @@ def in_diffusers_names(path: Path, tensors: Mapping[str, Tensor], backbone: Back
     if any(_module(name) not in own for name in found):
         found = _renamed(_converted(path, scaled | alphas, backbone), backbone.network_part)
     if unknown := [name for name in found if _module(name) not in own]:
-        raise UserError(
-            f"{path} is a LoRA for another model: {backbone.family} has no such weight as {unknown[0]} names"
-        )
+        raise UserError(f"{path} is a LoRA for another model: {backbone.family} has no weight for {unknown[0]}")
     if _rows(found) != _rows(scaled):
-        raise UserError(f"{path}: {backbone.pipeline} of diffusers reads only a part of it: it is for another model")
+        raise UserError(f"{path}: diffusers' {backbone.pipeline} reads only part of it: it is for another model")
     return found
 
 
@@ -64,7 +62,7 @@ def _scaled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     names = [name for sides in pairs.values() for name in sides.values()]
     if whole := [name for name in names if not tensors[name].is_floating_point()]:
         raise UserError(
-            f"{path} is damaged: {whole[0]} holds {tensors[whole[0]].dtype}, no real numbers; restore the LoRA file"
+            f"{path} is damaged: {whole[0]} holds {tensors[whole[0]].dtype}, not real numbers; restore the LoRA file"
         )
     # In eight bits nothing can be multiplied.
     scaled = {name: tensors[name].float() if tensors[name].itemsize == 1 else tensors[name] for name in names}
@@ -76,7 +74,7 @@ def _scaled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
             alphas[name] = torch.tensor(float(rank))
     if beside := sorted(tensors.keys() - scaled.keys() - alphas.keys()):
         raise UserError(
-            f"{path} is no LoRA that apexflow reads: {beside[0]} is no part of a pair lora_down and lora_up"
+            f"{path} is not a LoRA that apexflow reads: {beside[0]} is not part of a lora_down and lora_up pair"
         )
     return scaled, alphas
 
@@ -88,7 +86,9 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], d
         kind = next((told for said, told in OTHER_KINDS.items() if re.search(said, name)), None)
         kind = "of a text encoder" if OF_TEXT.match(name) else kind
         if kind is not None:
-            raise UserError(f"{path} holds more than a LoRA of the denoiser, which alone is read: {name} is {kind}")
+            raise UserError(
+                f"{path} holds more than a LoRA of the denoiser, and nothing else can be used: {name} is {kind}"
+            )
         if match := SIDE.fullmatch(name):
             sides = pairs.setdefault((match["module"], match["pair"]), {})
             if (letter := LETTERS[match["side"]]) in sides:
@@ -96,14 +96,14 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], d
             sides[letter] = name
     for (_, pair), sides in pairs.items():
         if len(sides) < 2:
-            raise UserError(f"{path} is damaged: {pair} has one side alone; restore the LoRA file")
+            raise UserError(f"{path} is damaged: {pair} has only one side; restore the LoRA file")
     return pairs
 
 
 def _number(path: Path, name: str, alpha: Tensor) -> float:
     if alpha.numel() == 1 and math.isfinite(number := float(alpha)) and number > 0:
         return number
-    raise UserError(f"{path} does not say its scale: {name} is no positive number; restore the LoRA file")
+    raise UserError(f"{path} does not give its scale: {name} is not a positive number; restore the LoRA file")
 
 
 def _converted(path: Path, tensors: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def _converted(path: Path, tensors: dict[str, Tensor], backbone: Backbone) -> di
 
     pipeline: Any = getattr(diffusers, backbone.pipeline)
     if not hasattr(pipeline, "lora_state_dict"):
-        raise UserError(f"{path} has other names than diffusers', and {backbone.pipeline} converts none")
+        raise UserError(f"{path} does not use diffusers' names, and {backbone.pipeline} cannot convert them")
     try:
         answer = pipeline.lora_state_dict(tensors, unet_config=backbone.transformer.config)
         named = answer[0] if isinstance(answer, tuple) else answer  # alphas beside it: all are ranks
@@ -121,7 +121,7 @@ def _converted(path: Path, tensors: dict[str, Tensor], backbone: Backbone) -> di
         return convert_unet_state_dict_to_peft(named)
     except Exception as error:  # assertions and missing keys too: converters expect the models that were published
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{path}: {backbone.pipeline} of diffusers does not understand its names ({reason})") from error
+        raise UserError(f"{path}: diffusers' {backbone.pipeline} does not understand its names ({reason})") from error
 
 
 def _renamed(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -67,9 +67,7 @@ def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:
         raise UserError(f"{path} holds no LoRA: it has no tensors")
     if is_foreign(tensors):
         if metadata and any(name.endswith(".alpha") for name in tensors):
-            raise UserError(
-                f"{path} says its scale twice, by alphas and in lora_adapter_metadata: leave out the latter"
-            )
+            raise UserError(f"{path} gives its scale twice, by alphas and in lora_adapter_metadata: remove the latter")
         tensors = in_diffusers_names(path, tensors, backbone)
     prefix = next(iter(tensors)).partition(".")[0]
     modules = {key.rpartition(".lora_")[0] for key in tensors}
@@ -78,7 +76,7 @@ def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:
         scales = {module: _scale(said, module.removeprefix(f"{prefix}.")) for module in sorted(modules)}
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
-            f"{path} does not say its scale so that it can be read (lora_adapter_metadata: {error}): export the LoRA again, or "
+            f"{path} does not give a readable scale (lora_adapter_metadata: {error}): export the LoRA again, or "
             "merge it with diffusers"
         ) from error
     pairs = {
@@ -123,7 +121,7 @@ def _names(key: str, module: str) -> bool:
     """
     name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{key!r} is no name of a module")
+        raise ValueError(f"{key!r} is not a module name")
     return module == name or (not key.startswith("^") and module.endswith(f".{name}"))
 
 
@@ -131,11 +129,11 @@ def _fault(pair: Pair) -> str | None:
     """What is wrong with a pair of any model."""
     for side in (pair.down, pair.up):
         if not side.is_floating_point():
-            return f"it holds {str(side.dtype).removeprefix('torch.')}, no real numbers"
+            return f"it holds {str(side.dtype).removeprefix('torch.')}, not real numbers"
         if side.ndim < 2 or not side.numel():
-            return f"a tensor of the shape {tuple(side.shape)} is no side of a product"
+            return f"a tensor of shape {tuple(side.shape)} cannot be a side of a LoRA"
         if not bool(side.float().isfinite().all()):
-            return "it holds what is not a finite number"
+            return "it holds a value that is not finite"
     return None
 
 
@@ -149,8 +147,8 @@ def check_lora(path: Path, pairs: dict[str, Pair], part: Path) -> None:
             raise UserError(f"{path} is a LoRA for another model than {part.parent}: {module}: {why}")
     if bare := _left_out(path, pairs, part.name, shapes):
         warnings.warn(
-            f"{path} seems to be a LoRA for a smaller model than {part.parent}: its metadata says that it lies on all of "
-            f"their kind, and it has none for {bare[0]} (the first of {len(bare)}); name the model that it was trained on",
+            f"{path} seems to be a LoRA for a smaller model than {part.parent}: its metadata says that it covers all "
+            f"modules of a kind, and it lacks {bare[0]} (the first of {len(bare)}); use the model that it was trained on",
             stacklevel=2,
         )
 

@@ -203,9 +203,9 @@ class APEX(Objective):
                 f"buffer_size must be at least 1 and guidance a number, got {self.buffer_size}, {self.guidance}"
             )
         if self.path_weight > 0 and self.path_rows == "others" and self.share == 1:
-            raise ValueError("share 1 leaves no row for the path objective: lower it, or say path_rows: all")
+            raise ValueError("share 1 leaves no row for the path objective: lower it, or set path_rows: all")
         if self.endpoint_weight > 0 and self.share == 0:
-            raise ValueError("share 0 leaves no row for the endpoint objective: raise it, or say endpoint_weight: 0")
+            raise ValueError("share 0 leaves no row for the endpoint objective: raise it, or set endpoint_weight: 0")
         if min(self.path_weight, self.endpoint_weight) < 0 or self.path_weight + self.endpoint_weight == 0:
             raise ValueError("path_weight and endpoint_weight must not be negative, nor both be 0")
 
@@ -236,7 +236,7 @@ class APEX(Objective):
         if self.path_weight > 0 and self._walked_of(total) == 0:
             raise ValueError(
                 f"share {self.share:g} of it is every row, rounded, which leaves none for the path objective: give more "
-                "rows" + ", lower objective.share" * (total > 1) + ", or say objective.path_rows=all"
+                "rows" + ", lower objective.share" * (total > 1) + ", or set objective.path_rows=all"
             )
 
     def for_model(self, shift: tuple[float, float], scale: float, lora: bool, given: Mapping[str, Any]) -> APEX:

@@ -29,7 +29,7 @@ def derivative(
                 tangent: Any = torch.func.jvp(answer, (t,), (torch.ones_like(t),))[1]
         except RuntimeError as error:  # what torch raises for it derives from this
             raise UserError(
-                f"derivative jvp is not possible on this model ({str(error).splitlines()[0][:120]}): take "
+                f"derivative jvp is not possible on this model ({str(error).splitlines()[0][:120]}): set "
                 "objective.derivative=difference"
             ) from error
         return tangent

@@ -62,7 +62,9 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[Line]]:
     """A run's recipe ({} where it has none) and the lines of its metrics, in order of steps."""
     recipe_file = folder / "recipe.json"
     if not recipe_file.is_file() and not (folder / METRICS).is_file():
-        raise UserError(f"{folder} is not a run (no recipe.json, no metrics.jsonl): pass a folder that train wrote")
+        raise UserError(
+            f"{folder} is not a run (no recipe.json, no metrics.jsonl): give the output folder of a training run"
+        )
     recipe = _whole(recipe_file, lambda: json.loads(recipe_file.read_text()) if recipe_file.is_file() else {})
     lines = _whole(folder / METRICS, lambda: read_metrics(folder))
     if not isinstance(recipe, dict):
@@ -89,7 +91,7 @@ def _whole(path: Path, read: Callable[[], Any]) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): mend or remove it") from error
+        raise UserError(f"{path} is damaged ({error}): repair or remove it") from error
 
 
 def _header(heading: str, name: str, told: Sequence[Fact]) -> str:

@@ -31,7 +31,7 @@ def fit_autoencoder(
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.03)
     error = torch.tensor(0.0)
-    with Progress("fitting the autoencoder", steps) as progress:
+    with Progress("training the autoencoder", steps) as progress:
         for _ in range(steps):
             x = centred(images[torch.randint(len(images), (16,), generator=generator)])
             loss, error = reconstruction_loss(vae, x, generator)
@@ -58,7 +58,7 @@ def load_images(source: Path, size: tuple[int, int], count: int) -> Tensor:
     skipped, images = Skipped(), []
     for item in read_captioned(source, skipped):
         if item.image is None:
-            raise UserError(f"{source} holds prompts alone: an autoencoder is fitted on pictures")
+            raise UserError(f"{source} holds only prompts: give pictures, which the autoencoder is trained on")
         images.append(to_bytes(item.image, size))
         if len(images) == count:
             break

@@ -32,12 +32,12 @@ def check_start(file: Path, pairs: Mapping[str, Pair], recipe: Recipe, backbone:
     """UserError unless each module that is trained has a pair of its shape and of the recipe's rank, and no other has one."""
     targets = target_modules(backbone)
     command = f"apexflow export {in_a_shell(file)} --base {in_a_shell(recipe.model)} --merge -o FOLDER"
-    merge = f"merge it first (`{command}`) and name that model"
+    merge = f"merge it first (`{command}`) and use that model"
     own = {name for name, _ in backbone.transformer.named_modules()}
     if foreign := sorted(pairs.keys() - own):  # which could not be merged either
         raise UserError(f"tuning.start: {file} is a LoRA for another model: {recipe.model} has no {foreign[0]}")
     if apart := sorted(targets.keys() ^ pairs.keys()):
-        what = "lacks" if apart[0] in targets else "has more than is trained, as"
+        what = "lacks" if apart[0] in targets else "has modules that are not trained, such as"
         raise UserError(f"tuning.start: {file} {what} {apart[0]} (the first of {len(apart)} such modules): {merge}")
     for module, shape in targets.items():
         if not pairs[module].fits(shape):
@@ -46,4 +46,4 @@ def check_start(file: Path, pairs: Mapping[str, Pair], recipe: Recipe, backbone:
     if ranks != {recipe.tuning.rank}:
         mend = f"set tuning.rank={min(ranks)}" if len(ranks) == 1 else merge
         told = ", ".join(map(str, sorted(ranks)))
-        raise UserError(f"tuning.start: {file} has the rank {told}, and tuning.rank is {recipe.tuning.rank}: {mend}")
+        raise UserError(f"tuning.start: {file} has rank {told}, and tuning.rank is {recipe.tuning.rank}: {mend}")

@@ -26,7 +26,7 @@ from apexflow.training.roles import make_roles
 def check_teacher(recipe: Recipe) -> None:
     """UserError for a teacher that nobody would ask."""
     if recipe.teacher and "teacher" not in recipe.build_objective().needs:
-        raise UserError(f"teacher: method {recipe.method} with these settings asks no teacher: leave it out")
+        raise UserError(f"teacher: method {recipe.method} with these settings uses no teacher: leave it out")
 
 
 def check_rows(recipe: Recipe) -> None:
@@ -67,8 +67,8 @@ def check_pictures(recipe: Recipe, part: Data, pictures: bool) -> None:
     """UserError when a source is prompts alone and the method reads pictures."""
     if not pictures and recipe.build_objective().needs_pictures:
         raise UserError(
-            f"{part.told} holds prompts alone, and {recipe.method} with these settings starts "
-            "from pictures: draw them with `apexflow synthesize`, or use a method that starts from noise alone "
+            f"{part.told} holds only prompts, and {recipe.method} with these settings starts "
+            "from pictures: generate them with `apexflow synthesize`, or use a method that starts from noise alone "
             "(apex with objective.path_weight=0)"
         )
 
@@ -79,7 +79,7 @@ def check_batch(recipe: Recipe, rows: int) -> None:
         kept = " that are not held out" if recipe.data.held_out else ""
         raise UserError(
             f"batch {recipe.batch} is more than the {rows} records of {recipe.data.told}{kept}: set batch to {rows} or less, "
-            "or give more data"
+            "or add data"
         )
 
 

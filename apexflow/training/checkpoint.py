@@ -104,7 +104,7 @@ def read_state(path: Path, name: str | None = None) -> dict[str, Any]:
             # Opened here first: safetensors says of a file that we may not read that it is not there.
             with (path / file).open("rb") as opened:
                 if os.fstat(opened.fileno()).st_size != size:
-                    raise OSError(f"{file} has another size than it was saved with")
+                    raise OSError(f"{file} has a different size than when it was saved")
         return state
 
 
@@ -175,7 +175,7 @@ def check_fit(targets: Mapping[str, Tensor], found: Mapping[str, Tensor], part: 
     here = {f"{part}/{name}": t for name, t in targets.items()}
     saved = {name: t for name, t in found.items() if name.startswith(f"{part}/")}
     if missing := sorted(set(here) ^ set(saved)):
-        raise UserError(f"{what} belongs to another model: {missing[0]} is not in both ({len(missing)} such tensors)")
+        raise UserError(f"{what} belongs to another model: only one has {missing[0]} ({len(missing)} such tensors)")
     for name, tensor in saved.items():
         if here[name].shape != tensor.shape:
             raise UserError(

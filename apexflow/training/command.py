@@ -19,11 +19,11 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of the recipe's output.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in the recipe's output folder.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train what a recipe describes: checkpoints, curves, sample grids, a saved model and a report."""
+    """Train a model from a recipe, with checkpoints, curves, sample grids and a report."""
     from apexflow.files import read_json
     from apexflow.training.config import load_recipe
     from apexflow.training.journal import COST
@@ -35,7 +35,7 @@ def train(
     def kept() -> str:
         if not Path(loaded.output).exists():
             return "nothing was written yet"
-        return f"what was cached and saved is kept in {loaded.output}: go on with the same command and --resume"
+        return f"cache and checkpoints so far are kept in {loaded.output}: resume with the same command and --resume"
 
     try:
         with going_on(kept):
@@ -54,16 +54,16 @@ def train(
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Over how many GPUs.")] = 1,
-    memory: Annotated[float, typer.Option(min=0.1, max=1e6, help="GiB of one GPU.")] = 80.0,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=0.1, max=1e6, help="Memory of each GPU in GiB.")] = 80.0,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Text tokens of the longest prompt. Default: the most that the model reads."),
+        typer.Option(min=1, help="Tokens in the longest prompt. Default: the model's maximum."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe needs on each GPU before anything is loaded, what to switch on where it does not fit, and what of its
-    data is there."""
+    """Estimate a recipe's memory per GPU before anything is loaded, say what to switch on if it does not fit, and list its
+    data."""
     from apexflow.training.check import check_rank, check_rows, check_tokens
     from apexflow.training.config import load_recipe
     from apexflow.training.plan import GIB, advise, plan_table, settled, shapes_of

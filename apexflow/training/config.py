@@ -46,7 +46,7 @@ def _sources(value: Any) -> str | tuple[str, ...] | None:
         raise ValueError(f"Input should be a path, or a list of paths, got {value!r}")
     expanded = tuple(os.path.expanduser(name) for name in names)
     if twice := [name for place, name in enumerate(expanded) if Path(name) in map(Path, expanded[:place])]:
-        raise ValueError(f"{twice[0]} is named twice: name it once, and give its part with data.shares")
+        raise ValueError(f"{twice[0]} is listed twice: list it once, and set its share with data.shares")
     return expanded[0] if len(expanded) == 1 else expanded
 
 
@@ -64,16 +64,16 @@ def _needs_no_files(suite: str) -> str:
 class Data:
     """Where captioned pictures come from, and how they are cached; see docs/data.md.
 
-    source: "scenes" (drawn, `count` from `seed`), a path to a set of any kind, a set of the hub, or a finished cache; or a list
-        of such. When it is not given: the finished cache that `cache` names, else scenes.
+    source: "scenes" (drawn, `count` from `seed`), a path to a dataset of any kind, a hub dataset, or a finished cache; or a
+        list of these. If not given: the finished cache that `cache` names, else scenes.
     shares: the parts of the rows that come from each of several sources; by default in proportion to their sizes.
     count: how many scenes are drawn. seed: of these scenes.
     cache: the folder that keeps latents and embeddings, those of several sources in folders of their own; by default inside
         the output.
     size: side in pixels (by default the model's own, or that of the finished caches).
-    buckets: keep aspect ratios; otherwise pictures are cropped to the middle square.
+    buckets: keep aspect ratios; otherwise pictures are cropped to the center square.
     captions: the fields that hold the captions; by default those that docs/data.md lists.
-    skip_limit: the share of unusable records or files that is borne.
+    skip_limit: the largest share of unusable records or files that is skipped.
     held_out: pictures that are never trained on, at most a quarter of them: the last of each source, and of each bucket in
         proportion.
     """
@@ -91,7 +91,7 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.shares and not isinstance(self.source, tuple):
-            raise ValueError("shares go with several sources: make source a list of them, or leave shares out")
+            raise ValueError("shares need several sources: make source a list of them, or leave shares out")
         if self.shares and len(self.shares) != len(self.parts):
             raise ValueError(f"shares has {len(self.shares)} numbers for {len(self.parts)} sources: give one for each")
         if self.shares and not any(self.shares):
@@ -121,7 +121,7 @@ class Tuning:
     kind: all of the transformer ("full") or a LoRA.
     rank: that of the LoRA. alpha: the LoRA is scaled by alpha / rank; when not given, by 1.
     start: a LoRA that the student starts as: its file or folder; the teacher stays the base.
-    text_encoder: whether the text encoder is trained too; with full tuning alone.
+    text_encoder: whether the text encoder is trained too; with full tuning only.
     storage: of a LoRA's frozen base: 8 or 4 bits a weight; not with `parallel: fsdp`.
     checkpointing: compute activations again in backward; when not given, from half a billion parameters on.
     """
@@ -139,12 +139,12 @@ class Tuning:
 class Optimizer:
     """AdamW with warm-up and a schedule, and gradient clipping by norm.
 
-    kind: "adamw8bit" keeps the moments in 8 bits; it needs bitsandbytes, and does not go with `parallel: fsdp`.
-    learning_rate: of the student, at its highest; further networks have theirs in proportion.
+    kind: "adamw8bit" keeps the moments in 8 bits; it needs bitsandbytes, and does not work with `parallel: fsdp`.
+    learning_rate: of the student, at its peak; those of further networks are in proportion.
     betas: the decay of AdamW's two moments. weight_decay: as AdamW has it, apart from the gradient.
-    warmup: steps over which the rate rises in a line to `learning_rate`.
-    schedule: of the rate: the same to the end, or down to a fiftieth along half a cosine.
-    clip_norm: the norm to which the gradient of each network that is trained is cut.
+    warmup: steps over which the rate rises linearly to `learning_rate`.
+    schedule: of the rate: constant, or a cosine decay to a fiftieth.
+    clip_norm: the norm to which the gradient of each trained network is clipped.
     """
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"
@@ -161,7 +161,7 @@ class Preview:
     """Sample grids while training, at the step count that ships.
 
     every: steps between two grids; the last step has one too.
-    steps: network evaluations a picture (twice that with guidance other than 1). guidance: of the pictures; 1: none.
+    steps: network evaluations per picture (twice that with guidance other than 1). guidance: of the pictures; 1: none.
     count: how many pictures of the data's captions are drawn, two of each.
     prompts: your own captions in place of the data's, two pictures of each.
     """
@@ -181,26 +181,26 @@ class Recipe:
     method: which objective is trained, by its name in the table of methods.
     objective: the fields of the method's own dataclass; what is not given keeps its default there.
     model: what the student starts as: a diffusers folder, a hub id, a built-in name, the folder of a finished run; or
-        "miniature", which builds a small one anew.
-    teacher: the frozen model to learn from, where it is not `model` itself; with full tuning alone.
+        "miniature", which builds a small one from scratch.
+    teacher: the frozen model to learn from, where it is not `model` itself; with full tuning only.
     data, tuning, optimizer, preview: a section of its own.
-    steps: how many steps are taken. minutes: stop earlier, at a whole step, after this long.
-    batch: rows of a step over all processes, which share them equally.
-    micro_batch: rows that a process takes at once; by default all of its own.
+    steps: number of training steps. minutes: stop earlier, after a step, once this time is up.
+    batch: rows per step over all processes, which share them equally.
+    micro_batch: rows that a process computes at once; by default all of its own.
     caption_dropout: the share of the rows that are trained without their caption.
-    ema_decay: of the average of the weights, which previews draw with and which is saved.
-    seed: what the random numbers of the run depend on.
+    ema_decay: of the weight average, which previews use and which is saved.
+    seed: of all random numbers of the run.
     precision: "bf16" computes under autocast; what is trained stays in float32.
     device: "auto" is a CUDA GPU where there is one, else the CPU; or "cpu", "cuda" or "cuda:1".
     parallel: under torchrun, whole weights in each process (ddp) or shares of them (fsdp); auto shards what would not fit a GPU.
-    checkpoint_every: steps between two checkpoints. keep: how many checkpoints stay.
+    checkpoint_every: steps between two checkpoints. keep: how many checkpoints are kept.
     bad_steps: non-finite steps in a row before the run stops; half of a shorter run.
-    autoencoder_steps: how long the autoencoder is fitted, where `model` is "miniature".
-    text_encoder_steps: how long the text encoder is taught to read, where `model` is "miniature".
-    sampling_steps: what the saved model says of its steps; by default as its previews, after flow matching as the model before.
-    sampling_guidance: what the saved model says of its guidance; by default likewise.
-    suite: a benchmark that needs no files ("mini-geneval"), by which the model is scored at the end for the report, one picture a
-        prompt.
+    autoencoder_steps: how many steps the autoencoder is trained, where `model` is "miniature".
+    text_encoder_steps: how many steps the text encoder is trained, where `model` is "miniature".
+    sampling_steps: default steps of the saved model; if not given, as its previews, after flow matching as the original model.
+    sampling_guidance: default guidance of the saved model; if not given, likewise.
+    suite: a benchmark that needs no files ("mini-geneval"), by which the model is scored at the end for the report, one picture
+        per prompt.
     """
 
     output: Name
@@ -233,21 +233,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.optimizer.kind == "adamw8bit" and self.parallel == "fsdp":
-            raise ValueError("optimizer.kind=adamw8bit does not go with parallel=fsdp: its moments cannot be sharded")
+            raise ValueError("optimizer.kind=adamw8bit does not work with parallel=fsdp: its moments cannot be sharded")
         if self.tuning.storage and (self.tuning.kind != "lora" or self.parallel == "fsdp"):
-            raise ValueError("tuning.storage goes with tuning.kind=lora, and not with parallel=fsdp")
+            raise ValueError("tuning.storage needs tuning.kind=lora, and does not work with parallel=fsdp")
         if self.tuning.text_encoder and self.tuning.kind == "lora":
-            raise ValueError("tuning.text_encoder goes with tuning.kind=full only")
+            raise ValueError("tuning.text_encoder needs tuning.kind=full")
         if self.tuning.start and self.tuning.kind != "lora":
             raise ValueError(
-                "tuning.start goes with tuning.kind=lora: merge it to tune all weights (apexflow export --merge)"
+                "tuning.start needs tuning.kind=lora: to tune all weights merge it first (apexflow export --merge)"
             )
         if self.teacher and self.tuning.kind == "lora":
-            raise ValueError("teacher goes with tuning.kind=full only: a LoRA learns from its own base")
+            raise ValueError("teacher needs tuning.kind=full: a LoRA learns from its own base")
         if self.teacher and self.model == "miniature":
-            raise ValueError(
-                "teacher does not go with model=miniature, whose encoders are made anew: name a finished model"
-            )
+            raise ValueError("teacher does not work with model=miniature, whose encoders are new: use a finished model")
 
     def build_objective(self) -> Objective:
         """The method's dataclass, filled from `objective`; UserError names a method or key that does not exist."""

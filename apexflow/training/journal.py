@@ -78,7 +78,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): move it away, or mend it") from error
+        raise UserError(f"cannot read {path} ({error}): repair it or move it away") from error
 
 
 def _step(line: str) -> float:

@@ -81,7 +81,7 @@ def steps(run: Run) -> None:
                 journal.show(run.step, {f"previews/{name}": value for name, value in preview(run).items()})
             if stopped:
                 journal.close()
-                raise Stopped(f"saved at step {run.step}; go on with the same command and --resume")
+                raise Stopped(f"saved at step {run.step}; resume with the same command and --resume")
     journal.close()
 
 
@@ -111,7 +111,7 @@ def start(recipe: Recipe, resume: bool) -> Run:
     if saved:
         restore(run, Path(saved[-1]))
     elif resume:
-        console.print(f"{folder} holds no checkpoint: the run begins at its first step")
+        console.print(f"{folder} has no checkpoint: the run starts from the first step")
     with together():
         if leads():
             make_folder(folder)
@@ -132,14 +132,14 @@ def _tell_sources(recipe: Recipe, folder: Path, data: Cached) -> None:
 
 def _check_taken(recipe: Recipe, folder: Path, resume: bool) -> None:
     if not resume:
-        raise UserError(f"output {folder} exists: pass --resume to go on with it, or choose another with output=FOLDER")
+        raise UserError(f"output {folder} exists: pass --resume to continue it, or choose another with output=FOLDER")
     if not holds_run(folder):
-        raise UserError(f"output {folder} holds something else than a run: choose another with output=FOLDER")
+        raise UserError(f"output {folder} is not the output of a run: choose another with output=FOLDER")
     # Before its first checkpoint a run has nothing to lose, and begins again.
     trained = last_step(folder)
     if trained > recipe.checkpoint_every and not checkpoints(folder / CHECKPOINTS):
         raise UserError(
-            f"{folder} has trained {trained} steps and holds no whole checkpoint: put {folder / CHECKPOINTS} back, or delete "
+            f"{folder} has trained {trained} steps and has no intact checkpoint: put {folder / CHECKPOINTS} back, or delete "
             f"{folder} to start over"
         )
 
@@ -240,8 +240,10 @@ def score(run: Run, suite: str, model: Path) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        mend = f"score it apart, with `apexflow evaluate --model {in_a_shell(model)} --suite {suite}`"
-        raise UserError(f"out of memory in scoring; the run is whole, and its model is {model}: {mend}") from error
+        mend = f"score it separately with `apexflow evaluate --model {in_a_shell(model)} --suite {suite}`"
+        raise UserError(
+            f"out of memory while scoring; the training is complete, and its model is {model}: {mend}"
+        ) from error
     write_json(run.folder / "scores.json", scores)
     write_report(run.folder, scores)
 

@@ -295,12 +295,12 @@ def plan_table(found: MemoryPlan, advice: list[tuple[str, MemoryPlan]], memory: 
         f"{'peak on each GPU':20} {shown['peak_gib']:8.2f} GiB of {memory:g}, in {shown['peak_in']}",
         f"{found.gpus} GPU(s), {found.micro_batch} rows at a time, {found.trainable:,} trainable parameters, {passes}; "
         f"checkpointing {'on' if found.checkpointing else 'off'}; the cache takes {found.cached / 1e6:.2f} MB a picture",
-        f"while it starts, each process takes {shown['host_gib']:.2f} GiB of main memory"
+        f"at startup each process takes {shown['host_gib']:.2f} GiB of main memory"
         + (f"; the first one {shown['host_saving_gib']:.2f} GiB to save the model" if found.saving else ""),
     ]
     if found.peak > memory * GIB:
-        lines.append("does not fit. Switch on, one after the other:")
+        lines.append("does not fit. Switch on, in this order:")
         lines += [f"  {change:28} {then.peak / GIB:8.2f} GiB" for change, then in advice]
         if not advice or advice[-1][1].peak > memory * GIB:
-            lines.append("  and it still does not fit: take more or larger GPUs")
+            lines.append("  and it still does not fit: use more or larger GPUs")
     return "\n".join(lines)

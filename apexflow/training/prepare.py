@@ -108,7 +108,9 @@ def cached_data(
     """The finished caches that a recipe names, and of its other sources those that are made (or finished) now."""
     home = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
     if len(finished) > 1 and None in finished and is_cache(home):
-        raise UserError(f"{home} is the cache of one set, and several are named: choose another folder with data.cache")
+        raise UserError(
+            f"{home} is the cache of one source, and data.source lists several: choose another folder with data.cache"
+        )
     folders = [home] if len(finished) == 1 else [home / name for name in cache_names(recipe.data)]
     sets = []
     for cached, part, cache in zip(finished, recipe.data.parts, folders, strict=True):
@@ -167,7 +169,9 @@ def check_teaches(recipe: Recipe, pair: Sequence[Backbone], folders: Sequence[Pa
             ("shape of latents", len({one.latent_shape((side, side)) for one in pair}) > 1),
         ):
             if differs:
-                raise UserError(f"teacher {recipe.teacher} has another {what} than model {recipe.model}: name its like")
+                raise UserError(
+                    f"teacher {recipe.teacher} has a different {what} than model {recipe.model}: choose one that matches"
+                )
 
 
 def _read_apart(one: Condition, other: Condition) -> bool:
@@ -244,7 +248,7 @@ def miniature(recipe: Recipe, folder: Path, sources: Sequence[Path]) -> Path:
     base = folder / "base"
     if not (base / INDEX).is_file():
         if cached := [source for source in sources if is_cache(source)]:
-            raise UserError(f"model: miniature is fitted on pictures, and {cached[0]} is a cache: name the pictures")
+            raise UserError(f"model: miniature is trained on pictures, and {cached[0]} is a cache: give the pictures")
         of_scenes = recipe.data.drawn
         words = vocabulary() if of_scenes else words_of(sources, recipe.data.captions)
         backbone = build_miniature(words, recipe.seed)

@@ -173,7 +173,7 @@ def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
         if device.type == "cpu":
             raise
         reason = first_line(error)
-    console.print(f"the previews could not be decoded on {device} ({reason}): the CPU does it, which takes longer")
+    console.print(f"the previews could not be decoded on {device} ({reason}): the CPU decodes them, which is slower")
     return _decoded_on(torch.device("cpu"), backbone, latents)
 
 

@@ -29,7 +29,7 @@ def is_checkpoint(path: Path) -> bool:
     if path.parent.name == CHECKPOINTS and not path.exists():
         there = ", ".join(other.name for other in checkpoints(path.parent)) or "none"
         raise UserError(
-            f"there is no checkpoint {path}: give one that is there ({there}); keep says how many a run leaves"
+            f"checkpoint {path} does not exist: give one that does ({there}); keep sets how many a run keeps"
         )
     return (path / "state.json").is_file()
 

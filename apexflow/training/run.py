@@ -38,7 +38,7 @@ FINISHING |= {"device", "parallel", "micro_batch", "bad_steps"}
 # Settings that decide which weights are trained.
 MAKING = {"model", "teacher", "method", "objective", "tuning"}
 # What to do about settings that a checkpoint does not go on with.
-OTHERWISE = "give what it had, or another output for a run of its own"
+OTHERWISE = "restore the setting, or choose another output for a new run"
 # What each kind of optimizer keeps of a parameter: its number of steps, and moments of the parameter's shape.
 MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "adamw8bit": ("step", "state1", "state2")}
 # What is made in the folder before the recipe is written there.
@@ -150,7 +150,7 @@ def restore(run: Run, path: Path) -> None:
         except UserError as error:
             # Whoever changed a setting is helped by its name, not by that of a tensor.
             if cause := [one for one in said if one.partition(" ")[0].partition(".")[0] in MAKING]:
-                raise UserError(f"{path} does not go on with {', '.join(cause)}: {OTHERWISE}") from error
+                raise UserError(f"{path} cannot be resumed with {', '.join(cause)}: {OTHERWISE}") from error
             raise
         targets = {f"trained/{name}": p.data for name, p in run.trained.items()}
         targets |= {f"average/{name}": tensor for name, tensor in run.roles.average.items()}
@@ -172,7 +172,7 @@ def restore(run: Run, path: Path) -> None:
         said += changed(objective, asdict(run.objective), "objective.")
     _check_left(run, said)
     if said:
-        console.print(f"other settings than at the last step: {', '.join(said)}")
+        console.print(f"settings changed since the last step: {', '.join(said)}")
 
 
 def ended(run: Run) -> bool:
@@ -184,12 +184,12 @@ def ended(run: Run) -> bool:
 def _check_left(run: Run, said: Sequence[str]) -> None:
     """UserError where settings are changed and no step is left to make with them: they would be told as those of the run."""
     if run.step > run.recipe.steps:
-        raise UserError(f"{run.folder} has made {run.step} steps already: give steps={run.step} or more")
+        raise UserError(f"{run.folder} has already made {run.step} steps: set steps={run.step} or more")
     trained = [one for one in said if one.partition(" ")[0].partition(".")[0] not in FINISHING]
     if trained and ended(run):
         raise UserError(
-            f"{run.folder} has no step left after the {run.step} that it made, and {trained[0]} would change none: give more "
-            "steps (or minutes), or the settings that it had"
+            f"{run.folder} has no steps left after {run.step}, so {trained[0]} would have no effect: raise "
+            "steps (or minutes), or restore the settings"
         )
 
 
@@ -238,7 +238,7 @@ def _check_moments(run: Run, state: Mapping[str, Any], path: Path, said: Sequenc
             if key not in held or held[key].shape != (() if key == "step" else parameter.shape):
                 lack = lack or f"{key} of {name}, which optimizer.kind={kind} needs"
     if lack and (cause := [one for one in said if one.startswith("optimizer.kind ")]):
-        raise UserError(f"{path} does not go on with {cause[0]}: {OTHERWISE}")
+        raise UserError(f"{path} cannot be resumed with {cause[0]}: {OTHERWISE}")
     if lack:
         raise UserError(f"checkpoint {path} lacks {lack}: delete it to resume from the one before")
 

@@ -66,14 +66,14 @@ def check_finite(average: Mapping[str, Tensor], folder: Path) -> None:
     if all(bool(share.isfinite().all()) for share in shares):
         return
     raise Diverged(
-        f"the weights that {folder} has trained are not finite, and no model is saved of them: delete its last checkpoints "
+        f"the trained weights of {folder} are not finite, so no model was saved: delete its last checkpoints "
         "and pass --resume, or start over with a lower optimizer.learning_rate"
     )
 
 
 def _write(backbone: Backbone, settings: Settings, folder: Path) -> None:
     final = folder / "model"
-    with new_folder(final, "free some space and pass --resume; the checkpoint is whole") as partial:
+    with new_folder(final, "free some space and pass --resume; the checkpoint is intact") as partial:
         _save_parts(backbone, partial, settings)
         shutil.rmtree(final, ignore_errors=True)
 
@@ -96,4 +96,4 @@ def save_adapter(roles: LoraRoles, folder: Path, settings: Settings | None = Non
             with writing(folder):
                 write_settings(folder, without_second_time(settings) if jumps else settings)
     else:
-        console.print("no LoRA file, since the family's stock pipeline loads none: use the merged model")
+        console.print("no LoRA file, since the stock pipeline cannot load one: use the merged model")

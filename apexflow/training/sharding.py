@@ -51,7 +51,9 @@ def read_shares(network: nn.Module, path: Path, needed: Sequence[str]) -> None:
     files = weight_files(path)
     tensors = {_in_file(name): tensor for name, tensor in network.state_dict().items()}
     if missing := sorted({_in_file(name) for name in needed} - files.keys()):
-        raise ValueError(f"the weights are another network's: {len(missing)} tensors are missing, such as {missing[0]}")
+        raise ValueError(
+            f"the weights are of another network: {len(missing)} tensors are missing, such as {missing[0]}"
+        )
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as opened:
             for name in sorted(name for name in tensors.keys() & files.keys() if files[name] == file):
@@ -61,7 +63,9 @@ def read_shares(network: nn.Module, path: Path, needed: Sequence[str]) -> None:
 def read_share(saved: Any, tensor: Tensor) -> None:
     """Fill a tensor, or this process's rows of one sharded by rows, from a slice of a file."""
     if list(tensor.shape) != saved.get_shape():
-        raise ValueError(f"the weights are another network's: {tuple(tensor.shape)} is wanted, not {saved.get_shape()}")
+        raise ValueError(
+            f"the weights are of another network: the shape should be {tuple(tensor.shape)}, not {saved.get_shape()}"
+        )
     if not isinstance(tensor, DTensor):
         tensor.copy_(saved[:])
         return

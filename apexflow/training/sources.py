@@ -29,7 +29,7 @@ def skipped_lines(data: Data, cached: Cached) -> list[str]:
             name, reason = next(iter(found.items()))
             count = f"{len(found):,} of {one.index['seen']:,} records skipped"
             lines.append(
-                f"{part.told}: {count}; first: {name}: {reason}; mend or remove them; all are in {one.folder / INDEX}"
+                f"{part.told}: {count}; first: {name}: {reason}; fix or remove them; the full list is in {one.folder / INDEX}"
             )
     return lines
 
@@ -53,6 +53,6 @@ def foreseen(data: Data) -> list[dict[str, Any]]:
 
 def source_line(source: Mapping[str, Any]) -> str:
     """One source in words."""
-    rows = "rows are counted when it is cached" if source["rows"] is None else f"{source['rows']:,} rows"
+    rows = "rows are counted during caching" if source["rows"] is None else f"{source['rows']:,} rows"
     share = "in proportion to its size" if source["share"] is None else f"{source['share']:.1%} of a run's rows"
     return f"{source['source']}: {rows}, {share}"

@@ -35,7 +35,7 @@ def fit_text_encoder(text_encoder: Any, tokenizer: Any, steps: int, seed: int, b
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     right = torch.tensor(0.0)
-    with Progress("teaching the text encoder to read", steps) as progress:
+    with Progress("training the text encoder", steps) as progress:
         for step in range(steps):
             captions = [scene.caption for scene in scenes(batch, seed=seed + 1_000, start=step * batch)]
             tokens = tokenizer(captions, padding="longest", return_tensors="pt")
@@ -46,7 +46,7 @@ def fit_text_encoder(text_encoder: Any, tokenizer: Any, steps: int, seed: int, b
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            progress.advance(note=f"read right {right.item():.3f}")
+            progress.advance(note=f"accuracy {right.item():.3f}")
     text_encoder.requires_grad_(False).eval()
     return float(right)
 

@@ -228,7 +228,7 @@ def test_sizes_that_do_not_fit(name, backbone_of):
     channels, height, width = backbone.latent_shape(SIZE)
     assert channels == 4 and height * 2 == width
     if name in ("sd3", "z_image", "lumina2"):  # position tables of 12 and 32 tokens a side
-        with pytest.raises(UserError, match="sides go up to"):
+        with pytest.raises(UserError, match="sides can be at most"):
             backbone.latent_shape((16 * 33, 32))
 
 

@@ -250,23 +250,23 @@ def test_why_a_model_cannot_be_fetched_is_told(error, words, hub, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["README.md", "unet/model.safetensors"], "the hub has no model_index.json of it$"),
+        (["README.md", "unet/model.safetensors"], "the hub has no model_index.json for it$"),
         (
             ["README.md", "eight.safetensors"],
-            "`apexflow export eight.safetensors --base MODEL --merge -o FOLDER` makes",
+            "`apexflow export eight.safetensors --base MODEL --merge -o FOLDER` merges",
         ),
     ],
 )
 def test_a_hub_repository_without_an_index_is_called_so(files, words, cluttered, hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: files)
     (cluttered / "model_index.json").unlink()
-    with pytest.raises(UserError, match=f"'owner/name' is no diffusers checkpoint: .*{words}"):
+    with pytest.raises(UserError, match=f"'owner/name' is not a diffusers checkpoint: .*{words}"):
         resolve("owner/name")
 
 
 def test_what_an_index_names_is_no_pattern_for_the_hub(cluttered, hub):
     index = cluttered / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"*": ["a", "b"]}))
-    with pytest.raises(UserError, match=r"'\*', which is no plain name"):
+    with pytest.raises(UserError, match=r"'\*', which is not a plain name"):
         resolve("owner/name")
     assert hub["allow_patterns"] == ["model_index.json"]

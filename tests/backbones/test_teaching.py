@@ -38,7 +38,7 @@ def test_a_teacher_with_another_clip_is_refused_and_one_with_a_rounded_one_is_no
         check_teaches(Recipe(output="", teacher=str(teacher)), pair, (student, teacher))
 
     check(rounded)
-    with pytest.raises(UserError, match="other has another text encoder than model"):
+    with pytest.raises(UserError, match="other has a different text encoder than model"):
         check(other)
 
 

@@ -271,7 +271,9 @@ def test_a_cache_without_checksums_of_its_captions_gets_them(
     for entry in index["shards"]:
         del entry["captions"]
     (copy / "cache.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"no checksums of its captions, as older ones: delete cache\.json and make"):
+    with pytest.raises(
+        UserError, match=r"is an older one without checksums of its captions: delete cache\.json and make"
+    ):
         verify(copy)
     (copy / "cache.json").unlink()
     made = (copy / "shard-000000.json").stat().st_mtime_ns
@@ -318,7 +320,7 @@ def test_a_full_disk_keeps_the_shards_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_files, "save_file", full)
-        with pytest.raises(UserError, match=r"shard-000002.*No space left.*the same command then goes on"):
+        with pytest.raises(UserError, match=r"shard-000002.*No space left.*run the same command to resume"):
             cached(scene_folder, tiny_model, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.partial"))
     assert len(cached(scene_folder, tiny_model, tmp_path / "cache")) == 48
@@ -335,7 +337,9 @@ def pictures(folder: Path, bad: tuple[int, ...]) -> Path:
 
 def test_too_many_unusable_records_stop_early_and_mended_data_are_read_anew(tiny_model: Path, tmp_path: Path) -> None:
     source, folder = pictures(tmp_path / "pictures", (8, 10)), tmp_path / "cache"
-    with pytest.raises(UserError, match=r"2 of 24 records .*more than the share 0.05; first: .*08\.png: caption empty"):
+    with pytest.raises(
+        UserError, match=r"2 of 24 records .*more than the limit of 0.05; first: .*08\.png: caption empty"
+    ):
         cached(source, tiny_model, folder)
     kept = {path.name for path in folder.glob("shard-*")}  # the one that skipped is forgotten, the last was never made
     assert kept == {"shard-000000.json", "shard-000000.safetensors"}
@@ -375,6 +379,6 @@ def test_a_set_that_is_refused_leaves_the_shards_of_other_processes(tiny_model: 
 
 def test_a_folder_of_something_else_is_left_alone(scene_folder: Path, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists and holds no cache"):
+    with pytest.raises(UserError, match="exists and is not a cache"):
         cached(scene_folder, tiny_model, tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"

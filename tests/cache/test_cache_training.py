@@ -65,7 +65,7 @@ def test_a_cache_of_another_model_is_refused(
     whole: Path, recipe_file: Path, tiny_model: Path, tmp_path: Path, part: str, named: str
 ) -> None:
     model = change(tiny_model, part, tmp_path / "other")
-    with pytest.raises(UserError, match=f"another model's {named}: name that model"):
+    with pytest.raises(UserError, match=f"another model's {named}: use that model"):
         start(load_recipe(recipe_file, [f"data.source={whole}", f"model={model}"]), resume=False)
     if part == "text_encoder":  # which is trained here, so the cached embeddings are not read
         start(load_recipe(recipe_file, [f"data.source={whole}", f"model={model}", "tuning.text_encoder=true"]), False)
@@ -155,7 +155,7 @@ def test_prompts_alone_train_what_starts_from_noise_and_nothing_else(recipe_file
         second = training_step(other)
         assert first["loss"] == second["loss"] and first["grad_norm"] == second["grad_norm"]
     for overrides in ([], ["method=flow_matching"], ["objective.path_velocity=sample", *both]):
-        with pytest.raises(UserError, match=r"prompts alone.*starts from pictures.*apexflow synthesize"):
+        with pytest.raises(UserError, match=r"only prompts.*starts from pictures.*apexflow synthesize"):
             start(load_recipe(recipe_file, [source, *overrides, f"output={tmp_path / 'no'}"]), resume=False)
 
 

@@ -73,7 +73,7 @@ def test_only_what_is_read_is_fetched_of_the_revision_and_the_part_that_are_name
 
     def fetched(name: str) -> set[str]:
         with (
-            nullcontext() if name == NAME else pytest.raises(UserError, match="that could be read")
+            nullcontext() if name == NAME else pytest.raises(UserError, match="the dataset has no readable")
         ):  # the scenes have no parts
             hub.located(name)
         patterns = asked[-1]["allow_patterns"]
@@ -97,7 +97,7 @@ def test_what_names_no_set_of_the_hub_is_told(
     ("error", "words"),
     [
         (GatedRepoError, "https://huggingface.co/datasets/owner/some.set"),
-        (RepositoryNotFoundError, "it knows no such set"),
+        (RepositoryNotFoundError, "the hub has no such dataset"),
         (RevisionNotFoundError, "check the name"),
         (TimeoutError, "check the name and the network"),
     ],

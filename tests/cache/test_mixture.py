@@ -165,7 +165,7 @@ def test_resume_with_a_mixture_is_exact(
     page = (tmp_path / "parts" / "report.html").read_text()
     assert f"{prompts} (prompts alone)" in page and "50.0%" in page and "1.3" in page  # 24 rows, of which 12 of nine
     changed = load_recipe(recipe_file, [*common, f"output={tmp_path / 'parts'}", sources(whole, own, second_name(own))])
-    with pytest.raises(UserError, match=r"data\.source .* instead of .* would change none"):
+    with pytest.raises(UserError, match=r"data\.source .* instead of .* would have no effect"):
         train(changed, resume=True)
 
 
@@ -202,10 +202,10 @@ def test_a_list_of_one_is_that_one(whole: Path, recipe_file: Path) -> None:
         (["data.source=[a, b]", "data.shares=[0, 0]"], "shares are all 0"),
         (["data.source=[a, b]", "data.shares=[.inf, 1]"], "finite number"),
         (["data.source=[a, b]", "data.shares=[true, 1]"], "data.shares.0: Input should be a number"),
-        (["data.source=a", "data.shares=[1]"], "shares go with several sources"),
+        (["data.source=a", "data.shares=[1]"], "shares need several sources"),
         (["data.source=[a, b]", "data.shares=[1e308, 1e308]"], "data.shares.0: Input should be less than or equal to"),
-        (["data.source=[a, a]"], "a is named twice"),
-        (["data.source=[a, ./a/]"], "./a/ is named twice"),
+        (["data.source=[a, a]"], "a is listed twice"),
+        (["data.source=[a, ./a/]"], "./a/ is listed twice"),
         (["data.source=[]"], "data.source: Input should be a path, or a list of paths"),
         (["data.source=[a, 3]"], "data.source: Input should be a path, or a list of paths"),
     ],
@@ -224,7 +224,7 @@ def test_sets_that_cannot_go_together_are_named(
         assert not (tmp_path / "run" / "cache").exists()
         return str(error.value)
 
-    assert told(sources(whole, prompts)).startswith(f"{prompts} holds prompts alone")
+    assert told(sources(whole, prompts)).startswith(f"{prompts} holds only prompts")
     assert "data 'nowhere' not found" in told(sources(whole, "nowhere"))
     assert "more than the 54 records" in told(sources(whole, second), "batch=55")
     kept = "more than the 41 records of " + f"{whole}, {second} that are not held out: set batch to 41 or less"
@@ -242,12 +242,12 @@ def test_sets_that_cannot_go_together_are_named(
 
 
 def test_a_folder_that_is_one_sets_cache_is_none_of_several(whole: Path, recipe_file: Path, scene_folder: Path) -> None:
-    with pytest.raises(UserError, match="is the cache of one set, and several are named"):
+    with pytest.raises(UserError, match=r"is the cache of one source, and data\.source lists several"):
         start(load_recipe(recipe_file, [sources(whole, scene_folder), f"data.cache={whole}"]), resume=False)
 
 
 def test_a_comparison_takes_one_set(recipe_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a comparison takes one set, and its recipe names a, b"):
+    with pytest.raises(UserError, match="a comparison takes one dataset, and its recipe has a, b"):
         Plan(tmp_path, load_recipe(recipe_file, ["data.source=[a, b]"]))
 
 
@@ -255,7 +255,7 @@ def test_the_plan_says_what_is_there(run: Run, whole: Path, recipe_file: Path, t
     shares = (sources(whole, tmp_path / "later"), "data.shares=[3, 1]")
     code, out, _ = run("plan", recipe_file, *shares)
     assert code == 0 and f"{whole}: 48 rows, 75.0% of a run's rows" in out
-    assert f"{tmp_path / 'later'}: rows are counted when it is cached, 25.0% of a run's rows" in out
+    assert f"{tmp_path / 'later'}: rows are counted during caching, 25.0% of a run's rows" in out
     refused(run("plan", recipe_file, *shares[:1], "data.shares=[1]"), "1 numbers for 2 sources")
     for others, expected in (((), [0.5, 0.5]), ((tmp_path / "later",), [None] * 3)):
         found = foreseen(Data(source=(str(whole), "scenes", *map(str, others)), count=48))

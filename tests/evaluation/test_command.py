@@ -33,7 +33,7 @@ def test_a_folder_of_something_else_is_not_drawn_into(run: Run, tmp_path: Path) 
     refused(
         run("evaluate", "--limit", 2, "-o", tmp_path / "set"),
         "set exists",
-        "holds no seed that evaluate drew",
+        "holds no seed-* folder of evaluate",
         "choose another",
     )
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["0.tar"]
@@ -41,7 +41,12 @@ def test_a_folder_of_something_else_is_not_drawn_into(run: Run, tmp_path: Path) 
 
 def test_seeds_end_where_those_of_one_do(run: Run) -> None:
     last = 2**63 - 1
-    refused(run("evaluate", "--model", "none", "--seed", last, "--seeds", 2), "--seeds 2", f"--seed {last}", "beyond")
+    refused(
+        run("evaluate", "--model", "none", "--seed", last, "--seeds", 2),
+        "--seeds 2",
+        f"--seed {last}",
+        "past the largest",
+    )
     refused(run("evaluate", "--model", "none", "--seed", last - 1, "--seeds", 2), "'none'")
 
 
@@ -55,8 +60,8 @@ def test_a_model_with_another_lora_is_another_model(run: Run, tiny_model: Path, 
     assert report["name"] == f"{tiny_model} + {file}:0.5"
     assert run(*common, "--lora", f"{file}:0.50")[0] == 0  # goes on
     for other in ((), ("--lora", file), ("--lora", f"{file}:0.5", "--lora", f"{file}:0.5")):
-        refused(run(*common, *other), "other weights and lora")
-    refused(run("evaluate", "--images", tmp_path, "--lora", file), "--lora cannot apply to --images")
+        refused(run(*common, *other), "different weights and lora")
+    refused(run("evaluate", "--images", tmp_path, "--lora", file), "--lora cannot be used with --images")
 
 
 def test_several_seeds_are_averaged(run: Run, tiny_model: Path) -> None:
@@ -74,14 +79,14 @@ def test_several_steps_are_each_what_one_is_and_go_on(run: Run, tiny_model: Path
     code, text, _ = run(*both)
     assert code == 0 and text.count("mini-GenEval") == 1 and "steps 1" in text and "steps 2" in text
     drawn = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    # It goes on, as an evaluation with other settings would be refused.
+    # It goes on, as an evaluation with different settings would be refused.
     alone = json.loads(run(*common, "--steps", 2, "-o", out / "steps-2", "--json")[1])
     results = json.loads(run(*both, "--json")[1])["results"]
     assert results[1] == alone and [result["evaluations"] for result in results] == [2, 4]
     assert all(result["seed"] == [0, 1] for result in results)
     assert len(drawn) == 4 and drawn == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    refused(run(*common, "--steps", 1, "-o", out), "e exists", "holds no seed that evaluate drew")
-    refused(run(*common, "--steps", "1,2", "-o", out / "steps-1"), "steps-1 exists", "holds no steps that")
+    refused(run(*common, "--steps", 1, "-o", out), "e exists", "holds no seed-* folder of evaluate")
+    refused(run(*common, "--steps", "1,2", "-o", out / "steps-1"), "steps-1 exists", "holds no steps-*")
 
 
 def test_several_steps_that_are_only_drawn_are_listed(
@@ -107,7 +112,7 @@ def test_steps_that_cannot_be_are_told_before_anything_is_drawn(run: Run, tiny_m
         refused(run(*common, "--steps", steps), *words)
     (tmp_path / "s" / "steps-2").mkdir(parents=True)
     (tmp_path / "s" / "steps-2" / "0.tar").touch()
-    refused(run(*common[:-1], tmp_path / "s", "--steps", "1,2"), "steps-2 exists", "holds no seed that evaluate drew")
+    refused(run(*common[:-1], tmp_path / "s", "--steps", "1,2"), "steps-2 exists", "holds no seed-* folder of evaluate")
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -130,7 +135,7 @@ def test_a_share_of_the_pictures_waits_for_the_others(
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(run(*common), "--output")
     code, text, _ = run(*common, "-o", tmp_path / "e")
-    assert code == 0 and "1 pictures are still to be drawn; not scored" in text
+    assert code == 0 and "1 pictures left to generate; not scored" in text
     monkeypatch.setenv("RANK", "1")
     code, text, _ = run(*common, "-o", tmp_path / "e")
     assert code == 0 and "mini-GenEval" in text
@@ -158,9 +163,9 @@ def test_ctrl_c_says_what_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("apexflow.evaluation.runner.score_folder", interrupted)
     for more in (("--steps", 1), ("--images", tmp_path)):
         code, _, errors = run("evaluate", *more, "-o", tmp_path / "e")
-        assert code == 130 and f"kept in {tmp_path / 'e'}: the same command goes on" in errors
+        assert code == 130 and f"kept in {tmp_path / 'e'}: run the same command to resume" in errors
         code, _, errors = run("evaluate", *more)
-        assert code == 130 and "nothing is kept without a folder" in errors and "-o" in errors
+        assert code == 130 and "nothing is kept without an output folder" in errors and "-o" in errors
 
 
 @pytest.mark.parametrize("written", ["os.replace", "PIL.Image.Image.save"])
@@ -176,7 +181,7 @@ def test_a_full_disk_is_one_line(
 
 
 def test_options_that_cannot_apply_are_told(run: Run, tmp_path: Path) -> None:
-    refused(run("evaluate", "--protocol", "clean"), "--protocol cannot apply to the suite mini-geneval")
+    refused(run("evaluate", "--protocol", "clean"), "--protocol cannot be used with the suite mini-geneval")
     refused(run("evaluate", "--suite", "geneval", "--fid-size", 8, "--judge", "x"), "--judge and --fid-size", "geneval")
     drawing = ("--model", "m", "--seeds", 2, "--steps", 4, "--no-score")
     refused(
@@ -187,11 +192,11 @@ def test_options_that_cannot_apply_are_told(run: Run, tmp_path: Path) -> None:
 def test_a_network_is_kept_as_asked(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     common = ("evaluate", "--model", tiny_model, "--limit", 1, "--no-score", "-o", tmp_path / "e")
     refused(run(*common, "--storage", "int2"), "int2", "fp8 or nf4")
-    refused(run("evaluate", "--images", tmp_path, "--storage", "fp8"), "--storage cannot apply to --images")
+    refused(run("evaluate", "--images", tmp_path, "--storage", "fp8"), "--storage cannot be used with --images")
     assert run(*common, "--storage", "fp8")[0] == 0
     drawn = json.loads((tmp_path / "e" / "seed-0" / "generation.json").read_text())
     assert drawn["storage"] == "fp8"
-    refused(run(*common), "an evaluation with other", "storage")
+    refused(run(*common), "an evaluation with different", "storage")
 
 
 def test_what_cannot_be_scored_is_told_before_anything_is_drawn(run: Run, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_what_is_sent_and_what_makes_a_score_comparable(
     assert first["messages"][0]["content"][0]["text"] == "Grade a star 1 five points"
     assert server.headers[0]["Authorization"] == "Bearer secret"
     assert "secret" not in "".join(path.read_text() for path in (tmp_path / "e").iterdir() if path.is_file())
-    with pytest.raises(UserError, match="other judge"):
+    with pytest.raises(UserError, match="different judge"):
         score_folder(pictures, VERIFIED, tmp_path / "e", "x", tools(server, wise_root))
 
 

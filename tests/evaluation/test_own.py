@@ -51,7 +51,7 @@ def test_a_set_of_any_kind_gives_its_captions_as_prompts_and_nothing_is_nearer_t
         suite = SUITES["own"](Tools(data=data, clip=clip_folder))
         suite.check()
         assert [prompt.text for prompt in suite.choose(None)[0]] == list(COLORS)
-        with pytest.raises(UserError, match="holds prompts alone, and FID needs pictures"):
+        with pytest.raises(UserError, match="holds only prompts, and FID needs pictures"):
             SUITES["own"](Tools(data=data, inception=inception_file)).check()
         return
     pictures = drawn(data, tmp_path / "pictures")
@@ -149,12 +149,12 @@ def test_a_column_of_one_row_alone_leaves_the_others_in_their_places() -> None:
     ("given", "told"),
     [
         ((), ("--data is missing", "captioned pictures")),
-        (("--data", "absent"), ("--data absent", "not there")),
-        (("--data", "empty"), ("empty", "it reads")),
+        (("--data", "absent"), ("--data absent", "does not exist")),
+        (("--data", "empty"), ("empty", "formats: ")),
         (("--data", "bare"), ("no caption", "a.txt")),
         (("--data", "blank"), ("no usable record", "caption empty")),
         (("--data", "noise", "--limit", 1), ("FID needs at least two pictures", "gives 1", "--limit")),
-        (("--data", "noise", "--judge", "x"), ("--judge cannot apply",)),
+        (("--data", "noise", "--judge", "x"), ("--judge cannot be used",)),
         (("--data", "noise", "--fid-size", 100_000), ("--fid-size", "8192")),
     ],
 )
@@ -178,10 +178,10 @@ def test_nothing_to_score_with_is_refused_before_a_model_is_loaded(
 ) -> None:
     model = () if "--images" in drawing else ("--model", "no-such-model")
     given = ("evaluate", *model, "--suite", "own", "--data", noise, *drawing)
-    refused(run(*given), "nothing would be scored: name --inception")
+    refused(run(*given), "nothing would be scored: give --inception")
 
 
 def test_what_is_about_fid_needs_its_network(noise: Path, tmp_path: Path) -> None:
     reference = little.mjhq_folder(tmp_path) / "imgs"
-    with pytest.raises(UserError, match="--reference is about FID"):
+    with pytest.raises(UserError, match="--reference is for FID"):
         score_folder(tmp_path, WHOLE, None, "x", Tools(data=noise, reference=reference))

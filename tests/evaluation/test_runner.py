@@ -196,9 +196,9 @@ def test_a_report_names_the_sampler_that_was_used(
 
 
 def test_other_settings_need_another_folder(generator: Generator, whole: Path) -> None:
-    with pytest.raises(UserError, match="other seed"):
+    with pytest.raises(UserError, match="different seed"):
         evaluate(generator, EvaluationSettings(**{**vars(QUICK), "seed": 1}), whole)
-    with pytest.raises(UserError, match="other limit"):
+    with pytest.raises(UserError, match="different limit"):
         score_folder(whole / "pictures", EvaluationSettings(limit=3, per_prompt=2), whole)
 
 

@@ -246,11 +246,11 @@ def test_wise(generator: Generator, judge_folder: Path, tmp_path: Path, monkeypa
         ("wise", Tools(data=Path("."), judge=_no), "checkout"),
         ("wise", Tools(data=Path("."), judge=_no, protocol="x"), "legacy"),
         ("mini-genevall", Tools(), "mini-geneval"),
-        ("mini-geneval", Tools(data=Path(".")), "--data cannot apply"),
-        ("geneval", Tools(protocol="x"), "--protocol cannot apply"),
-        ("dpg", Tools(data=Path("."), judge=_no, clip=Path(".")), "--clip cannot apply"),
-        ("wise", Tools(data=Path("."), judge=_no, judge_model="m"), "--judge-model cannot apply"),
-        ("mjhq", Tools(data=Path("."), judge=_no), "--judge cannot apply"),
+        ("mini-geneval", Tools(data=Path(".")), "--data cannot be used"),
+        ("geneval", Tools(protocol="x"), "--protocol cannot be used"),
+        ("dpg", Tools(data=Path("."), judge=_no, clip=Path(".")), "--clip cannot be used"),
+        ("wise", Tools(data=Path("."), judge=_no, judge_model="m"), "--judge-model cannot be used"),
+        ("mjhq", Tools(data=Path("."), judge=_no), "--judge cannot be used"),
         ("pickscore", Tools(data=Path(".")), "--clip"),
         ("pickscore", Tools(clip=Path(".")), "--data"),
     ],
@@ -262,7 +262,7 @@ def test_what_a_suite_lacks_is_named(suite: str, tools: Tools, word: str, tmp_pa
 
 def test_numbers_of_pictures_that_a_layout_cannot_hold() -> None:
     for suite, count in (("dpg", 3), ("wise", 2), ("mjhq", 4), ("pickscore", 2)):
-        with pytest.raises(UserError, match=f"{count} pictures a prompt"):
+        with pytest.raises(UserError, match=f"{count} pictures per prompt"):
             SUITES[suite](Tools(), count)
 
 

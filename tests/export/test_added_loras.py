@@ -156,14 +156,14 @@ def test_a_strength_that_is_no_number(said, tmp_path):
 
 def test_what_is_no_lora(folder_of, tmp_path):
     lora = lora_for("mini-student", tmp_path / "lora")
-    mend = "name a LoRA file"
+    mend = "give a LoRA file"
     refused(tmp_path / "none.safetensors", "none.safetensors does not exist", mend)
     refused(f"{tmp_path / 'none.safetensors'}:0.5", "none.safetensors:0.5 does not exist", mend)
     refused(tmp_path, f"{tmp_path} holds no {FILE}", mend)
     refused([lora, ""], "the name of a LoRA is empty", mend)
     refused(":0.5", "LoRA :0.5 does not exist", mend)
     refused(0.5, "LoRA 0.5 does not exist", mend)
-    refused(next((folder_of("sana") / "transformer").glob("*.safetensors")), "no LoRA")
+    refused(next((folder_of("sana") / "transformer").glob("*.safetensors")), "not a LoRA")
     (tmp_path / "lora.bin").touch()
     refused(tmp_path / "lora.bin", "is a pickle")
     (tmp_path / "short.safetensors").write_bytes(b"x")
@@ -212,7 +212,7 @@ def test_a_lora_that_is_in_the_weights_already_is_warned_of(tmp_path):
         return [str(one.message) for one in caught]
 
     lines = told("lora")
-    assert len(lines) == 2 and all(f"{base} has" in line and "added once more" in line for line in lines)
+    assert len(lines) == 2 and all(f"{base} already has" in line and "added again" in line for line in lines)
     assert told("lora", "another") == told("full") == []
 
 

@@ -120,7 +120,7 @@ def test_a_run_knows_its_base(folder_of, tmp_path):
     (folder / "recipe.json").write_text(json.dumps(recipe))
     assert export(str(folder), tmp_path / "out", rank=RANK)["kept"] > 0.999
     assert f"from_pretrained({str(base)!r}" in (tmp_path / "out" / "README.md").read_text()
-    refused(("knows its base", "leave out --base"), str(folder), tmp_path / "o", rank=RANK, base=str(base))
+    refused(("records its base", "leave out --base"), str(folder), tmp_path / "o", rank=RANK, base=str(base))
     recipe["tuning"]["text_encoder"] = True
     (folder / "model" / "apexflow.json").write_text(json.dumps({"card": {"recipe": recipe}}))
     refused(("text encoder", "leave out --rank"), str(folder), tmp_path / "o", rank=RANK)
@@ -131,12 +131,12 @@ def test_what_has_no_lora_to_be_taken_out(folder_of, tmp_path):
     roles = planted(folder_of("sana"), student)
     refused(("--base",), str(student), output, rank=RANK)
     refused(("no LoRA to merge", "--merge"), str(student), output, rank=RANK, base=base, merge=True)
-    refused(("no difference",), base, output, rank=RANK, base=base)
+    refused(("none to extract",), base, output, rank=RANK, base=base)
     refused(("was not tuned from",), str(student), output, rank=RANK, base=str(folder_of("sana_sprint")))
     file = save_lora(roles, tmp_path / "lora")
     refused(("a LoRA already", "--rank"), str(file), output, rank=RANK, base=base)
     pixart = str(folder_of("pixart_sigma"))
-    refused(("loads no LoRA",), pixart, output, rank=RANK, base=pixart)
+    refused(("cannot load a LoRA",), pixart, output, rank=RANK, base=pixart)
     weights = next((student / "transformer").glob("*.safetensors"))
     broken = {name: tensor * float("nan") for name, tensor in load_file(weights).items()}
     save_file(broken, weights)

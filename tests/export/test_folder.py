@@ -199,7 +199,14 @@ def test_a_lora_for_another_model(folder_of, tmp_path):
 def test_a_lora_that_does_not_say_its_scale(folder_of, tmp_path, said):
     metadata = {f"transformer.{key}": value for key, value in said.items()} if said else said
     file, output = with_metadata(tmp_path, metadata), tmp_path / "o"
-    refused(tmp_path, ("does not say its scale", str(file)), str(file), output, merge=True, base=str(folder_of("sana")))
+    refused(
+        tmp_path,
+        ("does not give a readable scale", str(file)),
+        str(file),
+        output,
+        merge=True,
+        base=str(folder_of("sana")),
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,7 +216,7 @@ def test_a_lora_that_does_not_say_its_scale(folder_of, tmp_path, said):
         (torch.ones(1), "shape (1,)"),
         (torch.ones(0, 1), "shape (0, 1)"),
         (torch.ones(1, 1, dtype=torch.int8), "int8"),
-        (torch.tensor([[float("nan")]]), "not a finite number"),
+        (torch.tensor([[float("nan")]]), "a value that is not finite"),
     ],
     ids=str,
 )
@@ -240,17 +247,17 @@ def test_the_pattern_of_a_lora_is_no_search_without_end(tmp_path):
     metadata = {"transformer.alpha_pattern": {"(x+x+)+y": 2}}
     tensors = {name: torch.ones(1, 1) for name in names}
     save_file(tensors, tmp_path / FILE, {"lora_adapter_metadata": json.dumps(metadata)})
-    with pytest.raises(UserError, match="is no name of a module"):
+    with pytest.raises(UserError, match="is not a module name"):
         read_lora(tmp_path / FILE, load_backbone("mini-teacher", "meta"))
 
 
 def test_sources_that_are_none(folder_of, tmp_path):
     output, empty = tmp_path / "o", tmp_path / "empty"
     empty.mkdir()
-    refused(tmp_path, ("no run", "no model"), str(empty), output)
+    refused(tmp_path, ("not a run", "a model folder"), str(empty), output)
     refused(tmp_path, ("not found",), "nosuch", output)
     refused(tmp_path, ("is empty",), "", output)
-    refused(tmp_path, ("no LoRA file", "leave out --base"), str(folder_of("sana")), output, base="mini-teacher")
+    refused(tmp_path, ("not a LoRA file", "leave out --base"), str(folder_of("sana")), output, base="mini-teacher")
     (empty / "recipe.json").write_text(json.dumps({"model": "x", "tuning": {"kind": "full"}}))
     refused(tmp_path, ("not finished", "--resume"), str(empty), output)
     (empty / "model").mkdir()
@@ -272,7 +279,7 @@ def test_sources_that_are_none(folder_of, tmp_path):
 
 def test_families_with_schedulers_of_their_own(folder_of, tmp_path):
     for name in ("sdxl", "pixart_sigma", "sana_sprint"):
-        refused(tmp_path, ("no flow scheduler",), str(folder_of(name)), tmp_path / "o", "stock")
+        refused(tmp_path, ("cannot use a flow scheduler",), str(folder_of(name)), tmp_path / "o", "stock")
         result = export(str(folder_of(name)), tmp_path / name)
         assert result["scheduler"] == "original" and "sigmas" not in result["call"]
         one, other = (folder / "scheduler" / "scheduler_config.json" for folder in (tmp_path / name, folder_of(name)))

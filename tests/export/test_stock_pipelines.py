@@ -127,7 +127,7 @@ def test_a_student_with_a_second_time_draws_the_same_in_the_stock_pipeline(rho, 
     backbone, result = load_backbone(str(source)), export(str(source), tmp_path / "out")
     steps = result["call"]["num_inference_steps"]
     assert steps == (4 if rho else 1)
-    assert ("Take one step" in (tmp_path / "out" / "README.md").read_text()) == (rho == 0)
+    assert ("Use one step" in (tmp_path / "out" / "README.md").read_text()) == (rho == 0)
     assert read_settings(tmp_path / "out") == backbone.settings  # apexflow takes all four still
     z, c, network = noise(backbone), backbone.encode_prompts(PROMPTS), backbone.transformer
 

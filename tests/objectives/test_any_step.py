@@ -181,7 +181,7 @@ def test_a_network_without_forward_derivatives_is_told_what_to_do() -> None:
         def forward(ctx: Any, x: Tensor) -> Tensor:
             return x * 2
 
-    with pytest.raises(Exception, match=r"take objective\.derivative=difference"):
+    with pytest.raises(Exception, match=r"set objective\.derivative=difference"):
         derivative(lambda t: Opaque.apply(t)[:, None], torch.rand(3), "jvp", 0.01, lambda t: t)
 
 

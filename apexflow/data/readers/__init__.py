@@ -89,7 +89,7 @@ def kinds() -> Mapping[str, Kind]:
         "webdataset": Kind("webdataset .tar shards", tars.claim, tars.samples),
         "sharegpt": Kind("ShareGPT-4o-Image: text_to_image.json and tars", sharegpt.claim, sharegpt.samples),
         "parquet": Kind(".parquet with picture bytes", parquet.claim, parquet.samples),
-        "prompts": Kind("prompts alone, a .txt or .jsonl file", prompts.claim, prompts.samples, pictures=False),
+        "prompts": Kind("prompts only, a .txt or .jsonl file", prompts.claim, prompts.samples, pictures=False),
     }
 
 
@@ -97,22 +97,22 @@ def recognise(path: Path) -> Source:
     """Which kind of set `path` is; UserError if it is missing, of no known kind, or could be read in two ways."""
     known = "; ".join(kind.name for kind in kinds().values())
     if not path.exists():
-        raise UserError(f"data {str(path)!r} not found: give the path of a set of captioned pictures ({known})")
+        raise UserError(f"data {str(path)!r} not found: give the path of a dataset of captioned pictures ({known})")
     if (path / "cache.json").is_file():
         raise UserError(f"{path} is a finished cache, not pictures: train on it with data.source={in_a_shell(path)}")
     found = [Source(path, kind, files) for kind in kinds().values() if (files := kind.claims(path))]
     if not found:
         if path.is_dir() and (bare := named(path, *PICTURES)):
             raise UserError(
-                f"data {path} has pictures and no caption: put {bare[0].stem}.txt beside {bare[0].name} and one beside each "
-                "other, or metadata.jsonl into the folder"
+                f"data {path} has pictures but no captions: put {bare[0].stem}.txt beside {bare[0].name} and so on for each "
+                "picture, or metadata.jsonl into the folder"
             )
         empty = path.is_dir() and not any(path.iterdir())
-        what = "is empty" if empty else "holds no kind of data that apexflow reads"
-        raise UserError(f"data {path} {what}; it reads: {known}")
+        what = "is empty" if empty else "holds no data in a format that apexflow reads"
+        raise UserError(f"data {path} {what}; formats: {known}")
     if len(found) > 1:
         ways = " or as ".join(source.kind.name for source in found)
-        raise UserError(f"data {path} could be read as {ways}: keep one kind in a folder, or name the file itself")
+        raise UserError(f"data {path} could be read as {ways}: keep one format per folder, or give the file itself")
     return found[0]
 
 
@@ -121,7 +121,7 @@ def read_within(home: Path, path: Path) -> bytes | None:
     set that others made must not reach for the user's files."""
     inside = Path(os.path.abspath(path))
     if not inside.is_relative_to(os.path.abspath(home)):
-        raise ValueError("outside of the set's folder")
+        raise ValueError("outside the dataset's folder")
     return inside.read_bytes() if inside.is_file() else None
 
 

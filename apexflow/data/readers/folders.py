@@ -54,5 +54,5 @@ def rows(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[Samp
 def _row(home: Path, path: Path, line: bytes) -> Loaded:
     row = json.loads(text_of(line))
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise ValueError("no JSON object with file_name")
+        raise ValueError("not a JSON object with file_name")
     return read_within(home, path.parent / row["file_name"]), row

@@ -26,7 +26,7 @@ def samples(home: Path, files: list[Path], broken: dict[str, str]) -> Iterator[S
         rows = json.loads(manifest.read_text(encoding=TEXT))
         prompts = [(str(row["output_image"]), {"input_prompt": row["input_prompt"]}) for row in rows]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        broken[str(manifest)] = f"no JSON list with input_prompt and output_image ({error})"
+        broken[str(manifest)] = f"not a JSON list with input_prompt and output_image ({error})"
         return
     found: dict[str, Member] = {member.name: member for tar in tars for member in members(tar, broken)}
     for name, fields in prompts:

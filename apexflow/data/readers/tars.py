@@ -29,7 +29,7 @@ class Member:
 
     def read(self) -> bytes:
         if self.offset is None:
-            raise OSError(f"{self.name} is no plain file")
+            raise OSError(f"{self.name} is not a regular file")
         with self.path.open("rb") as file:
             if self.size > os.fstat(file.fileno()).st_size:  # else that much memory would be asked for
                 raise OSError(f"{self.name} says that it is larger than its tar")

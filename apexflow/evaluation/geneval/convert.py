@@ -87,7 +87,7 @@ def _convert(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         match = pattern.match(key)
         if match:
             return _apply(match.expand(target) + key[match.end() :], tensor, action)
-    raise UserError(f"{key} is no weight of mmdet's Mask2Former Swin: give the state dict of {OFFICIAL_CHECKPOINT}")
+    raise UserError(f"{key} is not a weight of mmdet's Mask2Former Swin: give the state dict of {OFFICIAL_CHECKPOINT}")
 
 
 def _apply(name: str, tensor: torch.Tensor, action: str) -> dict[str, torch.Tensor]:

@@ -48,7 +48,9 @@ class Mask2FormerDetector:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Mask2FormerDetector:
         """From a folder in the transformers layout; no network. UserError when it is missing or has other labels."""
         if not Path(folder).is_dir():
-            raise UserError(f"no detector folder at {folder}: convert the official checkpoint, or fetch one, to there")
+            raise UserError(
+                f"no detector folder at {folder}: convert the official checkpoint, or download a converted one there"
+            )
         from transformers import Mask2FormerForUniversalSegmentation
 
         model = load_network(Mask2FormerForUniversalSegmentation, folder, UNUSED)

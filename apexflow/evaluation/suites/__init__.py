@@ -34,5 +34,5 @@ def make_suite(name: str, tools: Tools, per_prompt: int | None = None) -> Suite:
     given = [field.name for field in fields(Tools) if field.name != "device" and getattr(tools, field.name) is not None]
     idle = [f"--{tool.replace('_', '-')}" for tool in given if tool not in suite.takes]
     if idle:
-        raise UserError(f"{' and '.join(idle)} cannot apply to the suite {name}: leave out what it has no use for")
+        raise UserError(f"{' and '.join(idle)} cannot be used with the suite {name}: leave out what it does not use")
     return suite

@@ -71,7 +71,7 @@ class GenEval(GenEvalFolders):
         sums = scoring.summarize(rows) | {"overall_se": scoring.overall_error(rows)}
         report = self.of_all_tasks(sums) | {"official_prompts": all(row["metadata"] in official for row in rows)}
         if not any(json.loads(row["details"]) for row in rows):
-            report["warning"] = "the detector found nothing in any picture: look at its weights and at the pictures"
+            report["warning"] = "the detector found nothing in any picture: check its weights and the pictures"
         return report
 
 
@@ -83,7 +83,7 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"cannot read the GenEval prompts at {path}, line {number}: {error}") from None
         if fault := prompt_set.fault(row):
-            raise UserError(f"{path} line {number} is no GenEval prompt: {fault}")
+            raise UserError(f"{path} line {number} is not a GenEval prompt: {fault}")
         rows.append(row)
     return rows
 

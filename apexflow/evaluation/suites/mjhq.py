@@ -23,7 +23,7 @@ class Mjhq(AgainstPictures):
 
     pictures_a_prompt = 1
     allowed = (1,)
-    mend = "unzip mjhq30k_imgs.zip there, or name --reference"
+    mend = "unzip mjhq30k_imgs.zip there, or give --reference"
 
     @cached_property
     def root(self) -> Path:
@@ -35,7 +35,9 @@ class Mjhq(AgainstPictures):
         try:
             return [{"id": name, "category": data["category"], "prompt": data["prompt"]} for name, data in meta.items()]
         except (AttributeError, KeyError, TypeError):
-            raise UserError(f"{self.root / META} does not hold {{id: {{category, prompt}}}}: fetch it again") from None
+            raise UserError(
+                f"{self.root / META} does not hold {{id: {{category, prompt}}}}: download it again"
+            ) from None
 
     def name_of(self, prompt: Prompt) -> str:
         return f"{prompt.metadata['id']}.jpg"
@@ -47,7 +49,7 @@ class Mjhq(AgainstPictures):
         lacking = sorted(wanted - paths.keys())
         if lacking:
             raise UserError(
-                f"{len(lacking)} of {len(wanted)} reference pictures are not below {self.root} (such as "
+                f"{len(lacking)} of {len(wanted)} reference pictures are not in {self.root} (such as "
                 f"{'/'.join(lacking[0])}.jpg): {self.mend}"
             )
         return [Reference.of_file(path, self.root) for key, path in sorted(paths.items()) if key in wanted]

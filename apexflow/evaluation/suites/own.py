@@ -38,12 +38,12 @@ class Own(AgainstPictures):
     pictures_a_prompt = 1
     measures_diversity = True
     needs_scorer = False
-    mend = "put whole pictures there, or name --reference"
+    mend = "put intact pictures there, or give --reference"
     most: int | None = None  # records to look at: one more than a limit, so that it is seen whether it leaves any out
 
     @cached_property
     def root(self) -> Path:
-        return needs(self.tools.data, "--data", "a set of captioned pictures")
+        return needs(self.tools.data, "--data", "a dataset of captioned pictures")
 
     @cached_property
     def source(self) -> Source:
@@ -53,7 +53,7 @@ class Own(AgainstPictures):
         super().check()
         if self.tools.inception is not None and self.tools.reference is None and not self.source.kind.pictures:
             raise UserError(
-                f"{self.root} holds prompts alone, and FID needs pictures: name --reference, or other --data"
+                f"{self.root} holds only prompts, and FID needs pictures: give --reference, or other --data"
             )
 
     def choose(self, limit: int | None) -> tuple[list[Prompt], bool]:

@@ -47,7 +47,7 @@ class PickScore(OneFileEach):
         path = needs(self.tools.data, "--data", "a .txt or .jsonl file of prompts")
         found = [{"prompt": record.caption} for record in read_captioned(path, skipped)]
         for name, reason in (skipped.broken | skipped.reasons).items():
-            raise UserError(f"{name}: {reason}: mend or remove it, for the pictures are numbered as the prompts are")
+            raise UserError(f"{name}: {reason}: fix or remove it, since pictures are numbered as the prompts are")
         return found
 
     def name_of(self, prompt: Prompt) -> str:

@@ -54,7 +54,7 @@ class Wise(OneFileEach):
         without = [record["prompt_id"] for record in records if not isinstance(record.get("Prompt"), str)]
         if without:
             raise UserError(
-                f"{len(without)} WISE prompts in {self.root} have no text (such as {without[0]}): check out again"
+                f"{len(without)} WISE prompts in {self.root} have no text (such as {without[0]}): check it out again"
             )
         return [record | {"prompt": record["Prompt"]} for record in records]
 
