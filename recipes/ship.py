@@ -29,7 +29,7 @@ def ship(models: Sequence[Path], name: str) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     backbone.save(target, backbone.settings)
-    (target / "README.md").write_text(card(backbone, name, [model.parent.name for model in models]))
+    (target / "README.md").write_text(card(backbone, name, [one for model in models for one in parts_of(str(model))]))
     return target
 
 
