@@ -291,7 +291,7 @@ def test_under_torchrun_the_first_process_alone_speaks(
 def test_prompts_that_are_none_are_named(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('"a red star"\n{"prompt": " "}\n{"tag": 1}\n[\n"a blue ring"\n')
-    with pytest.raises(UserError, match=r"3 of 5 records .*share 0\.5.*p\.jsonl:2: caption empty.*skip limit"):
+    with pytest.raises(UserError, match=r"3 of 5 records .*limit of 0\.5.*p\.jsonl:2: caption empty.*skip limit"):
         draw(path, tmp_path / "set", tiny_model, skip_limit=0.5)
     assert not (tmp_path / "set").exists()  # told before the first picture
     result = draw(path, tmp_path / "set", tiny_model, skip_limit=0.6)

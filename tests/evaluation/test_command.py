@@ -20,7 +20,7 @@ def test_draw_now_and_score_later(run: Run, tiny_model: Path, tmp_path: Path) ->
     common = ("evaluate", "--limit", 3, "--per-prompt", 1)
     out = tmp_path / "e"
     code, text, _ = run(*common, "--model", tiny_model, "--steps", 1, "-o", out, "--no-score")
-    assert code == 0 and "seed-0: all drawn; not scored" in text and not (out / "seed-0" / "report.json").exists()
+    assert code == 0 and "seed-0: all generated; not scored" in text and not (out / "seed-0" / "report.json").exists()
     code, text, _ = run(*common, "--images", out / "seed-0" / "pictures", "-o", tmp_path / "scores")
     assert code == 0 and "mini-GenEval" in text and "INCOMPLETE (not all prompts), 3 pictures" in text
     report = json.loads((tmp_path / "scores" / "report.json").read_text())

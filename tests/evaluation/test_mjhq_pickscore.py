@@ -54,7 +54,7 @@ def test_mjhq(
     file = hashlib.sha256((tmp_path / "reference.npz").read_bytes()).hexdigest()
     assert scored["scoring"]["reference_sha256"] == file and scored["reference"] == str(tmp_path / "reference.npz")
     # A folder holds one way of scoring: its rows would not fit another.
-    with pytest.raises(UserError, match="other clip_weights and reference_sha256"):
+    with pytest.raises(UserError, match="different clip_weights and reference_sha256"):
         score_folder(tmp_path / "e" / "pictures", settings("mjhq", limit=5), tmp_path / "e", "x", again)
     # Another size and other protocols are other numbers.
     for changes in ({"fid_size": 32}, {"protocol": "clean"}, {"protocol": "torch-fidelity"}):
