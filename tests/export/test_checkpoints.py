@@ -143,7 +143,7 @@ def test_the_command_takes_a_checkpoint_and_says_so_where_a_model_is_asked_for(e
     assert code == 0 and json.loads(out)["kind"] == "model"
     refused(run("export", last, "-o", tmp_path / "out"), "exists")
     refused(run("export", last, "-o", tmp_path / "other", "--base", "mini-teacher"), "leave out --base")
-    refused(run("export", last.with_name("step-0000001"), "-o", tmp_path / "gone"), "no checkpoint", last.name, "keep")
+    refused(run("export", last.with_name("step-0000001"), "-o", tmp_path / "gone"), "does not exist", last.name, "keep")
 
 
 def test_nothing_is_handed_over_into_the_checkpoints_of_a_run(ended, run: Run, tmp_path: Path) -> None:
