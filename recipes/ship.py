@@ -1,7 +1,7 @@
 """Put a trained miniature into the package: weights in bfloat16, with a model card.
 
 python recipes/ship.py mini-teacher runs/mini-teacher/model
-python recipes/ship.py mini-student runs/mini-apex-deep/model runs/mini-apex-deep-2/model
+python recipes/ship.py mini-student runs/mini-apex-deep+mini-apex-deep-2/model runs/mini-apex-own/model runs/mini-apex-own-2/model
 
 Of several models the mean of the weights is taken, and the rest from the last one. A further run goes on from such a mean:
 
@@ -29,7 +29,7 @@ def ship(models: Sequence[Path], name: str) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     backbone.save(target, backbone.settings)
-    (target / "README.md").write_text(card(backbone, name, [one for model in models for one in parts_of(str(model))]))
+    (target / "README.md").write_text(card(backbone, name, [model.as_posix() for model in models]))
     return target
 
 
@@ -50,15 +50,18 @@ def mean_of(models: Sequence[Path]) -> Backbone:
     return backbones[-1]
 
 
-def card(backbone: Backbone, name: str, recipes: Sequence[str]) -> str:
+def card(backbone: Backbone, name: str, models: Sequence[str]) -> str:
     """A model card: what it is, how it was made, and the place of its scores."""
     made = backbone.settings.card
-    parts = {one: steps for each in recipes for one, steps in lineage(recipe_of(each)).items()}
+    last = [part for model in models for part in parts_of(model)]
+    parts = {one: steps for each in last for one, steps in lineage(recipe_of(each)).items()}
     listed = "\n".join(f"- `recipes/{one}.yaml`, {count:,}" for one, count in parts.items())
-    told = f"The weights are the mean of those of {' and '.join(recipes)}.\n" if len(recipes) > 1 else ""
+    told = (
+        f"The weights are the mean of those of {', '.join(models)} (A+B: the mean of two).\n" if len(models) > 1 else ""
+    )
     recipe, minutes = yaml.safe_dump(made["recipe"], sort_keys=False), made["seconds"] / 60
     teachers = " and ".join(f"`recipes/{one}.yaml`" for one in parts_of(made["recipe"].get("teacher")))
-    told += f"Their teacher is the mean of what {teachers} made.\n" if teachers else ""
+    taught = f" Its teacher is the mean of what {teachers} made." if teachers else ""
     weights = sum(
         p.numel() for part in ("transformer", "vae", "text_encoder") for p in getattr(backbone, part).parameters()
     )
@@ -71,7 +74,7 @@ Made in {sum(parts.values()):,} steps, by these recipes; each names the model th
 
 {listed}
 
-The last, below, took {minutes:.0f} minutes on {made["device"]}.
+The last, below, took {minutes:.0f} minutes on {made["device"]}.{taught}
 {told}Scores: mini-GenEval, never comparable to GenEval. python benchmarks/tables.py writes them from `results/scores.json`.
 
 <!-- {name} -->
