@@ -4,7 +4,8 @@ python benchmarks/score.py NAME=MODEL[:STEPS[:GUIDANCE]] ... [--seeds 3] [--per-
 
 python benchmarks/score.py teacher=mini-teacher:50 student=mini-student:1 --output results/scores.json
 
-Rows already in the output are kept. A row's pictures stand in runs/scores until it is done, so that an interrupted one goes on.
+Rows already in the output are kept, but one that is asked for again is scored anew if it is of another commit. A row's pictures
+stand in runs/scores until it is done, so that an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     for case in given.cases:
         name, _, rest = case.partition("=")
         sampled = Case.read(rest)
-        if name in scores:
+        if name in scores and scores[name]["commit"] == provenance()["commit"]:
             continue
         pictures = PICTURES / re.sub(r"\W+", "-", name)
         scores[name] = scored(name, sampled, pictures, given)
