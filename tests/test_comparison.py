@@ -91,7 +91,7 @@ def test_a_comparison_from_start_to_end(plan: Plan, calls: Calls) -> None:
 
     before = len(calls)
     assert run_comparison(plan)["rows"] == rows and len(calls) == before  # nothing is done twice
-    with pytest.raises(UserError, match="other images"):
+    with pytest.raises(UserError, match="different images"):
         run_comparison(replace(plan, images=16))
 
 
@@ -107,7 +107,7 @@ def test_a_comparison_that_is_not_timed_has_equal_images_alone(plan: Plan, calls
         told = (plan.output / name).read_text()
         assert "Equal images" in told and "wall" not in told and "Memory of a training step" in told
     assert not (plan.output / "pace.json").exists() and run_comparison(untimed)["rows"] == results["rows"]
-    with pytest.raises(UserError, match="other timed"):
+    with pytest.raises(UserError, match="different timed"):
         run_comparison(replace(untimed, timed=True))
 
 
@@ -372,7 +372,7 @@ def test_a_refusal_says_that_settings_come_from_a_recipe_and_leaves_a_folder_tha
     assert json.loads((plan.output / "plan.json").read_text())["recipe"]["batch"] == 2
     assert not (plan.output / "costs").exists()
     (plan.output / "cache").mkdir()
-    with pytest.raises(UserError, match="other recipe"):
+    with pytest.raises(UserError, match="different recipe"):
         comparison._claim(small)
 
 
@@ -409,5 +409,5 @@ def test_a_folder_is_older_than_fields_of_a_recipe(plan: Plan) -> None:
     comparison._claim(plan)
     (plan.output / "runs").mkdir()
     changed = replace(plan.recipe, optimizer=replace(plan.recipe.optimizer, schedule="cosine"))
-    with pytest.raises(UserError, match="other recipe"):
+    with pytest.raises(UserError, match="different recipe"):
         comparison._claim(replace(plan, recipe=changed))

@@ -89,7 +89,7 @@ def test_a_comparison_of_other_pictures_has_no_column_of_mini_geneval(
     assert body[1].count("|") == head.count("|") and (" 7.000 " in body[1]) == with_clip
     assert "star in noise" in page and page.count("<svg") == 1 + 2
     assert run_comparison(plan)["rows"] == results["rows"]
-    with pytest.raises(UserError, match="other clip"):
+    with pytest.raises(UserError, match="different clip"):
         run_comparison(replace(plan, clip=None if with_clip else tmp_path))
 
 

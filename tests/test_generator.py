@@ -115,7 +115,7 @@ def test_a_long_prompt_is_shown_by_its_beginning() -> None:
 def test_a_size_far_above_the_models_own_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = apexflow.load("mini-student", "cpu")
     monkeypatch.setattr(generator, "_draw", lambda *asked: [])
-    with pytest.warns(UserWarning, match="draws at 64, and 512x512 is asked"):
+    with pytest.warns(UserWarning, match="generates at 64: 512x512 is slow"):
         generator.generate("a red star", size=512)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

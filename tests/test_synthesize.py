@@ -302,7 +302,7 @@ def test_prompts_that_are_none_are_named(tiny_model: Path, tmp_path: Path) -> No
     path.write_text("[" * 100_000 + '\n"a red star"\n')
     assert draw(path, tmp_path / "deep", tiny_model, skip_limit=0.5)["pictures"] == 1
     path.write_text('{"tag": 1}\n')
-    with pytest.raises(UserError, match=r"no usable record .*p\.jsonl:1: caption missing; mend"):
+    with pytest.raises(UserError, match=r"no usable record .*p\.jsonl:1: caption missing; fix or remove"):
         draw(path, tmp_path / "empty", tiny_model)
 
 
