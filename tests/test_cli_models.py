@@ -133,16 +133,16 @@ def test_a_part_whose_name_leads_out_of_the_folder_is_refused(
     (tmp_path / "victim").mkdir()
     write(tmp_path / "victim" / "secret", "x")
     for command in (("generate", "a star", "--model"), ("export",)):
-        refused(run(*command, model, "-o", tmp_path / "o.png"), "model_index.json", repr(name), "not a plain")
+        refused(run(*command, model, "-o", tmp_path / "o.png"), "model_index.json", repr(name), "not a plain name")
 
 
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"weight_map": {"a": "../victim.safetensors"}}, ("'../victim.safetensors'", "not a plain")),
-        ({"weight_map": {"a": "weights.bin"}}, ("'weights.bin'", "not a plain")),
-        ({"weight_map": {"a": 1}}, ("the file 1", "not a plain")),
-        ({"weight_map": None}, ("the file None", "not a plain")),
+        ({"weight_map": {"a": "../victim.safetensors"}}, ("'../victim.safetensors'", "not a plain safetensors name")),
+        ({"weight_map": {"a": "weights.bin"}}, ("'weights.bin'", "not a plain safetensors name")),
+        ({"weight_map": {"a": 1}}, ("the file 1", "not a plain safetensors name")),
+        ({"weight_map": None}, ("the file None", "not a plain safetensors name")),
         (None, ("not a JSON object",)),
     ],
 )

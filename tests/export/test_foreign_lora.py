@@ -218,8 +218,11 @@ def test_fused_projections_of_the_published_flux_come_apart(tmp_path):
         ({"transformer_blocks.0.attn.norm_q.diff": (4,)}, ("norm_q.diff", "whole weight")),
         ({"transformer_blocks.0.attn.to_q.diff_b": (4,)}, ("to_q.diff_b", "whole weight")),
         ({"model.diffusion_model.x.lora_A.weight": (4, 4)}, ("model.diffusion_model.x.lora has only one side",)),
-        ({"transformer_blocks.0.attn.to_k.weight": (4, 4)}, ("to_k.weight", "not part of a")),
-        ({"transformer_blocks.0.attn.to_k.alpha": ()}, ("to_k.alpha", "not part of a")),
+        (
+            {"transformer_blocks.0.attn.to_k.weight": (4, 4)},
+            ("to_k.weight", "not part of a lora_down and lora_up pair"),
+        ),
+        ({"transformer_blocks.0.attn.to_k.alpha": ()}, ("to_k.alpha", "not part of a lora_down and lora_up pair")),
         ({"transformer_blocks.0.attn.to_k.lora_down.weight": (4, 32)}, ("to_k.lora", "only one side")),
         ({"transformer_blocks.0.attn.to_q.lora_A.weight": (4, 32)}, ("holds both", "lora_A")),
         ({"transformer_blocks.0.attn.to_q.alpha": (2,)}, ("to_q.alpha", "not a positive number")),
