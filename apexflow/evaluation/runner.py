@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from apexflow import __version__
 from apexflow.backbones.parts import quiet
 from apexflow.backbones.precision import compute_dtype
 from apexflow.backbones.storage import stored_kind
@@ -30,7 +31,7 @@ from apexflow.files import make_folder, read_json, write_json
 from apexflow.generator import Generator
 from apexflow.locking import alone_in
 
-VERSIONS = ("apexflow", "torch", "transformers", "diffusers", "numpy", "pillow")
+LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
 def evaluate(
@@ -172,8 +173,8 @@ def _generation(generator: Generator, settings: EvaluationSettings, prompts: Seq
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that a score may depend on."""
-    return {name: importlib.metadata.version(name) for name in VERSIONS}
+    """Of what a score may depend on. Ours is in the source, since a copy that is not installed evaluates as well."""
+    return {"apexflow": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def _claim(folder: Path, marker: str, settings: dict[str, Any]) -> None:
