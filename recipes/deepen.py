@@ -1,7 +1,6 @@
-"""Give a miniature more blocks that change nothing at first: copies of some of its own, answering zero.
+"""Give a miniature two more blocks that change nothing at first: copies of the third and the fifth, answering zero.
 
 python recipes/deepen.py runs/mini-apex-both/model runs/mini-apex-again/model -o runs/mini-apex-again/deeper
-python recipes/deepen.py mini-teacher -o runs/mini-teacher-twelve --after 0 1 2 3 4 5
 
 Of several models the mean of the weights is taken, as recipes/ship.py does.
 """
@@ -38,12 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument(
-        "--after", type=int, nargs="+", default=AFTER, help="blocks to put a copy behind, counted from 0"
-    )
     given = parser.parse_args()
     backbone = mean_of(given.models)
-    backbone.transformer = deepen(backbone.transformer, given.after)
+    backbone.transformer = deepen(backbone.transformer)
     backbone.save(given.output, backbone.settings)
     print(given.output)
 
