@@ -106,7 +106,13 @@ def export(
     factors = None
     with new_folder(output) as partial:
         if rank is not None:
-            factors = _factored(found, rank, partial)
+            # Without a base given it is a run's, which takes none.
+            mend = (
+                "leave out --rank for the whole model"
+                if base is None
+                else "give the model it was tuned from with --base"
+            )
+            factors = _factored(found, rank, partial, mend)
         elif found.lora is None or merge:
             _whole(found, partial)
         else:
@@ -248,10 +254,10 @@ def _tuned_text_encoder(settings: Settings) -> bool:
     return isinstance(tuning, dict) and bool(tuning.get("text_encoder"))
 
 
-def _factored(found: Source, rank: int, partial: Path) -> Factors:
+def _factored(found: Source, rank: int, partial: Path, mend: str) -> Factors:
     """A LoRA taken out of the whole model."""
     part = found.backbone.network_part
-    factors = factor(found.model / part, resolve(found.base) / part, target_modules(found.backbone), rank)
+    factors = factor(found.model / part, resolve(found.base) / part, target_modules(found.backbone), rank, mend)
     save_pairs(factors.pairs, found.backbone, partial)
     write_settings(partial, found.elsewhere)
     return factors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -126,13 +127,25 @@ def test_a_run_knows_its_base(folder_of, tmp_path):
     refused(("text encoder", "leave out --rank"), str(folder), tmp_path / "o", rank=RANK)
 
 
+@pytest.mark.parametrize(("named", "wrong"), [("sana", "none to extract"), ("sana_sprint", "names or shapes")])
+def test_a_run_that_holds_no_lora_is_told_a_mend_that_runs_take(named, wrong, folder_of, tmp_path):
+    """One whose weights are still those of its base, and one that has more of them, as of a deeper student."""
+    folder, base = tmp_path / "run", folder_of("sana")
+    recipe = {"model": str(folder_of(named)), "tuning": {"kind": "full"}}
+    shutil.copytree(base, folder / "model")
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match=f"{wrong}.*leave out --rank") as caught:
+        export(str(folder), tmp_path / "o", rank=RANK)
+    assert "--base" not in str(caught.value)
+
+
 def test_what_has_no_lora_to_be_taken_out(folder_of, tmp_path):
     base, student, output = str(folder_of("sana")), tmp_path / "student", tmp_path / "o"
     roles = planted(folder_of("sana"), student)
     refused(("--base",), str(student), output, rank=RANK)
     refused(("no LoRA to merge", "--merge"), str(student), output, rank=RANK, base=base, merge=True)
-    refused(("none to extract",), base, output, rank=RANK, base=base)
-    refused(("was not tuned from",), str(student), output, rank=RANK, base=str(folder_of("sana_sprint")))
+    refused(("none to extract", "--base"), base, output, rank=RANK, base=base)
+    refused(("names or shapes", "--base"), str(student), output, rank=RANK, base=str(folder_of("sana_sprint")))
     file = save_lora(roles, tmp_path / "lora")
     refused(("a LoRA already", "--rank"), str(file), output, rank=RANK, base=base)
     pixart = str(folder_of("pixart_sigma"))
@@ -142,7 +155,7 @@ def test_what_has_no_lora_to_be_taken_out(folder_of, tmp_path):
     save_file(broken, weights)
     refused(("not finite", "student"), str(student), output, rank=RANK, base=base)
     with pytest.raises(UserError, match="incomplete"):
-        factor(tmp_path / "lora", tmp_path / "lora", (), 1)
+        factor(tmp_path / "lora", tmp_path / "lora", (), 1, "")
 
 
 def refused(words, *arguments, **named):
