@@ -52,7 +52,7 @@ class Tools:
 
     @cached_property
     def known(self) -> dict[Any, Any]:
-        """What suites have read and computed with these tools, that the next seed or number of steps need not do again."""
+        """What suites have read and computed with these tools, for the next number of steps or seed: their files must stay."""
         return {}
 
 
