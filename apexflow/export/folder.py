@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,9 @@ def _lora(found: Source, partial: Path) -> None:
         save_pairs(pairs, found.backbone, partial)
     else:
         shutil.copyfile(found.lora, partial / FILE)
-    write_settings(partial, found.elsewhere)
+    # The base's card tells of how the base was made.
+    card = found.settings.card if found.merged else read_settings(found.lora.parent).card
+    write_settings(partial, replace(found.elsewhere, card=card))
 
 
 def _tuned_text_encoder(settings: Settings) -> bool:
