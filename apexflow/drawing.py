@@ -136,6 +136,12 @@ def _write_each(pictures: list[Image], prompts: list[str], folder: Path) -> list
             save_picture(picture, file)
     rows = [{"file_name": file.name, "text": prompt} for file, prompt in zip(files, prompts, strict=True)]
     write_rows(folder / "metadata.jsonl", rows)
+    if before := sorted(set(folder.glob("[0-9][0-9][0-9][0-9].png")) - set(files)):
+        warnings.warn(
+            f"{folder} also holds {len(before)} pictures of an earlier call, from {before[0].name} on, which are not in "
+            "metadata.jsonl: delete them if you do not need them",
+            stacklevel=2,
+        )
     return files
 
 

@@ -133,21 +133,24 @@ class Generator:
         order: int | None,
     ) -> Sampling:
         """What was asked for, checked; None is the model's own."""
-        sampler = self.sampler(guidance, kappa, rho, order)
         asked = sides(self.backbone.default_size if size is None else size)
-        return Sampling(self.times(steps, asked), self.backbone.latent_shape(asked), **sampler)
+        times = self.times(steps, asked)
+        sampler = self.sampler(len(times) - 1, guidance, kappa, rho, order)
+        return Sampling(times, self.backbone.latent_shape(asked), **sampler)
 
     def sampler(
         self,
+        steps: int,
         guidance: float | None = None,
         kappa: float | None = None,
         rho: float | None = None,
         order: int | None = None,
     ) -> dict[str, Any]:
-        """These by name, checked; None is the model's own, whatever the number of steps."""
+        """These by name, checked; None is the model's own in so many steps."""
         given: dict[str, Any] = {"guidance": guidance, "kappa": kappa, "rho": rho, "order": order}
-        own = self.backbone.settings
-        chosen = {name: getattr(own, name) if value is None else value for name, value in given.items()}
+        settings = self.backbone.settings
+        own: dict[str, Any] = {"guidance": settings.guidance, **settings.sampler(steps)}
+        chosen = {name: own[name] if value is None else value for name, value in given.items()}
         check_sampling(**chosen, jumps=second_time_of(self.backbone.transformer) is not None)
         return chosen
 

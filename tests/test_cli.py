@@ -67,7 +67,9 @@ def test_a_folder_gets_a_picture_of_each_that_reads_back_as_a_set(
     again = ("generate", "a star", "--model", tiny_model, "--steps", 1, "--seed", 9, "-o", f"{tmp_path}/{name}")
     refused(run(*again), "exists", "--force")
     assert files[0].read_bytes() == before
-    assert run(*again, "--force")[0] == 0 and files[0].read_bytes() != before
+    code, _, errors = run(*again, "--force")
+    assert code == 0 and files[0].read_bytes() != before
+    assert errors.count("\n") == 1 and "3 pictures of an earlier call, from 0001.png on" in errors and files[1].exists()
     assert len(list(read_captioned(folder, Skipped()))) == 1
 
 

@@ -12,6 +12,7 @@ import torch
 
 import apexflow
 from apexflow.backbones import second_time
+from apexflow.backbones.settings import Sampler
 from apexflow.errors import UserError
 from apexflow.generator import Generator
 
@@ -53,7 +54,15 @@ def test_a_model_brings_its_sampler_and_a_call_may_say_otherwise(
     assert drawn(model, steps=3) == other != plain
     assert model.generate_seeded([PROMPT], [(0, 0)], 3, guidance=1.0)[0].tobytes() == other
     assert drawn(model, steps=3, kappa=0.0, rho=0.0, order=1) == plain
-    assert model.sampler(1.0) == {"guidance": 1.0, "kappa": 0.0, "rho": 0.0, "order": 1} | own
+    assert model.sampler(3, 1.0) == {"guidance": 1.0, "kappa": 0.0, "rho": 0.0, "order": 1} | own
+
+
+def test_a_model_may_bring_another_sampler_for_more_steps(model: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, plain = (Sampler(kappa=0.0, rho=rho, order=1) for rho in (1.0, 0.0))
+    expected = [drawn(model, steps=2, **fresh), drawn(model, steps=3, **plain), drawn(model, steps=3, **fresh)]
+    own = replace(model.backbone.settings, **fresh, samplers={1: fresh, 3: plain})
+    monkeypatch.setattr(model.backbone, "settings", own)
+    assert [drawn(model, steps=2), drawn(model, steps=3), drawn(model, steps=3, rho=1.0)] == expected
 
 
 @pytest.mark.parametrize(

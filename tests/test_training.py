@@ -162,6 +162,8 @@ def test_a_student_takes_its_method_s_sampler_along(tiny_model: Path, tmp_path: 
     found = read_settings(tmp_path)
     sampler = {"kappa": found.kappa, "rho": found.rho, "order": found.order}
     assert found.steps == steps and sampler == objectives()[method].sampling(steps)
+    for others in (1, 4, 7, 8, 20):  # and what it samples with in other numbers of steps
+        assert found.sampler(others) == objectives()[method].sampling(others)
 
 
 def test_the_saved_model_loads_in_the_stock_pipeline(recipe_file: Path) -> None:

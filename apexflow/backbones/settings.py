@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from apexflow.errors import UserError
 from apexflow.sampler import MOST_STEPS, check_times, shift_times, time_grid
@@ -21,6 +22,17 @@ def _grid(times: list[float] | None) -> list[float] | None:
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Kappa = Annotated[Finite, Field(ge=0)]
+Rho = Annotated[Finite, Field(ge=0, le=1)]
+Order = Literal[1, 2]
+
+
+class Sampler(TypedDict):
+    """As of `sampler.sample`."""
+
+    kappa: Kappa
+    rho: Rho
+    order: Order
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,8 @@ class Settings:
     """What a model folder may say for apexflow in `apexflow.json`; a stock folder without the file gets the defaults.
 
     steps, guidance, times: how the model is meant to be sampled (`times`: an explicit descending grid, or None).
-    kappa, rho, order: its sampler at so many steps, as of `sampler.sample`; drawings in another number of steps take it too.
+    kappa, rho, order: its sampler at so many steps, as of `sampler.sample`; drawings in another number of steps take it too,
+    unless `samplers` has theirs, by the number of steps from which on it holds.
     instruction: whether the family's instruction text is put before the prompt (SANA).
     max_tokens: prompts longer than this are cut. embedded_guidance: the scale fed to a network that takes one as an
     input (FLUX.1 dev, SANA-Sprint, LCM-SDXL); None is the family's own. card: recipe, seed, hardware, time and scores,
@@ -38,9 +51,10 @@ class Settings:
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
     guidance: Finite = 1.0
     times: Annotated[list[float] | None, AfterValidator(_grid)] = None
-    kappa: Annotated[Finite, Field(ge=0)] = 0.0
-    rho: Annotated[Finite, Field(ge=0, le=1)] = 0.0
-    order: Literal[1, 2] = 1
+    kappa: Kappa = 0.0
+    rho: Rho = 0.0
+    order: Order = 1
+    samplers: dict[Annotated[int, Field(ge=1)], Sampler] = field(default_factory=dict)
     instruction: bool = True
     max_tokens: Annotated[int, Field(ge=1, le=2**20)] = 300
     size: Annotated[int | None, Field(ge=1, le=2**16)] = None
@@ -53,14 +67,20 @@ class Settings:
             return torch.tensor(self.times, dtype=torch.float64)
         return shift_times(time_grid(steps), time_shift)
 
+    def sampler(self, steps: int) -> Sampler:
+        """How it is drawn in so many steps."""
+        reached = [least for least in self.samplers if least <= steps]
+        own = Sampler(kappa=self.kappa, rho=self.rho, order=self.order)
+        return self.samplers[max(reached)] if reached else own
+
 
 def without_second_time(settings: Settings) -> Settings:
     """How a student with a second time is drawn by those who know none: a stock pipeline, or what holds its LoRA alone.
 
     They ask at s = 0, for data. That is what our sampler asks for where noise follows (rho above 0), and in one step; in several
-    along the path (rho = 0) it is not, so of those one is left.
+    along the path (rho = 0) it is not, so of those one is left, and no other sampler for more.
     """
-    return settings if settings.rho > 0 else replace(settings, steps=1)
+    return replace(settings, steps=settings.steps if settings.rho > 0 else 1, samplers={})
 
 
 def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:

@@ -180,7 +180,8 @@ def made_by(origin: Source, generator: Generator, settings: Synthesis) -> dict[s
 
 
 def _sampler(generator: Generator, settings: Synthesis) -> dict[str, Any]:
-    return generator.sampler(settings.guidance, settings.kappa, settings.rho, settings.order)
+    steps = settings.steps or generator.backbone.settings.steps
+    return generator.sampler(steps, settings.guidance, settings.kappa, settings.rho, settings.order)
 
 
 def claim(folder: Path, wanted: dict[str, Any]) -> None:

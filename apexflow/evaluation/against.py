@@ -169,7 +169,10 @@ class AgainstPictures(OneFileEach):
                     f"{work / 'features'} lacks {len(rows) - count} of {len(rows)} pictures: delete results.jsonl "
                     "beside it to compute them again"
                 )
-            *reference, reference_count = self._reference(self.network, work)
+            key = ("reference", self.protocol, self.size, self._reference_sha256())
+            if key not in self.tools.known:
+                self.tools.known[key] = self._reference(self.network, work)
+            *reference, reference_count = self.tools.known[key]
             fid = fid_from_statistics(mean, covariance, *reference)
             size = f", {self.size} px" if self.protocol == "sana" else ""
             report["tasks"][f"fid ({self.protocol}{size}, {count} pictures)"] = fid

@@ -158,7 +158,7 @@ def _generation(generator: Generator, settings: EvaluationSettings, prompts: Seq
     size = settings.size or backbone.default_size
     times = generator.times(settings.steps, (size, size))
     backbone.latent_shape((size, size))  # tells of a size that the model cannot draw before the folder is taken
-    sampler = generator.sampler(settings.guidance, settings.kappa, settings.rho, settings.order)
+    sampler = generator.sampler(len(times) - 1, settings.guidance, settings.kappa, settings.rho, settings.order)
     drawn = {
         "steps": len(times) - 1,
         "times": times.tolist(),

@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +49,11 @@ class Tools:
     protocol: str | None = None
     fid_size: int | None = None  # side in pixels at which FID looks at pictures; None: theirs
     device: str = "cpu"
+
+    @cached_property
+    def known(self) -> dict[Any, Any]:
+        """What suites have read and computed with these tools, for the next number of steps or seed: their files must stay."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,16 @@ class Factors:
 
 
 @torch.no_grad()
-def factor(student: Path, base: Path, targets: Collection[str], rank: int) -> Factors:
+def factor(student: Path, base: Path, targets: Collection[str], rank: int, mend: str) -> Factors:
     """The pairs of `rank` nearest to the difference between two networks' folders at the modules `targets`; one weight at a time.
 
-    UserError where the two are not of one shape, or do not differ there.
+    UserError, with the mend, where the two are not of one shape, or do not differ there.
     """
     if weight_shapes(student) != weight_shapes(base):
-        raise UserError(f"{student.parent} was not tuned from {base.parent}, whose weights differ: give its own base")
+        raise UserError(
+            f"{student.parent} and {base.parent} have weights of other names or shapes, so no LoRA leads from one to the other: "
+            f"{mend}"
+        )
     ours, theirs = weight_files(student), weight_files(base)
     pairs: dict[str, Pair] = {}
     inside = outside = kept = 0.0
@@ -68,8 +71,8 @@ def factor(student: Path, base: Path, targets: Collection[str], rank: int) -> Fa
             progress.advance()
     if not inside:
         raise UserError(
-            f"{student.parent} equals {base.parent} where a LoRA would apply, so there is none to extract: give the model that "
-            "it was tuned from with --base"
+            f"{student.parent} equals {base.parent} where a LoRA would apply, so there is none to extract: tune it further, or "
+            f"{mend}"
         )
     return Factors(pairs, min(kept / inside, 1.0), outside / (inside + outside))
 

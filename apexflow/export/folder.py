@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def export(
     merge: bool = False,
     base: str | None = None,
     rank: int | None = None,
+    moving: bool = False,
 ) -> dict[str, Any]:
     """Write `output`, whole or not at all: a LoRA file, or a diffusers folder, with a scheduler and a README.
 
@@ -87,8 +88,10 @@ def export(
     its model. merge: add the LoRA into the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from
     `base` where it is no run. scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or
     "original"; by default "stock" where the family's pipeline can run it and it samples as the model does, else "any-step" where
-    that does. Returns the output, its kind and how to call the pipeline; of a LoRA that was taken out also the shares of its
-    `Factors`. UserError for an output that `check_output` refuses, a source that is neither, and a LoRA for another model.
+    that does. moving: the source is a run that is not needed any more, and its model is moved, not copied.
+
+    Returns the output, its kind and how to call the pipeline; of a LoRA that was taken out also the shares of its `Factors`.
+    UserError for an output that `check_output` refuses, a source that is neither, and a LoRA for another model.
     """
     check_output(output)
     found = find_source(source, base)
@@ -105,16 +108,23 @@ def export(
     chosen = _scheduler(backbone, found.elsewhere, scheduler)
     factors = None
     with new_folder(output) as partial:
+        dtype = suited_on_gpu(found.model, found.name, found.settings.card)  # what our own loader takes
         if rank is not None:
-            factors = _factored(found, rank, partial)
+            # Without a base given it is a run's, which takes none.
+            mend = (
+                "leave out --rank for the whole model"
+                if base is None
+                else "give the model it was tuned from with --base"
+            )
+            factors = _factored(found, rank, partial, mend)
         elif found.lora is None or merge:
-            _whole(found, partial)
+            _whole(found, partial, moving)
         else:
             _lora(found, partial)
         _write_scheduler(partial, backbone, found.elsewhere, chosen)
         options = call_options(backbone, found.elsewhere, chosen == "stock")
         kind = "lora" if factors or (found.lora and not merge) else "model"
-        usage = _usage(found, kind, chosen, options, output)
+        usage = _usage(found, kind, chosen, options, output, dtype)
         told = [*_cautions(found, chosen), *([factors.told] if factors else [])]
         text = "\n".join([usage, *(f"{line}\n" for line in told)])
         (partial / "README.md").write_text(text, "utf-8", "backslashreplace")  # names of folders need not be UTF-8
@@ -203,8 +213,8 @@ def _scheduler(backbone: Backbone, settings: Settings, asked: Scheduler | None) 
     return "any-step" if samples_as(settings, "any-step") and not samples_as(settings, "stock") else "stock"
 
 
-def _whole(found: Source, partial: Path) -> None:
-    """A copy of what is read of the model's folder, with the LoRA added where there is one that is not in it yet."""
+def _whole(found: Source, partial: Path, moving: bool) -> None:
+    """What is read of the model's folder, moved or copied, with the LoRA added where there is one that is not in it yet."""
     model, pairs = found.model, None
     if found.lora is not None and not found.merged:
         pairs = read_lora(found.lora, found.backbone)
@@ -217,7 +227,7 @@ def _whole(found: Source, partial: Path) -> None:
         if list((model / name).glob("*.safetensors")):
             weight_shapes(model / name)
     for name in parts:
-        copy_part(model / name, partial / name)
+        copy_part(model / name, partial / name, shutil.move if moving else shutil.copy2)
     for file in (path for pattern in (INDEX, *OWN, "LICENSE*") for path in model.glob(pattern) if path.is_file()):
         shutil.copyfile(file, partial / file.name)
     if pairs is not None:
@@ -238,7 +248,9 @@ def _lora(found: Source, partial: Path) -> None:
         save_pairs(pairs, found.backbone, partial)
     else:
         shutil.copyfile(found.lora, partial / FILE)
-    write_settings(partial, found.elsewhere)
+    # The base's card tells of how the base was made.
+    card = found.settings.card if found.merged else read_settings(found.lora.parent).card
+    write_settings(partial, replace(found.elsewhere, card=card))
 
 
 def _tuned_text_encoder(settings: Settings) -> bool:
@@ -248,10 +260,10 @@ def _tuned_text_encoder(settings: Settings) -> bool:
     return isinstance(tuning, dict) and bool(tuning.get("text_encoder"))
 
 
-def _factored(found: Source, rank: int, partial: Path) -> Factors:
+def _factored(found: Source, rank: int, partial: Path, mend: str) -> Factors:
     """A LoRA taken out of the whole model."""
     part = found.backbone.network_part
-    factors = factor(found.model / part, resolve(found.base) / part, target_modules(found.backbone), rank)
+    factors = factor(found.model / part, resolve(found.base) / part, target_modules(found.backbone), rank, mend)
     save_pairs(factors.pairs, found.backbone, partial)
     write_settings(partial, found.elsewhere)
     return factors
@@ -275,7 +287,7 @@ def _write_scheduler(folder: Path, backbone: Backbone, settings: Settings, chose
         write_index(folder, read_index(folder) | {"scheduler": index_entry(type(scheduler))})
 
 
-def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any], output: Path) -> str:
+def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any], output: Path, dtype: object) -> str:
     """A README: the lines that draw a picture with stock diffusers."""
     loaded = found.base if kind == "lora" else str(output)
     if kind == "lora" and loaded in built_in():
@@ -284,7 +296,6 @@ def _usage(found: Source, kind: str, chosen: Scheduler, options: dict[str, Any],
     lines = ["import torch, diffusers"]
     if chosen == "any-step":
         lines.append("import apexflow.export  # the scheduler's class")
-    dtype = suited_on_gpu(found.model, found.name, found.settings.card)  # what our own loader takes
     pipeline = found.backbone.pipeline
     lines.append(f'pipe = diffusers.{pipeline}.from_pretrained({loaded!r}, torch_dtype={dtype}).to("cuda")')
     if kind == "lora":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from apexflow.backbones.lora_targets import target_modules
 from apexflow.errors import UserError
 from apexflow.files import replacing
 from apexflow.lora.merge import FILE, Pair
@@ -55,13 +56,19 @@ def save_pairs(pairs: Mapping[str, Pair], backbone: Backbone, folder: Path) -> P
     """Write pairs to `folder/pytorch_lora_weights.safetensors`, whole or not at all; its path.
 
     Each scale lies in lora_B, and no metadata is needed: without any the scale is 1 to every program, and diffusers reads ranks,
-    which may differ, from the shapes.
+    which may differ, from the shapes. Where the pairs are all that a run would tune, it names the targets as a run's does, by
+    which a model with more layers is told from theirs.
     """
     tensors = {}
     for module, pair in pairs.items():
         tensors[f"{module}.lora_A.weight"] = pair.down.clone()  # those of fused projections are one tensor
         tensors[f"{module}.lora_B.weight"] = pair.up.float() * pair.scale
-    return _write(backbone, tensors, folder)
+    ranks = {len(pair.down) for pair in pairs.values()}
+    if pairs.keys() != target_modules(backbone).keys() or len(ranks) != 1:
+        return _write(backbone, tensors, folder)
+    [rank] = ranks
+    metadata = {"r": rank, "lora_alpha": rank, "target_modules": sorted(backbone.lora_targets)}
+    return _write(backbone, tensors, folder, metadata)
 
 
 def check_loadable(backbone: Backbone) -> None:

@@ -81,10 +81,9 @@ def read_loras(given: str | Path | Sequence[str | Path], model: str) -> Addition
 
 
 def warn_of_own(file: Path, settings: Settings, model: str) -> None:
-    """Warn of the LoRA of a run where the run's model of these settings is named, which has it in its weights already."""
+    """Warn of the LoRA of a run, or out of one, where the run's model of these settings is named, which has it in its weights."""
     recipe = read_settings(file.parent, Settings()).card.get("recipe")
-    tuning = recipe.get("tuning") if isinstance(recipe, dict) else None
-    if isinstance(tuning, dict) and tuning.get("kind") == "lora" and recipe == settings.card.get("recipe"):
+    if isinstance(recipe, dict) and recipe == settings.card.get("recipe"):
         told = f"{model} already has the LoRA of {file}'s run merged in, and it is added again"
         warnings.warn(f"{told}: leave it out, or use the model that the run started from", stacklevel=2)
 

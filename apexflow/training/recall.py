@@ -51,7 +51,8 @@ def export_checkpoint(
     made = output.absolute().with_name(f".checkpoint-{output.name}")
     with _ended_at(own, state, recipe, made) as base:
         try:
-            return export(str(made), output, scheduler, merge, base, rank)
+            # What has no base is a run of its own, with the model in it.
+            return export(str(made), output, scheduler, merge, base, rank, moving=base is None)
         except UserError as error:  # of a folder that is gone once this is read
             told = str(error).replace(str(made / "model"), str(checkpoint)).replace(str(made), str(checkpoint))
             raise UserError(told) from error

@@ -51,11 +51,13 @@ def shipped_settings(backbone: Backbone, recipe: Recipe, card: dict[str, Any]) -
     objective = recipe.build_objective()
     default: Settings | Preview = backbone.settings if objective.keeps_sampling else recipe.preview
     steps = recipe.sampling_steps or default.steps
+    samplers: Any = {1: objective.sampler, **objective.longer} if objective.longer else {}
     return replace(
         backbone.settings,
         steps=steps,
         guidance=default.guidance if recipe.sampling_guidance is None else recipe.sampling_guidance,
         **objective.sampling(steps),
+        samplers=samplers,
         card={"recipe": recipe.to_dict()} | card,
     )
 

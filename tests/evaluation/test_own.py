@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import little
@@ -12,10 +13,10 @@ from little import rows_of, settings
 from little_sets import COLORS, WRITERS
 from PIL import Image
 
-from apexflow.data.captioned import Skipped, read_captioned
+from apexflow.data.captioned import Sample, Skipped, read_captioned, read_sample
 from apexflow.errors import UserError
 from apexflow.evaluation.runner import Tools, evaluate, score_folder
-from apexflow.evaluation.suites import SUITES
+from apexflow.evaluation.suites import SUITES, own
 from apexflow.evaluation.table import score_table
 from apexflow.generator import Generator
 
@@ -83,6 +84,26 @@ def test_the_first_prompts_are_the_same_whatever_the_limit(noise: Path) -> None:
     for limit in (1, 5, 6, 7):
         found, complete = SUITES["own"](Tools(data=noise)).choose(limit)
         assert found == whole[:limit] and complete == (limit >= 6)
+
+
+def test_the_set_is_read_once_for_all_steps_and_seeds(
+    run: Run, tiny_model: Path, noise: Path, inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def note(sample: Sample) -> object:
+        read.append(sample.name)
+        return read_sample(sample)
+
+    monkeypatch.setattr(own, "read_sample", note)
+    common = ("evaluate", "--suite", "own", "--data", noise, "--model", tiny_model, "--inception", inception_file)
+    assert run(*common, "--steps", "1,2", "--seeds", 2, "-o", tmp_path / "e")[0] == 0
+    assert sorted(read) == sorted(2 * [str(noise / f"{index}.png") for index in range(6)])  # captions, then features
+    assert run(*common, "--steps", 2, "--seed", 1, "-o", tmp_path / "alone")[0] == 0
+    one, other = (
+        json.loads((tmp_path / folder / "seed-1" / "report.json").read_text()) for folder in ("e/steps-2", "alone")
+    )
+    assert one["fid"] == other["fid"] and one["scoring"] == other["scoring"]
 
 
 def test_another_picture_is_another_reference(inception_file: Path, noise: Path, tmp_path: Path) -> None:

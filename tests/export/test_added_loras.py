@@ -11,12 +11,14 @@ from dataclasses import replace
 import four_bit
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stock import load_stock
 from test_foreign_lora import lightning, shapes_in
 from tiny import BUILDERS
 
 from apexflow import load
-from apexflow.backbones import BUILT_IN, load_backbone, write_settings
+from apexflow.backbones import BUILT_IN, load_backbone, read_settings, write_settings
 from apexflow.backbones.lora_targets import target_modules
 from apexflow.backbones.storage import stored_kind
 from apexflow.errors import UserError
@@ -202,7 +204,7 @@ def test_a_lora_that_is_in_the_weights_already_is_warned_of(tmp_path):
     own, lora = load_backbone(str(base), "meta").settings, lora_for(base, tmp_path / "lora")
 
     def told(kind, of="run"):
-        recipe = {"output": "run", "tuning": {"kind": kind}}
+        recipe = {"output": "run", "tuning": {"kind": kind}}  # "full": it was taken out by --rank
         write_settings(base, replace(own, card={"recipe": recipe}))
         write_settings(lora, replace(own, card={"recipe": recipe | {"output": of}}))
         with warnings.catch_warnings(record=True) as caught:
@@ -211,9 +213,26 @@ def test_a_lora_that_is_in_the_weights_already_is_warned_of(tmp_path):
             find_source(str(lora), str(base))
         return [str(one.message) for one in caught]
 
-    lines = told("lora")
-    assert len(lines) == 2 and all(f"{base} already has" in line and "added again" in line for line in lines)
-    assert told("lora", "another") == told("full") == []
+    for kind in ("lora", "full"):
+        lines = told(kind)
+        assert len(lines) == 2 and all(f"{base} already has" in line and "added again" in line for line in lines)
+        assert told(kind, "another") == []
+
+
+def test_a_renamed_lora_names_its_targets_and_is_not_taken_for_its_base(folder_of, tmp_path):
+    base = shutil.copytree(folder_of("qwen_image"), tmp_path / "base")
+    backbone = load_backbone(str(base), "meta")
+    write_settings(base, replace(backbone.settings, card={"recipe": {"output": "run"}}))
+    tensors = load_file(lora_for(base, tmp_path / "lora") / FILE)
+    file = tmp_path / "comfy.safetensors"
+    save_file({key.replace("transformer.", "diffusion_model.", 1): value for key, value in tensors.items()}, file)
+    export(str(file), tmp_path / "out", base=str(base))
+    with safe_open(tmp_path / "out" / FILE, "pt") as opened:
+        said = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert said["transformer.target_modules"] == sorted(backbone.lora_targets)
+    assert said["transformer.r"] == said["transformer.lora_alpha"] == RANK
+    assert read_settings(tmp_path / "out").card == {}
+    load_stock(base).load_lora_weights(tmp_path / "out")
 
 
 def test_a_mistake_is_told_before_the_model_is_read(folder_of, tmp_path, monkeypatch):

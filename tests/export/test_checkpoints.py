@@ -185,6 +185,22 @@ def test_weights_that_were_tuned_whole_are_held_once(ended, tmp_path: Path, monk
     export_checkpoint(checkpoints(ended("full") / "checkpoints")[-1], tmp_path / "out")
 
 
+def test_a_whole_model_is_written_once(ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 20 billion weights takes 80 GB of disk in float32, and would need as much again beside it."""
+    found: list[int] = []
+
+    def note(source: str, *rest: object, **named: object) -> object:
+        found.append(file_of(Path(source) / "model").stat().st_ino)
+        return export(source, *rest, **named)  # type: ignore[arg-type]
+
+    def file_of(model: Path) -> Path:
+        return next((model / "transformer").glob("*.safetensors"))
+
+    monkeypatch.setattr(recall, "export", note)
+    export_checkpoint(checkpoints(ended("full") / "checkpoints")[-1], tmp_path / "out")
+    assert found == [file_of(tmp_path / "out").stat().st_ino]
+
+
 def test_what_a_killed_export_left_is_taken_away(ended, tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-out" / "model").mkdir(parents=True)
     write(tmp_path / ".checkpoint-out" / "model" / "left.safetensors", "half of one")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stock import largest_difference, load_stock, one_step
 from stock_runs import PROMPTS, SIZE, noise, our_latents
@@ -56,6 +58,9 @@ def test_a_planted_difference_comes_back_exactly(name, folder_of, tmp_path):
     base, student = folder_of(name), tmp_path / "student"
     roles = planted(base, student)
     result = export(str(student), tmp_path / "out", base=str(base), rank=RANK)
+    with safe_open(tmp_path / "out" / FILE, "pt") as opened:  # as of a run's LoRA
+        said = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert said[f"{roles.backbone.network_part}.target_modules"] == sorted(roles.backbone.lora_targets)
     assert result["kind"] == "lora" and result["kept"] == pytest.approx(1, abs=1e-6) and result["outside"] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {FILE, "README.md", "apexflow.json"}
     pipeline, z = load_stock(base), noise(roles.backbone)
@@ -95,7 +100,8 @@ def test_what_it_keeps_and_what_lies_outside(run, folder_of, tmp_path):
     assert told["outside"] == pytest.approx(outside / (inside + outside), rel=1e-3) and told["outside"] > 0
     assert "is not in it" in told["told"] and told["told"] in (tmp_path / "out" / "README.md").read_text()
     assert told["told"] in run(*arguments, tmp_path / "again")[1]
-    assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "again" / FILE).read_bytes()
+    one, other = (load_file(tmp_path / folder / FILE) for folder in ("out", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     # More than the rank of a weight is no more than all of it.
     result = export(str(student), tmp_path / "all", base=str(base), rank=1000)
     assert result["kept"] == pytest.approx(1, abs=1e-6)
@@ -126,13 +132,25 @@ def test_a_run_knows_its_base(folder_of, tmp_path):
     refused(("text encoder", "leave out --rank"), str(folder), tmp_path / "o", rank=RANK)
 
 
+@pytest.mark.parametrize(("named", "wrong"), [("sana", "none to extract"), ("sana_sprint", "names or shapes")])
+def test_a_run_that_holds_no_lora_is_told_a_mend_that_runs_take(named, wrong, folder_of, tmp_path):
+    """One whose weights are still those of its base, and one that has more of them, as of a deeper student."""
+    folder, base = tmp_path / "run", folder_of("sana")
+    recipe = {"model": str(folder_of(named)), "tuning": {"kind": "full"}}
+    shutil.copytree(base, folder / "model")
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match=f"{wrong}.*leave out --rank") as caught:
+        export(str(folder), tmp_path / "o", rank=RANK)
+    assert "--base" not in str(caught.value)
+
+
 def test_what_has_no_lora_to_be_taken_out(folder_of, tmp_path):
     base, student, output = str(folder_of("sana")), tmp_path / "student", tmp_path / "o"
     roles = planted(folder_of("sana"), student)
     refused(("--base",), str(student), output, rank=RANK)
     refused(("no LoRA to merge", "--merge"), str(student), output, rank=RANK, base=base, merge=True)
-    refused(("none to extract",), base, output, rank=RANK, base=base)
-    refused(("was not tuned from",), str(student), output, rank=RANK, base=str(folder_of("sana_sprint")))
+    refused(("none to extract", "--base"), base, output, rank=RANK, base=base)
+    refused(("names or shapes", "--base"), str(student), output, rank=RANK, base=str(folder_of("sana_sprint")))
     file = save_lora(roles, tmp_path / "lora")
     refused(("a LoRA already", "--rank"), str(file), output, rank=RANK, base=base)
     pixart = str(folder_of("pixart_sigma"))
@@ -142,7 +160,7 @@ def test_what_has_no_lora_to_be_taken_out(folder_of, tmp_path):
     save_file(broken, weights)
     refused(("not finite", "student"), str(student), output, rank=RANK, base=base)
     with pytest.raises(UserError, match="incomplete"):
-        factor(tmp_path / "lora", tmp_path / "lora", (), 1)
+        factor(tmp_path / "lora", tmp_path / "lora", (), 1, "")
 
 
 def refused(words, *arguments, **named):

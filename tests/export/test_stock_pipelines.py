@@ -102,7 +102,9 @@ def test_a_sampler_goes_along_or_the_readme_says_that_it_does_not(own, asked, ch
 @pytest.mark.parametrize("steps", [1, 4, 8])
 @pytest.mark.parametrize("method", [name for name, one in objectives().items() if "second_time" in one().needs])
 def test_whoever_asks_for_data_alone_draws_what_a_student_with_a_second_time_does(method, steps):
-    settings = without_second_time(Settings(steps=steps, **objectives()[method].sampling(steps)))
+    others = {1: objectives()[method].sampler, **objectives()[method].longer}
+    settings = without_second_time(Settings(steps=steps, **objectives()[method].sampling(steps), samplers=others))
+    assert settings.sampler(settings.steps)["rho"] == settings.rho
 
     def velocity(x_t, t, s):
         return torch.sin(3 * x_t) + (t + 2 * s).reshape(-1, 1)

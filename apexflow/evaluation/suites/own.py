@@ -85,25 +85,35 @@ class Own(AgainstPictures):
             )
         return report | ({"left_out": faults} if faults else {}) | ({"warning": "; ".join(told)} if told else {})
 
-    @cached_property
-    def skipped(self) -> Skipped:
-        return Skipped()
-
-    @cached_property
+    @property
     def records(self) -> list[Record]:
-        """The usable records up to the most that are looked at; the others go to `skipped`. UserError where there is none."""
+        return self._looked_at[0]
+
+    @property
+    def skipped(self) -> Skipped:
+        return self._looked_at[1]
+
+    @property
+    def _looked_at(self) -> tuple[list[Record], Skipped]:
+        key = ("records", self.most)
+        if key not in self.tools.known:
+            self.tools.known[key] = self._look()
+        return self.tools.known[key]
+
+    def _look(self) -> tuple[list[Record], Skipped]:
+        """The usable records up to the most that are looked at, and what was left out. UserError where there is none."""
         found: list[Record] = []
-        self.skipped.files = len(self.source.files)
-        for sample, record in read_ahead(self.source.samples(self.skipped.broken), _look_at):
-            self.skipped.seen += 1
+        skipped = Skipped(files=len(self.source.files))
+        for sample, record in read_ahead(self.source.samples(skipped.broken), _look_at):
+            skipped.seen += 1
             if isinstance(record, Unreadable):
-                self.skipped.reasons[sample.name] = str(record)
+                skipped.reasons[sample.name] = str(record)
                 continue
             found.append(record)
             if len(found) == self.most:
                 break
-        self.skipped.check(1.0, self.root)
-        return found
+        skipped.check(1.0, self.root)
+        return found, skipped
 
 
 def _look_at(sample: Sample) -> Record:
