@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,15 @@ def is_there(file: Path) -> bool:
     return file.is_file()
 
 
-def copy_part(part: Path, to: Path) -> None:
-    """Copy a sub-folder with the weights that are read of it, and no others."""
+def copy_part(part: Path, to: Path, copy: Callable[[str, str], object] = shutil.copy2) -> None:
+    """Copy a sub-folder with the weights that are read of it, and no others, file by file with `copy`."""
     read = {path.name for path in weight_paths(part)}
 
     def left_out(_: str, names: list[str]) -> list[str]:
         twins = {name for name in names if name.endswith(".safetensors")} - read
         return [name for name in names if name in twins or name.startswith(".") or Path(name).suffix in PICKLES]
 
-    shutil.copytree(part, to, ignore=left_out)
+    shutil.copytree(part, to, ignore=left_out, copy_function=copy)
 
 
 def refuse_pickles(folder: Path, read: Iterable[str]) -> None:
