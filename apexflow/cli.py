@@ -58,14 +58,16 @@ def options(
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="A run, one of its checkpoints, a model, or a LoRA file (with --base).")
+        str,
+        typer.Argument(help="A run, one of its checkpoints, a model, a LoRA file or a network's file (with --base)."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the LoRA into the weights and write a model folder.")
     ] = False,
     base: Annotated[
-        str | None, typer.Option(help="Base model of a LoRA file or, with --rank, of a fully tuned model.")
+        str | None,
+        typer.Option(help="Base model of a LoRA or a network's file or, with --rank, of a fully tuned model."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Extract a LoRA of this rank from a fully tuned model.")
@@ -76,7 +78,10 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Export a model for stock diffusers: a LoRA file (for Qwen-Image and FLUX.1, ComfyUI too) or a folder, with a scheduler."""
+    """Export a model for stock diffusers: a LoRA file (for Qwen-Image and FLUX.1, ComfyUI too) or a folder, with a scheduler.
+
+    A network in one .safetensors file (ComfyUI, Civitai) becomes a folder that every command takes, with all else from --base.
+    """
     from apexflow.export import export as hand_over
     from apexflow.locking import alone_in
     from apexflow.training.recall import export_checkpoint, is_checkpoint

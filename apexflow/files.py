@@ -49,6 +49,16 @@ def new_folder(path: Path, mend: str = CHECK_ROOM) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """A second name of a file of weights, which takes no room on the disk; a copy where the disk allows none, and of any other
+    file, since those are edited."""
+    with suppress(OSError):
+        if source.endswith(".safetensors"):
+            os.link(os.path.realpath(source), target)
+            return
+    shutil.copy2(source, target)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder that may be there already; UserError where it cannot be."""
     with writing(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,6 @@ from apexflow.backbones import load_backbone, resolve, second_time
 
 
 def copy_model(source: Path, target: Path) -> Path:
-    import shutil
-
     shutil.copytree(source, target)
     return target
 
@@ -400,8 +399,26 @@ def test_pickled_weights_are_refused(
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora.bin"])
 def test_a_lora_given_as_a_model_is_told_the_way_to_one(run: Run, tmp_path: Path, name: str) -> None:
     way = f"apexflow export {tmp_path / 'lora.safetensors'} --base MODEL --merge -o FOLDER"
-    refused(generate(run, write(tmp_path / name, "x"), "-o", tmp_path / "o.png"), "folder of a diffusers", way)
-    refused(run("bench", tmp_path / name), way)
+    file = write(tmp_path / name, "x")
+    if file.suffix == ".safetensors":
+        save_file({"transformer.blocks.0.to_q.lora_A.weight": torch.ones(1, 1)}, file)
+    refused(generate(run, file, "-o", tmp_path / "o.png"), "folder of a diffusers", way)
+    refused(run("bench", file), way)
+
+
+def test_a_network_given_as_a_model_is_told_the_way_to_one(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    shutil.copyfile(next((tiny_model / "transformer").glob("*.safetensors")), file)
+    way = f"apexflow export {file} --base MODEL -o FOLDER"
+    refused(generate(run, file, "-o", tmp_path / "o.png"), "holds a network alone", way)
+    for key in ("model", "teacher"):
+        refused(run("train", "recipes/mini-apex.yaml", f"{key}={file}", f"output={tmp_path / 'run'}"), way)
+    assert run("export", file, "--base", tiny_model, "-o", tmp_path / "made")[0] == 0
+    assert generate(run, tmp_path / "made", "-o", tmp_path / "o.png")[0] == 0
+    assert generate(run, tiny_model, "-o", tmp_path / "p.png")[0] == 0
+    assert (tmp_path / "o.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+    file.write_bytes(file.read_bytes()[:-1])
+    refused(generate(run, file, "-o", tmp_path / "o.png"), "cannot read", str(file), "restore it")
 
 
 def test_a_lora_is_drawn_by_its_strength(run: Run, tiny_model: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from apexflow.backbones import hub, second_time
 from apexflow.backbones.family import Backbone
 from apexflow.backbones.folder import CHECKPOINTS, INDEX, PICKLES, is_run, model_of, read_index, with_lora
 from apexflow.backbones.settings import Settings, read_settings, without_second_time, write_settings
+from apexflow.backbones.single_file import holds_network, made_a_model
 from apexflow.errors import UserError, check_built_in, in_a_shell
 
 __all__ = [
@@ -73,12 +74,12 @@ def built_in() -> list[str]:
     return sorted(path.parent.name for path in BUILT_IN.glob(f"*/{INDEX}"))
 
 
-def resolve(path_or_id: str) -> Path:
+def resolve(path_or_id: str, network: bool = True) -> Path:
     """The folder of a model: a built-in name ("mini-teacher", "mini-student"), a local folder, that of a finished run, or a
     hub id.
 
     The network is touched only for a hub id, that is a name of the form owner/name which is no local path. UserError for
-    what is none of these, or both the first and the second.
+    what is none of these, or both the first and the second. Without `network` a hub id is fetched without the weights of that.
     """
     if not path_or_id:
         raise UserError("the model name is empty: give a diffusers folder, a hub id or a built-in name")
@@ -89,7 +90,7 @@ def resolve(path_or_id: str) -> Path:
     if folder.exists():
         return model_of(folder)
     if path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~")):
-        return hub.download(path_or_id)
+        return hub.download(path_or_id, network)
     names = ", ".join(built_in())
     raise UserError(
         f"model {path_or_id!r} not found: give a diffusers folder, a hub id (owner/name) or one of: {names}"
@@ -112,6 +113,18 @@ def _no_model(folder: Path) -> str:
     return f"{folder} is not a diffusers checkpoint: {INDEX} is missing"
 
 
+def _no_folder(file: Path) -> str:
+    """What a file is that was given as a model, and how to get a model of it."""
+    if file.name == INDEX:
+        return f"{file} is the index of a diffusers checkpoint: give the folder that it is in"
+    if file.suffix == ".safetensors" and holds_network(file):
+        return f"{file} holds a network alone: {made_a_model(file)}"
+    pickled = file.suffix in PICKLES
+    what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
+    lora = file.with_suffix(".safetensors")
+    return f"{file} is {what}; give the folder of a diffusers checkpoint; if it is a LoRA, {with_lora(lora)}"
+
+
 def load_backbone(
     path_or_id: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, hollow: bool = False
 ) -> Backbone:
@@ -121,14 +134,7 @@ def load_backbone(
     """
     folder = resolve(path_or_id)
     if folder.is_file():
-        if folder.name == INDEX:
-            raise UserError(f"{folder} is the index of a diffusers checkpoint: give the folder that it is in")
-        pickled = folder.suffix in PICKLES
-        what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
-        lora = folder.with_suffix(".safetensors")
-        raise UserError(
-            f"{folder} is {what}; give the folder of a diffusers checkpoint; if it is a LoRA, {with_lora(lora)}"
-        )
+        raise UserError(_no_folder(folder))
     if not (folder / INDEX).is_file():
         raise UserError(_no_model(folder))
     pipeline = read_index(folder).get("_class_name")

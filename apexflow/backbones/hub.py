@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from apexflow.backbones.folder import INDEX, OWN, components, with_lora
+from apexflow.backbones.single_file import made_a_model
 from apexflow.errors import UserError, in_a_shell, is_full_disk
 
 READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -12,8 +13,14 @@ READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 TWINS = ("*.fp16*", "*.bf16*", "*.fp8*", "*.int8*", "*.int4*", "*.non_ema*")
 
 
-def download(hub_id: str) -> Path:
-    """The snapshot of a hub repository, fetched where it is not there yet; UserError says why where it cannot be."""
+NETWORKS = ("transformer", "unet")
+
+
+def download(hub_id: str, network: bool = True) -> Path:
+    """The snapshot of a hub repository, fetched where it is not there yet; UserError says why where it cannot be.
+
+    Without the weights of its `network` where another's are to take their place: they are most of it.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -23,7 +30,8 @@ def download(hub_id: str) -> Path:
                 f"{hub_id!r} is not a diffusers checkpoint: the hub has no {INDEX} for it{_instead(hub_id)}"
             )
         parts = [f"{name}/{ending}" for name in components(folder) for ending in READ]
-        return Path(snapshot_download(hub_id, allow_patterns=[INDEX, *OWN, *parts], ignore_patterns=list(TWINS)))
+        left = [*TWINS, *([] if network else [f"{name}/*.safetensors" for name in NETWORKS])]
+        return Path(snapshot_download(hub_id, allow_patterns=[INDEX, *OWN, *parts], ignore_patterns=left))
     except UserError:
         raise
     except Exception as error:  # the hub raises many kinds
@@ -32,15 +40,15 @@ def download(hub_id: str) -> Path:
 
 
 def _instead(hub_id: str) -> str:
-    """How a repository that holds loose weights, as most LoRAs are published, becomes a model; empty where it holds none."""
+    """How a repository that holds loose weights, as most LoRAs are published, is used; empty where it holds none."""
     from huggingface_hub import list_repo_files
 
     loose = [name for name in list_repo_files(hub_id) if "/" not in name and name.endswith(".safetensors")]
     if not loose:
         return ""
     return (
-        f". If {loose[0]} there is a LoRA, `hf download {hub_id} {in_a_shell(loose[0])} --local-dir .` downloads it; "
-        f"{with_lora(loose[0])}"
+        f". `hf download {hub_id} {in_a_shell(loose[0])} --local-dir .` downloads what it has. If {loose[0]} is a LoRA, "
+        f"{with_lora(loose[0])}; if it is a network, {made_a_model(loose[0])}"
     )
 
 

@@ -52,9 +52,9 @@ def load_part(
         return guarded(path, lambda: kind.from_pretrained(path, **SAFELY))
     check_part(path, kind, device)
     if device.type == "meta":
-        model = guarded(path, lambda: _described(path, kind)).to(dtype)
+        model = guarded(path, lambda: described_network(path, kind)).to(dtype)
     elif hollow:
-        model = guarded(path, lambda: _described(path, kind, buffers=True))
+        model = guarded(path, lambda: described_network(path, kind, buffers=True))
         model.weights_from = path
         return _cast(model, dtype).eval().requires_grad_(False)
     else:
@@ -88,7 +88,7 @@ def check_part(path: Path, kind: Any, device: torch.device) -> None:
         raise UserError(f"{config} does not say which network it is ({says} is missing): restore it from the original")
     if device.type == "meta":
         return
-    shapes, network = weight_shapes(path), guarded(path, lambda: _described(path, kind))
+    shapes, network = weight_shapes(path), guarded(path, lambda: described_network(path, kind))
     held, described = sum(map(math.prod, shapes.values())), sum(p.numel() for p in network.parameters())
     if described > 2 * held:  # a few missing tensors are named when they are read
         raise UserError(
@@ -151,7 +151,7 @@ def without_weights(kind: Any, config: Any, buffers: bool = True) -> nn.Module:
         return kind(config) if is_of_transformers(kind) else kind.from_config(config)
 
 
-def _described(path: Path, kind: Any, buffers: bool = False) -> Any:
+def described_network(path: Path, kind: Any, buffers: bool = False) -> Any:
     """The network without weights that the config in `path` describes."""
     read = kind.config_class.from_pretrained if is_of_transformers(kind) else kind.load_config
     return without_weights(kind, read(path, local_files_only=True), buffers)
@@ -174,7 +174,7 @@ class Later:
 
     @cached_property
     def config(self) -> Any:
-        return guarded(self.path, lambda: _described(self.path, self.kind)).config
+        return guarded(self.path, lambda: described_network(self.path, self.kind)).config
 
     @property
     def bytes(self) -> int:

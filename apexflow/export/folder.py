@@ -36,10 +36,12 @@ from apexflow.backbones.folder import (
 )
 from apexflow.backbones.lora_targets import target_modules
 from apexflow.backbones.parts import check_whole, index_entry
+from apexflow.backbones.single_file import SingleFile, holds_network, made_a_model, read_single_file
 from apexflow.backbones.weights import weight_shapes
 from apexflow.errors import UserError
 from apexflow.export.factors import Factors, factor
 from apexflow.export.lora import check_loadable, is_loadable, save_pairs
+from apexflow.export.network import provenance, write_around
 from apexflow.export.scheduler import AnyStepScheduler
 from apexflow.export.stock import Scheduler, call_options, samples_as, stock_scheduler_config
 from apexflow.files import new_folder
@@ -61,6 +63,7 @@ class Source:
     lora: Path | None = None
     base: str = ""  # what a user of the LoRA loads it into, and what a model was tuned from
     merged: bool = False
+    network: SingleFile | None = None  # which takes the place of that of the model
 
     @property
     def jumps(self) -> bool:
@@ -84,19 +87,23 @@ def export(
 ) -> dict[str, Any]:
     """Write `output`, whole or not at all: a LoRA file, or a diffusers folder, with a scheduler and a README.
 
-    source: the folder of a run; a model (folder, built-in name, hub id); or a LoRA file or its folder, then `base` names
-    its model. merge: add the LoRA into the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from
-    `base` where it is no run. scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or
-    "original"; by default "stock" where the family's pipeline can run it and it samples as the model does, else "any-step" where
-    that does. moving: the source is a run that is not needed any more, and its model is moved, not copied.
+    source: the folder of a run; a model (folder, built-in name, hub id); a LoRA file or its folder, then `base` names
+    its model; or the file of a network, then `base` names the model that all else is taken from. merge: add the LoRA into
+    the weights. rank: take a LoRA of that rank out of a model that was tuned whole, from `base` where it is no run.
+    scheduler: "stock" (FlowMatchEuler, needs nothing of ours), "any-step" (`AnyStepScheduler`) or "original"; by default
+    "stock" where the family's pipeline can run it and it samples as the model does, else "any-step" where that does; around
+    a network's file the original. moving: the source is a run that is not needed any more, and its model is moved, not copied.
 
-    Returns the output, its kind and how to call the pipeline; of a LoRA that was taken out also the shares of its `Factors`.
-    UserError for an output that `check_output` refuses, a source that is neither, and a LoRA for another model.
+    Returns the output, its kind and how to call the pipeline; of a LoRA that was taken out also the shares of its `Factors`;
+    and `told`, what a user should know, where there is anything. UserError for an output that `check_output` refuses, a
+    source that is none of these, and a LoRA or network of another model.
     """
     check_output(output)
     found = find_source(source, base)
     check_asked(source, found.lora is not None, _tuned_text_encoder(found.settings), merge, rank)
-    if base is not None and found.lora is None and rank is None:
+    if rank is not None and found.network is not None:
+        raise UserError(f"{source} is one file: {made_a_model(source)}, of which --rank then extracts a LoRA")
+    if base is not None and found.lora is None and found.network is None and rank is None:
         raise UserError(f"{source} is not a LoRA file, so it has no base: leave out --base")
     if rank is not None and not found.base:
         raise UserError(
@@ -105,10 +112,12 @@ def export(
     if rank is not None:
         check_loadable(found.backbone)
     backbone = found.backbone
-    chosen = _scheduler(backbone, found.elsewhere, scheduler)
+    # Around another network the model is to be what it was: its scheduler may tell one of a family from another.
+    chosen = _scheduler(backbone, found.elsewhere, scheduler or ("original" if found.network else None))
     factors = None
     with new_folder(output) as partial:
-        dtype = suited_on_gpu(found.model, found.name, found.settings.card)  # what our own loader takes
+        # What our own loader takes, read before the model is moved.
+        dtype = None if found.network else suited_on_gpu(found.model, found.name, found.settings.card)
         if rank is not None:
             # Without a base given it is a run's, which takes none.
             mend = (
@@ -117,6 +126,9 @@ def export(
                 else "give the model it was tuned from with --base"
             )
             factors = _factored(found, rank, partial, mend)
+        elif found.network is not None:
+            write_around(found.network, found.model, found.backbone, found.settings, partial)
+            dtype = suited_on_gpu(partial, found.name, found.settings.card)
         elif found.lora is None or merge:
             _whole(found, partial, moving)
         else:
@@ -125,11 +137,14 @@ def export(
         options = call_options(backbone, found.elsewhere, chosen == "stock")
         kind = "lora" if factors or (found.lora and not merge) else "model"
         usage = _usage(found, kind, chosen, options, output, dtype)
-        told = [*_cautions(found, chosen), *([factors.told] if factors else [])]
-        text = "\n".join([usage, *(f"{line}\n" for line in told)])
+        of_file = found.network.told(found.base) if found.network else ""
+        told = (*_cautions(found, chosen), factors.told if factors else "", of_file)
+        text = "\n".join([usage, *(f"{line}\n" for line in told if line)])
         (partial / "README.md").write_text(text, "utf-8", "backslashreplace")  # names of folders need not be UTF-8
     result = {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
-    return result | ({"kept": factors.kept, "outside": factors.outside, "told": factors.told} if factors else {})
+    if factors:
+        return result | {"kept": factors.kept, "outside": factors.outside, "told": factors.told}
+    return result | ({"told": of_file} if of_file else {})
 
 
 def check_output(output: Path) -> None:
@@ -171,6 +186,8 @@ def find_source(source: str, base: str | None) -> Source:
         file = file_of(path)
         if not file.is_file():
             raise UserError(f"{file} does not exist: {MEND}")
+        if holds_network(file):
+            return _around(file, base)
         if base is None:
             raise UserError(f"{source} is a LoRA: give its base model with --base")
         model, backbone = resolve(base), load_backbone(base, "meta")
@@ -181,6 +198,21 @@ def find_source(source: str, base: str | None) -> Source:
         raise UserError(f"{source} is not a run, a model folder or a LoRA: give the output folder of a training run")
     backbone = load_backbone(source, "meta")
     return Source(source, resolve(source), backbone, backbone.settings, base=base or "")
+
+
+def _around(file: Path, base: str | None) -> Source:
+    """The network of a file, and all else of the model that it was tuned from."""
+    if base is None:
+        raise UserError(
+            f"{file} holds a network alone: give the model that it was tuned from with --base, for all else that a model has"
+        )
+    model = resolve(base, network=False)
+    backbone = load_backbone(str(model), "meta")
+    if (model / second_time.FILE).is_file():
+        raise UserError(f"{base} takes a second time, which the network in {file} does not: give another --base")
+    network = read_single_file(file, backbone, base, model)
+    settings = replace(backbone.settings, card=provenance(network, base))
+    return Source(str(file), model, backbone, settings, base=base, network=network)
 
 
 def _run(folder: Path) -> Source:

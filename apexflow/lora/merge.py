@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apexflow.backbones import Backbone
 from apexflow.backbones.folder import PICKLES
+from apexflow.backbones.single_file import OF_LORA, made_a_model
 from apexflow.backbones.weights import weight_shapes
 from apexflow.errors import UserError
 from apexflow.lora.foreign import in_diffusers_names, is_foreign
@@ -65,6 +66,8 @@ def read_lora(path: Path, backbone: Backbone) -> dict[str, Pair]:
         raise UserError(f"cannot read {path} ({error}): restore the LoRA file") from error
     if not tensors:
         raise UserError(f"{path} holds no LoRA: it has no tensors")
+    if not any(OF_LORA.search(name) for name in tensors):
+        raise UserError(f"{path} is a whole network, not a LoRA: {made_a_model(path)}")
     if is_foreign(tensors):
         if metadata and any(name.endswith(".alpha") for name in tensors):
             raise UserError(f"{path} gives its scale twice, by alphas and in lora_adapter_metadata: remove the latter")

@@ -229,6 +229,13 @@ def test_of_a_hub_repository_only_what_is_read_is_fetched(cluttered, hub):
     } <= fetched
 
 
+def test_of_a_base_the_weights_of_the_network_are_not_fetched(cluttered, hub):
+    assert resolve("owner/name", network=False) == cluttered
+    there = ["unet/diffusion_pytorch_model.safetensors", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    patterns = {"allow_patterns": hub["allow_patterns"], "ignore_patterns": hub["ignore_patterns"]}
+    assert set(huggingface_hub.utils.filter_repo_objects(there, **patterns)) == set(there[1:])
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
