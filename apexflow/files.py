@@ -12,6 +12,7 @@ from typing import Any
 
 from apexflow.errors import CHECK_ROOM, UserError, writing
 
+WEIGHTS = ".safetensors"
 SUFFIX = ".partial"  # of what is being written; hidden too, so that no reader takes it for a whole file
 
 
@@ -25,6 +26,8 @@ def replacing(path: Path, mend: str = CHECK_ROOM) -> Iterator[Path]:
     try:
         with writing(path, mend):
             yield partial
+            if path.suffix == WEIGHTS:
+                share(partial)
             os.replace(partial, path)
     finally:
         with suppress(OSError):  # a file may lie where the folder should
@@ -44,9 +47,23 @@ def new_folder(path: Path, mend: str = CHECK_ROOM) -> Iterator[Path]:
         with writing(path, mend):
             partial.mkdir(parents=True)
             yield partial
+            share_weights(partial)
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def share_weights(folder: Path) -> None:
+    """`share` the weights in a folder that was just written; a file with a second name elsewhere is not its own."""
+    for file in folder.rglob(f"*{WEIGHTS}"):
+        if file.stat().st_nlink == 1:
+            share(file)
+
+
+def share(file: Path) -> None:
+    """Let those who can read its folder read a file, too: the writer of safetensors makes it readable to its owner alone."""
+    with suppress(OSError):  # some network disks have no rights to change
+        file.chmod(file.parent.stat().st_mode & 0o644)
 
 
 def link_or_copy(source: str, target: str) -> None:

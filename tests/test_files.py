@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from full_disk import file_size_limit
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from apexflow.backbones.folder import INDEX, read_index
 from apexflow.backbones.weights import weight_shapes
@@ -118,3 +121,21 @@ def test_a_folder_appears_whole_and_takes_no_other_away(tmp_path: Path) -> None:
         except UserError as error:
             assert content == "other" and "cannot write" in str(error)
     assert (path / "a").read_text() == "one" and list((tmp_path / "new").iterdir()) == [path]
+
+
+@pytest.mark.parametrize("rights", [0o755, 0o750, 0o700])
+def test_weights_can_be_read_by_those_who_can_read_their_folder(tmp_path: Path, rights: int) -> None:
+    tensors, elsewhere = {"weight": torch.zeros(2)}, tmp_path / "elsewhere.safetensors"
+    save_file(tensors, elsewhere)
+    elsewhere.chmod(0o600)
+    with new_folder(tmp_path / "model") as partial:
+        (partial / "part").mkdir()
+        (partial / "part").chmod(rights)
+        save_file(tensors, partial / "part" / "weights.safetensors")
+        os.link(elsewhere, partial / "part" / "linked.safetensors")
+    part = tmp_path / "model" / "part"
+    with replacing(part / "lora.safetensors") as partial:
+        save_file(tensors, partial)
+    for name in ("weights", "lora"):
+        assert (part / f"{name}.safetensors").stat().st_mode & 0o777 == rights & 0o644
+    assert elsewhere.stat().st_mode & 0o777 == 0o600  # what is only linked keeps the rights that it has
