@@ -70,7 +70,7 @@ def link_or_copy(source: str, target: str) -> None:
     """A second name of a file of weights, which takes no room on the disk; a copy where the disk allows none, and of any other
     file, since those are edited."""
     with suppress(OSError):
-        if source.endswith(".safetensors"):
+        if source.endswith(WEIGHTS):
             os.link(os.path.realpath(source), target)
             return
     shutil.copy2(source, target)

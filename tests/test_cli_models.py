@@ -342,6 +342,9 @@ NO_GRIDS = ("[5, 0]", "[1, -1]", "[1, 0.5, 0.7]", "[]", "[1, NaN, 0]", "[1, 0.5]
         ('{"stepz": 1}', ("apexflow.json", "stepz")),
         ('{"steps": 1000000000}', ("apexflow.json", "steps")),
         ("[" * 100_000, ("apexflow.json",)),
+        ('{"samplers": null}', ("apexflow.json", "samplers")),
+        ('{"samplers": {"0": {"kappa": 0, "rho": 0, "order": 1}}}', ("apexflow.json", "samplers.0")),
+        ('{"samplers": {"8": {"kappa": 0, "rho": 0, "order": 3}}}', ("apexflow.json", "samplers.8.order")),
         *((f'{{"times": {times}}}', ("apexflow.json", "times", "descend")) for times in NO_GRIDS),
         *((f'{{"max_tokens": {number}}}', ("apexflow.json", "max_tokens")) for number in (-5, 0, 2**64)),
         *((f'{{"{name}": NaN}}', ("apexflow.json", name)) for name in ("guidance", "embedded_guidance")),
@@ -404,6 +407,12 @@ def test_a_lora_given_as_a_model_is_told_the_way_to_one(run: Run, tmp_path: Path
         save_file({"transformer.blocks.0.to_q.lora_A.weight": torch.ones(1, 1)}, file)
     refused(generate(run, file, "-o", tmp_path / "o.png"), "folder of a diffusers", way)
     refused(run("bench", file), way)
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "sft", "gguf"])
+def test_loose_weights_that_are_not_read_are_told_both_ways(run: Run, tmp_path: Path, ending: str) -> None:
+    file, way = write(tmp_path / f"net.{ending}", "x"), f"apexflow export {tmp_path / 'net.safetensors'} --base MODEL"
+    refused(run("export", file, "--base", "mini-teacher", "-o", tmp_path / "made"), f"{way} --merge", f"{way} -o")
 
 
 def test_a_network_given_as_a_model_is_told_the_way_to_one(run: Run, tiny_model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import apexflow
 from apexflow.backbones import second_time
-from apexflow.backbones.settings import Sampler
+from apexflow.backbones.settings import Sampler, Settings
 from apexflow.errors import UserError
 from apexflow.generator import Generator
 
@@ -63,6 +63,12 @@ def test_a_model_may_bring_another_sampler_for_more_steps(model: Generator, monk
     own = replace(model.backbone.settings, **fresh, samplers={1: fresh, 3: plain})
     monkeypatch.setattr(model.backbone, "settings", own)
     assert [drawn(model, steps=2), drawn(model, steps=3), drawn(model, steps=3, rho=1.0)] == expected
+
+
+def test_in_its_own_number_of_steps_a_model_is_drawn_as_it_is_exported() -> None:
+    fresh, plain, edited = (Sampler(kappa=0.0, rho=rho, order=1) for rho in (1.0, 0.0, 0.5))
+    settings = Settings(steps=4, **edited, samplers={1: fresh, 8: plain})
+    assert [settings.sampler(steps) for steps in (1, 3, 4, 5, 8, 20)] == [fresh, fresh, edited, fresh, plain, plain]
 
 
 @pytest.mark.parametrize(

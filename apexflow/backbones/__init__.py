@@ -121,8 +121,9 @@ def _no_folder(file: Path) -> str:
         return f"{file} holds a network alone: {made_a_model(file)}"
     pickled = file.suffix in PICKLES
     what = "a pickle, which can run code: convert it to safetensors first" if pickled else "a file"
-    lora = file.with_suffix(".safetensors")
-    return f"{file} is {what}; give the folder of a diffusers checkpoint; if it is a LoRA, {with_lora(lora)}"
+    loose = file.with_suffix(".safetensors")
+    network = "" if loose == file else f"; if it is a network, {made_a_model(loose)}"
+    return f"{file} is {what}; give the folder of a diffusers checkpoint; if it is a LoRA, {with_lora(loose)}{network}"
 
 
 def load_backbone(

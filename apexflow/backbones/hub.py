@@ -11,8 +11,6 @@ from apexflow.errors import UserError, in_a_shell, is_full_disk
 READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # The same weights in another precision, or another average.
 TWINS = ("*.fp16*", "*.bf16*", "*.fp8*", "*.int8*", "*.int4*", "*.non_ema*")
-
-
 NETWORKS = ("transformer", "unet")
 
 

@@ -68,8 +68,8 @@ class Settings:
         return shift_times(time_grid(steps), time_shift)
 
     def sampler(self, steps: int) -> Sampler:
-        """How it is drawn in so many steps."""
-        reached = [least for least in self.samplers if least <= steps]
+        """How it is drawn in so many steps; in its own number as `export` says it, too."""
+        reached = [least for least in self.samplers if least <= steps and steps != self.steps]
         own = Sampler(kappa=self.kappa, rho=self.rho, order=self.order)
         return self.samplers[max(reached)] if reached else own
 
@@ -93,7 +93,7 @@ def read_settings(folder: Path, defaults: Settings | None = None) -> Settings:
         return TypeAdapter(Settings).validate_python(asdict(settings))
     except (TypeError, ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{first['loc'][0]}: {first['msg']}" if first else str(error)
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         raise UserError(f"{path} does not fit this version of apexflow ({reason}): restore or delete it") from error
 
 

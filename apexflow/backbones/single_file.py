@@ -39,7 +39,6 @@ EIGHT_BITS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | EIGHT_BITS
 UNLIKE = "give with --base the model that it was tuned from, or download the file again"
 
-
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -193,9 +192,8 @@ def _converter(network: Any) -> Convert | None:
     name = type(network).__name__
     table: Mapping[str, Any] = SINGLE_FILE_LOADABLE_CLASSES
     function = table.get(name, {}).get("checkpoint_mapping_fn")
-    if (
-        function is None or name == "QwenImageTransformer2DModel"
-    ):  # which has no other names, and a function that does nothing
+    # Of Qwen-Image there are no other names, and its function does nothing.
+    if function is None or name == "QwenImageTransformer2DModel":
         return None
     prefix = LDM if name == "UNet2DConditionModel" else ""  # this one asks for it, others trip over it
 

@@ -25,20 +25,17 @@ from apexflow.backbones import (
 from apexflow.backbones.folder import (
     CHECKPOINTS,
     INDEX,
-    OWN,
     RECIPE,
-    components,
-    copy_part,
     is_run,
     model_of,
     read_index,
     write_index,
 )
 from apexflow.backbones.lora_targets import target_modules
-from apexflow.backbones.parts import check_whole, index_entry
+from apexflow.backbones.parts import index_entry
 from apexflow.backbones.single_file import SingleFile, holds_network, made_a_model, read_single_file
-from apexflow.backbones.weights import weight_shapes
 from apexflow.errors import UserError
+from apexflow.export.copying import copy_model
 from apexflow.export.factors import Factors, factor
 from apexflow.export.lora import check_loadable, is_loadable, save_pairs
 from apexflow.export.network import provenance, write_around
@@ -100,51 +97,50 @@ def export(
     """
     check_output(output)
     found = find_source(source, base)
-    check_asked(source, found.lora is not None, _tuned_text_encoder(found.settings), merge, rank)
-    if rank is not None and found.network is not None:
-        raise UserError(f"{source} is one file: {made_a_model(source)}, of which --rank then extracts a LoRA")
-    if base is not None and found.lora is None and found.network is None and rank is None:
-        raise UserError(f"{source} is not a LoRA file, so it has no base: leave out --base")
-    if rank is not None and not found.base:
-        raise UserError(
-            f"--rank extracts a LoRA from what tuning changed: give the model that {source} was tuned from with --base"
-        )
-    if rank is not None:
-        check_loadable(found.backbone)
+    _check_fits(found, source, base, merge, rank)
     backbone = found.backbone
     # Around another network the model is to be what it was: its scheduler may tell one of a family from another.
     chosen = _scheduler(backbone, found.elsewhere, scheduler or ("original" if found.network else None))
-    factors = None
+    kind = "lora" if rank is not None or (found.lora and not merge) else "model"
+    factors, told = None, ""
     with new_folder(output) as partial:
-        # What our own loader takes, read before the model is moved.
-        dtype = None if found.network else suited_on_gpu(found.model, found.name, found.settings.card)
         if rank is not None:
-            # Without a base given it is a run's, which takes none.
-            mend = (
-                "leave out --rank for the whole model"
-                if base is None
-                else "give the model it was tuned from with --base"
-            )
-            factors = _factored(found, rank, partial, mend)
+            factors = _factored(found, rank, partial, base)
+            told = factors.told
         elif found.network is not None:
-            write_around(found.network, found.model, found.backbone, found.settings, partial)
-            dtype = suited_on_gpu(partial, found.name, found.settings.card)
-        elif found.lora is None or merge:
+            settings = replace(found.settings, card=provenance(found.network, found.base))
+            write_around(found.network, found.model, backbone, settings, partial)
+            told = found.network.told(found.base)
+        elif kind == "model":
             _whole(found, partial, moving)
         else:
             _lora(found, partial)
         _write_scheduler(partial, backbone, found.elsewhere, chosen)
         options = call_options(backbone, found.elsewhere, chosen == "stock")
-        kind = "lora" if factors or (found.lora and not merge) else "model"
-        usage = _usage(found, kind, chosen, options, output, dtype)
-        of_file = found.network.told(found.base) if found.network else ""
-        told = (*_cautions(found, chosen), factors.told if factors else "", of_file)
-        text = "\n".join([usage, *(f"{line}\n" for line in told if line)])
+        loaded = partial if kind == "model" else found.model  # whose own model may have been moved, or be another's
+        dtype = suited_on_gpu(loaded, found.name, found.settings.card)
+        lines = [_usage(found, kind, chosen, options, output, dtype), *_cautions(found, chosen), told]
+        text = "\n".join(line.rstrip("\n") + "\n" for line in lines if line)
         (partial / "README.md").write_text(text, "utf-8", "backslashreplace")  # names of folders need not be UTF-8
+    shares = {"kept": factors.kept, "outside": factors.outside} if factors else {}
     result = {"output": str(output), "kind": kind, "scheduler": chosen, "call": options}
-    if factors:
-        return result | {"kept": factors.kept, "outside": factors.outside, "told": factors.told}
-    return result | ({"told": of_file} if of_file else {})
+    return result | shares | ({"told": told} if told else {})
+
+
+def _check_fits(found: Source, source: str, base: str | None, merge: bool, rank: int | None) -> None:
+    """UserError where what was asked for cannot be had of what was found."""
+    check_asked(source, found.lora is not None, _tuned_text_encoder(found.settings), merge, rank)
+    if rank is None:
+        if base is not None and found.lora is None and found.network is None:
+            raise UserError(f"{source} is not a LoRA file, so it has no base: leave out --base")
+        return
+    if found.network is not None:
+        raise UserError(f"{source} is one file: {made_a_model(source)}, of which --rank then extracts a LoRA")
+    if not found.base:
+        raise UserError(
+            f"--rank extracts a LoRA from what tuning changed: give the model that {source} was tuned from with --base"
+        )
+    check_loadable(found.backbone)
 
 
 def check_output(output: Path) -> None:
@@ -185,7 +181,7 @@ def find_source(source: str, base: str | None) -> Source:
     if is_lora:
         file = file_of(path)
         if not file.is_file():
-            raise UserError(f"{file} does not exist: {MEND}")
+            raise UserError(f"{file} does not exist: {MEND}; or the file of a network")
         if holds_network(file):
             return _around(file, base)
         if base is None:
@@ -211,7 +207,7 @@ def _around(file: Path, base: str | None) -> Source:
     if (model / second_time.FILE).is_file():
         raise UserError(f"{base} takes a second time, which the network in {file} does not: give another --base")
     network = read_single_file(file, backbone, base, model)
-    settings = replace(backbone.settings, card=provenance(network, base))
+    settings = replace(backbone.settings, card={})  # the base's is of another model
     return Source(str(file), model, backbone, settings, base=base, network=network)
 
 
@@ -251,17 +247,8 @@ def _whole(found: Source, partial: Path, moving: bool) -> None:
     if found.lora is not None and not found.merged:
         pairs = read_lora(found.lora, found.backbone)
         check_lora(found.lora, pairs, model / found.backbone.network_part)
-    # What lacks a part, or holds a truncated file, must not leave here.
-    check_whole(model, found.backbone.kinds)
     second_time.load(found.backbone.transformer, model)
-    parts = [name for name in components(model) if (model / name).is_dir()]
-    for name in parts:
-        if list((model / name).glob("*.safetensors")):
-            weight_shapes(model / name)
-    for name in parts:
-        copy_part(model / name, partial / name, shutil.move if moving else shutil.copy2)
-    for file in (path for pattern in (INDEX, *OWN, "LICENSE*") for path in model.glob(pattern) if path.is_file()):
-        shutil.copyfile(file, partial / file.name)
+    copy_model(model, found.backbone.kinds, partial, copy=shutil.move if moving else shutil.copy2)
     if pairs is not None:
         merge_into(partial / found.backbone.network_part, pairs)
     write_settings(partial, found.settings)
@@ -292,8 +279,9 @@ def _tuned_text_encoder(settings: Settings) -> bool:
     return isinstance(tuning, dict) and bool(tuning.get("text_encoder"))
 
 
-def _factored(found: Source, rank: int, partial: Path, mend: str) -> Factors:
-    """A LoRA taken out of the whole model."""
+def _factored(found: Source, rank: int, partial: Path, given: str | None) -> Factors:
+    """A LoRA taken out of the whole model. given: the base that was asked for; a run takes none, it has its own."""
+    mend = "leave out --rank for the whole model" if given is None else "give the model it was tuned from with --base"
     part = found.backbone.network_part
     factors = factor(found.model / part, resolve(found.base) / part, target_modules(found.backbone), rank, mend)
     save_pairs(factors.pairs, found.backbone, partial)

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from apexflow.backbones import Backbone, Settings, write_settings
-from apexflow.backbones.folder import INDEX, components, copy_part
-from apexflow.backbones.parts import check_whole
 from apexflow.backbones.single_file import SingleFile
-from apexflow.backbones.weights import weight_shapes
+from apexflow.export.copying import copy_model
 from apexflow.files import link_or_copy
 
 
@@ -24,15 +22,7 @@ def provenance(network: SingleFile, base: str) -> dict[str, Any]:
 
 def write_around(network: SingleFile, model: Path, backbone: Backbone, settings: Settings, folder: Path) -> None:
     """Write a copy of a model with the parts of a file into `folder`. The weights of the others become links where they can."""
-    check_whole(model, {name: kind for name, kind in backbone.kinds.items() if name not in network.parts})
-    parts = [name for name in components(model) if (model / name).is_dir() and name not in network.parts]
-    for name in parts:
-        if list((model / name).glob("*.safetensors")):
-            weight_shapes(model / name)
-    for name in parts:
-        copy_part(model / name, folder / name, link_or_copy)
-    for file in (path for pattern in (INDEX, "LICENSE*") for path in model.glob(pattern) if path.is_file()):
-        shutil.copyfile(file, folder / file.name)
+    copy_model(model, backbone.kinds, folder, network.parts, link_or_copy)
     for name in network.parts:
         (folder / name).mkdir()
         shutil.copyfile(model / name / "config.json", folder / name / "config.json")
