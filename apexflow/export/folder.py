@@ -103,6 +103,8 @@ def export(
     chosen = _scheduler(backbone, found.elsewhere, scheduler or ("original" if found.network else None))
     kind = "lora" if rank is not None or (found.lora and not merge) else "model"
     factors, told = None, ""
+    # What our own loader takes, read before the weights are moved; and the name of the output need not be UTF-8.
+    dtype = None if found.network else suited_on_gpu(found.model, found.name, found.settings.card)
     with new_folder(output) as partial:
         if rank is not None:
             factors = _factored(found, rank, partial, base)
@@ -111,14 +113,13 @@ def export(
             settings = replace(found.settings, card=provenance(found.network, found.base))
             write_around(found.network, found.model, backbone, settings, partial)
             told = found.network.told(found.base)
+            dtype = suited_on_gpu(partial, found.name, found.settings.card)
         elif kind == "model":
             _whole(found, partial, moving)
         else:
             _lora(found, partial)
         _write_scheduler(partial, backbone, found.elsewhere, chosen)
         options = call_options(backbone, found.elsewhere, chosen == "stock")
-        loaded = partial if kind == "model" else found.model  # whose own model may have been moved, or be another's
-        dtype = suited_on_gpu(loaded, found.name, found.settings.card)
         lines = [_usage(found, kind, chosen, options, output, dtype), *_cautions(found, chosen), told]
         text = "\n".join(line.rstrip("\n") + "\n" for line in lines if line)
         (partial / "README.md").write_text(text, "utf-8", "backslashreplace")  # names of folders need not be UTF-8
