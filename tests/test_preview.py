@@ -146,7 +146,7 @@ def test_previews_are_sampled_as_the_method_samples(
     asked: list[Any] = []
 
     def generate(own: Generator, *given: Any, **named: Any) -> list[Image.Image]:
-        asked.append(own.sampler(given[4], **named) | {"steps": given[1]})
+        asked.append(own.sampler(given[1], given[4], **named) | {"steps": given[1]})
         return [picture(0, 0, 0)] * len(given[0])
 
     monkeypatch.setattr(Generator, "generate", generate)
