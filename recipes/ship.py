@@ -1,7 +1,8 @@
 """Put a trained miniature into the package: weights in bfloat16, with a model card.
 
 python recipes/ship.py mini-teacher runs/mini-teacher/model
-python recipes/ship.py mini-student runs/mini-apex-deep+mini-apex-deep-2+mini-apex-own+mini-apex-own-2/model runs/mini-apex-brief/model
+python recipes/ship.py mini-student runs/mini-apex-deep+mini-apex-deep-2+mini-apex-own+mini-apex-own-2/model \\
+    runs/mini-apex-brief/model
 
 Of several models the mean of the weights is taken, and the rest from the last one. A further run goes on from such a mean:
 
